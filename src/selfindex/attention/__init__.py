@@ -1,0 +1,1 @@
+"""Attention over decoded pages and full-precision tokens, merged by log-sum-exp."""

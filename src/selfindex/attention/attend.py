@@ -1,0 +1,84 @@
+"""Attention of new queries over everything a layer holds."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..backends import ops
+from ..index.select import sum_of_softmax
+from ..store import LayerStore
+from .partial import attend_raw, merge_parts
+
+
+def attend(
+    store: LayerStore,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    valid: Tensor | None,
+    scaling: float,
+    sink_logit: Tensor | None = None,
+) -> tuple[Tensor, list[int]]:
+    """Attend to stored tokens and, causally, to the new ones. Changes nothing in the store.
+
+    Args:
+        query: [B, Hq, T, d]; keys, values: [B, H, T, d], the new tokens, post-RoPE.
+        valid: bool [B, T], False for padding; None if there is none.
+        scaling: factor on q.k.
+        sink_logit: [Hq], see `merge_parts`.
+    Returns:
+        (output [B, Hq, T, d] in the query's dtype, encoded tokens read per row).
+    """
+    raw = _raw_part(store, query, keys, values, valid, scaling)
+    encoded = [store.encoded(b) for b in range(store.batch)]
+    if not any(encoded):
+        return merge_parts([raw], sink_logit).to(query.dtype), encoded
+    budgets = [store.config.budget_tokens(store.length(b) + query.shape[2], n) for b, n in enumerate(encoded)]
+    if query.shape[2] > store.config.sparse_queries or budgets == encoded:
+        part, read = _dense_part(store, query, scaling), encoded
+    else:
+        part, read = _sparse_part(store, query, budgets, scaling), budgets
+    return merge_parts([part, raw], sink_logit).to(query.dtype), read
+
+
+def _raw_part(
+    store: LayerStore, query: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None, scaling: float
+) -> tuple[Tensor, Tensor]:
+    held_k, held_v, real = store.raw.held()
+    b, t, past = query.shape[0], query.shape[2], held_k.shape[2]
+    causal = torch.ones(t, t, dtype=torch.bool, device=query.device).tril()
+    new = causal.expand(b, t, t) if valid is None else causal & valid[:, None, :]
+    old = torch.ones(1, 1, 1, dtype=torch.bool, device=query.device) if real is None else real[:, None, :]
+    visible = torch.cat((old.expand(b, t, past), new), -1)
+    joined = [torch.cat(pair, 2) for pair in ((held_k, keys), (held_v, values))]
+    return attend_raw(query, joined[0], joined[1], visible[:, None, None], scaling)
+
+
+def _dense_part(store: LayerStore, query: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    table, counts = store.table.tensors()
+    return ops.dense_attend(
+        query,
+        store.pool.index,
+        store.pool.payload,
+        table,
+        counts,
+        store.constants,
+        scaling,
+        store.format.name,
+    )
+
+
+def _sparse_part(
+    store: LayerStore, query: Tensor, budgets: list[int], scaling: float
+) -> tuple[Tensor, Tensor]:
+    name, pool, (table, counts) = store.format.name, store.pool, store.table.tensors()
+    if store.config.preset == "paper":
+        # The paper scores the mean query of the group.
+        mean = query.float().unflatten(1, (store.format.kv_heads, -1)).mean(2)
+        scores = ops.score(mean, pool.index, table, counts, store.constants, scaling, name)
+    else:
+        logits = ops.score(query, pool.index, table, counts, store.constants, scaling, name)
+        scores = sum_of_softmax(logits, store.format.kv_heads)
+    slots = ops.select(scores, torch.tensor(budgets, dtype=torch.int32, device=query.device), max(budgets))
+    return ops.sparse_attend(query, pool.index, pool.payload, table, slots, store.constants, scaling, name)

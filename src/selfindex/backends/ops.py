@@ -1,0 +1,117 @@
+"""The operators of the cache as PyTorch custom operators: one signature, several backends.
+
+The reference implementation serves every device; a faster backend registers itself for its device
+with `op.register_kernel`. Shapes are those of `reference`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..codec import PageFormat
+from . import reference
+
+
+@torch.library.custom_op("selfindex::encode", mutates_args=())
+def encode(
+    keys: Tensor, values: Tensor, counts: Tensor, constants: Tensor, format: str
+) -> tuple[Tensor, Tensor]:
+    """Encode raw pages [n, H, P, d] into index and payload planes, uint8 [n, bytes] each."""
+    return reference.encode(keys, values, counts, constants, format)
+
+
+@encode.register_fake
+def _(keys: Tensor, values: Tensor, counts: Tensor, constants: Tensor, format: str) -> tuple[Tensor, Tensor]:
+    fmt, n = PageFormat.parse(format), keys.shape[0]
+    planes = [keys.new_empty((n, size), dtype=torch.uint8) for size in (fmt.index_bytes, fmt.payload_bytes)]
+    return planes[0], planes[1]
+
+
+@torch.library.custom_op("selfindex::score", mutates_args=())
+def score(
+    query: Tensor,
+    index_pool: Tensor,
+    block_table: Tensor,
+    page_counts: Tensor,
+    constants: Tensor,
+    scaling: float,
+    format: str,
+) -> Tensor:
+    """Estimate logits from the index alone: float32 [B, Hq, T, S], -inf in empty slots."""
+    return reference.score(query, index_pool, block_table, page_counts, constants, scaling, format)
+
+
+@score.register_fake
+def _(
+    query: Tensor,
+    index_pool: Tensor,
+    block_table: Tensor,
+    page_counts: Tensor,
+    constants: Tensor,
+    scaling: float,
+    format: str,
+) -> Tensor:
+    slots = block_table.shape[1] * PageFormat.parse(format).page_size
+    return query.new_empty((*query.shape[:3], slots), dtype=torch.float32)
+
+
+@torch.library.custom_op("selfindex::select", mutates_args=())
+def select(scores: Tensor, budgets: Tensor, width: int) -> Tensor:
+    """Exact top-k with ties to the lower slot: int32 [B, H, T, width], -1 past a row's budget."""
+    return reference.select(scores, budgets, width)
+
+
+@select.register_fake
+def _(scores: Tensor, budgets: Tensor, width: int) -> Tensor:
+    return scores.new_empty((*scores.shape[:-1], width), dtype=torch.int32)
+
+
+@torch.library.custom_op("selfindex::sparse_attend", mutates_args=())
+def sparse_attend(
+    query: Tensor,
+    index_pool: Tensor,
+    payload_pool: Tensor,
+    block_table: Tensor,
+    slots: Tensor,
+    constants: Tensor,
+    scaling: float,
+    format: str,
+) -> tuple[Tensor, Tensor]:
+    """Attend to selected slots [B, H, T, K]: (output [B, Hq, T, d], log-sum-exp), float32."""
+    return reference.sparse_attend(
+        query, index_pool, payload_pool, block_table, slots, constants, scaling, format
+    )
+
+
+@torch.library.custom_op("selfindex::dense_attend", mutates_args=())
+def dense_attend(
+    query: Tensor,
+    index_pool: Tensor,
+    payload_pool: Tensor,
+    block_table: Tensor,
+    page_counts: Tensor,
+    constants: Tensor,
+    scaling: float,
+    format: str,
+) -> tuple[Tensor, Tensor]:
+    """Attend to all encoded tokens: (output [B, Hq, T, d], log-sum-exp [B, Hq, T]), float32."""
+    return reference.dense_attend(
+        query, index_pool, payload_pool, block_table, page_counts, constants, scaling, format
+    )
+
+
+@sparse_attend.register_fake
+@dense_attend.register_fake
+def _(
+    query: Tensor,
+    index_pool: Tensor,
+    payload_pool: Tensor,
+    block_table: Tensor,
+    tokens: Tensor,
+    constants: Tensor,
+    scaling: float,
+    format: str,
+) -> tuple[Tensor, Tensor]:
+    output = query.new_empty(query.shape, dtype=torch.float32)
+    return output, query.new_empty(query.shape[:3], dtype=torch.float32)

@@ -1,0 +1,134 @@
+"""The operators in plain PyTorch, float32: the specification other backends are tested against.
+
+Shapes: B rows, Hq query heads, H KV heads, G = Hq / H, T new queries, M pages a row, P tokens a
+page, S = M P slots, d head_dim, N blocks in a pool. Slot s of a row is token s % P of the row's
+page s // P, which lives in block `block_table[b, s // P]` of the pools.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..attention.partial import softmax_part
+from ..codec import Codec, codec_for
+from ..index.lut import lookup
+from ..index.select import top_k
+
+DENSE_CHUNK = 4096
+"""Slots decoded at a time by `dense_attend`: bounds its memory, does not change its result."""
+
+
+def encode(
+    keys: Tensor, values: Tensor, counts: Tensor, constants: Tensor, format: str
+) -> tuple[Tensor, Tensor]:
+    """Encode raw pages; see `Codec.encode`."""
+    return codec_for(format).encode(keys, values, counts, constants)
+
+
+def score(
+    query: Tensor,
+    index_pool: Tensor,
+    block_table: Tensor,
+    page_counts: Tensor,
+    constants: Tensor,
+    scaling: float,
+    format: str,
+) -> Tensor:
+    """Estimate logits from table sums, token scales and page means."""
+    codec = codec_for(format)
+    fmt = codec.format
+    b, hq, t, _ = query.shape
+    mapped = codec.map_query(
+        query.unflatten(1, (fmt.kv_heads, -1)).flatten(2, 3), constants
+    )  # [B, H, G T, d]
+    index = index_pool[block_table.long()]  # [B, M, index_bytes]
+    packed = fmt.view(index, fmt.index["codes"]).transpose(1, 2).flatten(2, 3)  # [B, H, S, d / 8]
+    logits = lookup(codec.lut(mapped, constants), packed)  # [B, H, G T, S]
+    gain = codec.token_gain(index)
+    if gain is not None:
+        logits = logits * gain.transpose(1, 2).flatten(2)[:, :, None, :]
+    offset = codec.page_offset(mapped, index, constants)  # [B, H, G T, M]
+    logits = (logits.unflatten(-1, (-1, fmt.page_size)) + offset[..., None]) * scaling
+    present = torch.arange(fmt.page_size, device=query.device) < page_counts[..., None]  # [B, M, P]
+    logits = logits.masked_fill(~present[:, None, None], -torch.inf).flatten(-2)
+    return logits.view(b, hq, t, -1)
+
+
+def select(scores: Tensor, budgets: Tensor, width: int) -> Tensor:
+    """Select the best-scored slots; see `top_k`."""
+    return top_k(scores, budgets, width)
+
+
+def sparse_attend(
+    query: Tensor,
+    index_pool: Tensor,
+    payload_pool: Tensor,
+    block_table: Tensor,
+    slots: Tensor,
+    constants: Tensor,
+    scaling: float,
+    format: str,
+) -> tuple[Tensor, Tensor]:
+    """Attend to selected slots only, decoded one query at a time."""
+    codec = codec_for(format)
+    fmt = codec.format
+    mapped = codec.map_query(query.unflatten(1, (fmt.kv_heads, -1)), constants)  # [B, H, G, T, d]
+    outputs, sums = [], []
+    for t in range(query.shape[2]):
+        chosen = slots[:, :, t].long()  # [B, H, K]
+        real = chosen >= 0
+        chosen = chosen.clamp(min=0)
+        keys, values = _read(codec, index_pool, payload_pool, block_table, chosen, constants)
+        logits = mapped[:, :, :, t] @ keys.transpose(-1, -2) * scaling  # [B, H, G, K]
+        output, lse = softmax_part(logits.masked_fill(~real[:, :, None], -torch.inf), values)
+        outputs.append(output)
+        sums.append(lse)
+    output = codec.unmap_output(torch.stack(outputs, 3))
+    return output.flatten(1, 2), torch.stack(sums, 3).flatten(1, 2)
+
+
+def dense_attend(
+    query: Tensor,
+    index_pool: Tensor,
+    payload_pool: Tensor,
+    block_table: Tensor,
+    page_counts: Tensor,
+    constants: Tensor,
+    scaling: float,
+    format: str,
+) -> tuple[Tensor, Tensor]:
+    """Attend to every encoded token, decoded a chunk at a time."""
+    codec = codec_for(format)
+    fmt = codec.format
+    mapped = codec.map_query(query.unflatten(1, (fmt.kv_heads, -1)).flatten(2, 3), constants)
+    present = (torch.arange(fmt.page_size, device=query.device) < page_counts[..., None]).flatten(1)
+    output = query.new_zeros(mapped.shape, dtype=torch.float32)
+    total = query.new_full(mapped.shape[:-1], -torch.inf, dtype=torch.float32)
+    for chunk in torch.arange(present.shape[1], device=query.device).split(DENSE_CHUNK):
+        at = chunk.expand(query.shape[0], fmt.kv_heads, -1)
+        keys, values = _read(codec, index_pool, payload_pool, block_table, at, constants)
+        logits = mapped @ keys.transpose(-1, -2) * scaling
+        part, lse = softmax_part(logits.masked_fill(~present[:, None, None, chunk], -torch.inf), values)
+        both = torch.logaddexp(total, lse)
+        safe = both.clamp(min=-1e30)
+        output = output * (total - safe).exp()[..., None] + part * (lse - safe).exp()[..., None]
+        total = both
+    groups = query.shape[1] // fmt.kv_heads
+    output = codec.unmap_output(output)
+    return output.unflatten(2, (groups, -1)).flatten(1, 2), total.unflatten(2, (groups, -1)).flatten(1, 2)
+
+
+def _read(
+    codec: Codec,
+    index_pool: Tensor,
+    payload_pool: Tensor,
+    block_table: Tensor,
+    slots: Tensor,
+    constants: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Decode keys and values of slots int64 [B, H, K] -> float32 [B, H, K, d] x 2."""
+    page, offset = slots // codec.format.page_size, slots % codec.format.page_size
+    block = block_table.long()[:, None].expand(-1, slots.shape[1], -1).gather(2, page)
+    keys = codec.read_keys(index_pool, payload_pool, block, offset, constants)
+    return keys, codec.read_values(payload_pool, block, offset)

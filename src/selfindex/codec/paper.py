@@ -1,0 +1,146 @@
+"""The `paper` preset: Self-Indexing KVCache as published (arXiv 2603.14224, method section).
+
+Keys are centred by the prompt's mean; a group's sign pattern selects one of 16 centroids for
+scoring; magnitudes are normalised by the channel's largest |key| and stored in 2 bits with scale
+and zero point per 32 channels, values likewise.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import packing
+from .format import PAPER_GROUP, PageFormat
+
+
+class PaperCodec:
+    """Codec of the `paper` preset.
+
+    `constants` holds, per row and head: mean [d], alpha [d] and codebook [d / 4, 16, 4], flat.
+    """
+
+    def __init__(self, fmt: PageFormat) -> None:
+        self.format = fmt
+
+    def split(self, constants: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean [B, H, d], alpha [B, H, d], codebook [B, H, d / 4, 16, 4]."""
+        d = self.format.head_dim
+        mean, alpha, codebook = constants.split((d, d, 16 * d), dim=-1)
+        return mean, alpha, codebook.unflatten(-1, (d // 4, 16, 4))
+
+    def encode(
+        self, keys: Tensor, values: Tensor, counts: Tensor, constants: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        fmt, device = self.format, keys.device
+        n, p = keys.shape[0], fmt.page_size
+        live = (torch.arange(p, device=device) < counts.to(device)[:, None])[:, None, :, None]
+        index = torch.zeros(n, fmt.index_bytes, dtype=torch.uint8, device=device)
+        payload = torch.zeros(n, fmt.payload_bytes, dtype=torch.uint8, device=device)
+        mean, alpha, _ = self.split(constants)
+        centred = keys.float() - mean[:, :, None, :]
+        fmt.view(index, fmt.index["codes"]).copy_(packing.pack_bits((centred >= 0) & live))
+        fmt.view(index, fmt.index["count"]).copy_(counts[:, None])
+        magnitudes = torch.where(alpha[:, :, None, :] > 0, centred.abs() / alpha[:, :, None, :], 0.0)
+        for name, x in (("key", magnitudes), ("value", values.float())):
+            codes, scale, zero = _quantise(torch.where(live, x, 0.0))
+            plane = "magnitudes" if name == "key" else "values"
+            fmt.view(payload, fmt.payload[plane]).copy_(packing.pack_crumbs(codes))
+            fmt.view(payload, fmt.payload[f"{name}_scale"]).copy_(scale)
+            fmt.view(payload, fmt.payload[f"{name}_zero"]).copy_(zero)
+        return index, payload
+
+    def map_query(self, query: Tensor, constants: Tensor) -> Tensor:
+        return query.float()
+
+    def unmap_output(self, output: Tensor) -> Tensor:
+        return output
+
+    def lut(self, query: Tensor, constants: Tensor) -> Tensor:
+        codebook = self.split(constants)[2]
+        grouped = query.unflatten(-1, (-1, 4))  # [B, H, ..., d / 4, 4]
+        shape = (*codebook.shape[:2], *([1] * (grouped.ndim - 4)), *codebook.shape[2:])
+        return (codebook.view(shape) @ grouped.unsqueeze(-1)).squeeze(-1)
+
+    def token_gain(self, index: Tensor) -> None:
+        return None
+
+    def page_offset(self, query: Tensor, index: Tensor, constants: Tensor) -> Tensor:
+        offset = torch.einsum("bhtd,bhd->bht", query, self.split(constants)[0].expand(query.shape[0], -1, -1))
+        return offset[..., None].expand(*offset.shape, index.shape[1])
+
+    def read_keys(
+        self, index: Tensor, payload: Tensor, block: Tensor, offset: Tensor, constants: Tensor
+    ) -> Tensor:
+        fmt = self.format
+        head = torch.arange(fmt.kv_heads, device=block.device)[:, None]
+        at = (block, head, offset)
+        mean, alpha, _ = self.split(constants)
+        signs = packing.unpack_bits(fmt.view(index, fmt.index["codes"])[at])
+        size = _dequantise(fmt, payload, "key", "magnitudes", at) * alpha[:, :, None, :]
+        return torch.where(signs, size, -size) + mean[:, :, None, :]
+
+    def read_values(self, payload: Tensor, block: Tensor, offset: Tensor) -> Tensor:
+        fmt = self.format
+        head = torch.arange(fmt.kv_heads, device=block.device)[:, None]
+        return _dequantise(fmt, payload, "value", "values", (block, head, offset))
+
+
+def prompt_statistics(keys: Tensor) -> Tensor:
+    """One pass over a prompt's keys [H, N, d] -> float32 constants [H, 18 d].
+
+    mean: per channel. alpha: largest |centred key| per channel. codebook: mean of the centred
+    sub-vectors that have a code; a code nobody has gets its sign pattern times the mean |key|.
+    """
+    x = keys.float()
+    mean = x.mean(1)
+    centred = x - mean[:, None, :]
+    alpha = centred.abs().amax(1)
+    groups = centred.unflatten(-1, (-1, 4)).transpose(1, 2)  # [H, d / 4, N, 4]
+    codes = packing.group_codes(packing.pack_bits(centred >= 0)).transpose(1, 2).long()  # [H, d / 4, N]
+    onehot = torch.nn.functional.one_hot(codes, 16).float()
+    members = onehot.sum(2)  # [H, d / 4, 16]
+    sums = onehot.transpose(-1, -2) @ groups
+    patterns = (torch.arange(16, device=x.device)[:, None] >> torch.arange(4, device=x.device)) & 1
+    unused = (patterns * 2.0 - 1.0) * groups.abs().mean(2)[:, :, None, :]
+    codebook = torch.where(members[..., None] > 0, sums / members.clamp(min=1)[..., None], unused)
+    return torch.cat((mean, alpha, codebook.flatten(1)), dim=-1)
+
+
+def choose_pinned(keys: Tensor, queries: Tensor, count: int, scaling: float) -> Tensor:
+    """Tokens the prompt's last queries attend to most, as SnapKV (arXiv 2404.14469) votes.
+
+    Args:
+        keys: [H, N, d]; queries: [H, G, T, d], the last T prompt queries, T <= N.
+    Returns:
+        int64 [H, count], ascending; count <= N.
+    """
+    tokens, last = keys.shape[1], queries.shape[2]
+    logits = torch.einsum("hgtd,hnd->hgtn", queries.float(), keys.float()) * scaling
+    position = torch.arange(tokens, device=keys.device)
+    hidden = position[None, :] > position[tokens - last :, None]
+    votes = logits.masked_fill(hidden, float("-inf")).softmax(-1).sum((1, 2))
+    return votes.topk(count).indices.sort(-1).values
+
+
+def _quantise(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """2 bits between the least and largest value of each group of 32 channels."""
+    groups = -(-x.shape[-1] // PAPER_GROUP)
+    missing = groups * PAPER_GROUP - x.shape[-1]
+    # A head_dim that is no multiple of 32 leaves a short last group; repeating its last channel
+    # does not move its extremes.
+    padded = torch.cat((x, x[..., -1:].expand(*x.shape[:-1], missing)), -1) if missing else x
+    grouped = padded.unflatten(-1, (groups, PAPER_GROUP))
+    low, high = grouped.amin(-1), grouped.amax(-1)
+    scale, zero = ((high - low) / 3).half(), low.half()
+    step = scale.float()[..., None]
+    codes = torch.where(step > 0, (grouped - zero.float()[..., None]) / step, 0.0)
+    return codes.round().clamp(0, 3).flatten(-2)[..., : x.shape[-1]].to(torch.uint8), scale, zero
+
+
+def _dequantise(fmt: PageFormat, payload: Tensor, kind: str, plane: str, at: tuple) -> Tensor:
+    codes = packing.unpack_crumbs(fmt.view(payload, fmt.payload[plane])[at]).float()
+    scale = fmt.view(payload, fmt.payload[f"{kind}_scale"])[at].float()
+    zero = fmt.view(payload, fmt.payload[f"{kind}_zero"])[at].float()
+    spread = [t.repeat_interleave(PAPER_GROUP, -1)[..., : codes.shape[-1]] for t in (scale, zero)]
+    return codes * spread[0] + spread[1]

@@ -1,0 +1,1 @@
+"""The index: tables, scores and selection."""

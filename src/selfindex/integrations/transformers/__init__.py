@@ -1,0 +1,6 @@
+"""Integration with Hugging Face transformers (5.17 and newer)."""
+
+from .cache import SelfIndexCache
+from .enable import enable
+
+__all__ = ["SelfIndexCache", "enable"]

@@ -1,0 +1,146 @@
+"""The attention function that models run once they are prepared for this cache."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ...errors import InputError, StateError, UnsupportedModelError
+from .masks import compact_mask, expand_mask
+
+NAMES = {
+    "sdpa": "selfindex",
+    "eager": "selfindex_eager",
+    "flash_attention_2": "selfindex_fa2",
+    "flash_attention_3": "selfindex_fa3",
+}
+"""Dense implementation a model was loaded with -> the registered name that builds on it."""
+
+
+class NewKeys:
+    """Stands in for the key tensor between the cache's `update` and the attention function.
+
+    Models pass it through untouched. Anything that treats it as a tensor is an attention
+    implementation that was not prepared, and gets a clear error.
+    """
+
+    def __init__(self, layer: Any, keys: Tensor, values: Tensor) -> None:
+        self.layer, self.new_keys, self.new_values = layer, keys, values
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        self._misused()
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
+        cls._misused()
+
+    @staticmethod
+    def _misused() -> NoReturn:
+        raise StateError(
+            "a SelfIndexCache reached a model that was not prepared for it, or whose attention "
+            "implementation was changed since. Build the cache with SelfIndexCache(model), and do "
+            "not call set_attn_implementation afterwards"
+        )
+
+
+def dense_attention(
+    base: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """What the model did before it was prepared. Shapes as in `attention_forward`."""
+    if getattr(module, "is_causal", True) and (mask is None or mask.ndim == 2):
+        mask = expand_mask(base, mask, query, key.shape[2], getattr(module, "config", None))
+    if base == "eager":
+        # Eager attention is not in the registry: every model module defines its own.
+        function = sys.modules[type(module).__module__].eager_attention_forward
+    else:
+        function = ALL_ATTENTION_FUNCTIONS[base]
+    return function(module, query, key, value, mask, **kwargs)
+
+
+def attention_forward(
+    base: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor | NewKeys,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention function registered with transformers.
+
+    Args:
+        base: dense implementation to build on.
+        query: [B, Hq, T, d]; key: `NewKeys` from a compressed layer, or dense [B, H, N, d].
+        attention_mask: see `compact_mask`.
+        kwargs: scaling, dropout and whatever the model passes on.
+    Returns:
+        (output [B, T, Hq, d], None or the dense implementation's weights).
+
+    Raises:
+        InputError: gradients are needed, or an option changes attention in an unsupported way.
+    """
+    if not isinstance(key, NewKeys):
+        return dense_attention(base, module, query, key, value, attention_mask, **kwargs)
+    if torch.is_grad_enabled() and query.requires_grad:
+        raise InputError(
+            "the cache is for inference: run the model under torch.no_grad() or inference_mode()"
+        )
+    for option in ("softcap", "sliding_window", "position_bias"):
+        if kwargs.get(option) is not None:
+            raise InputError(
+                f"attention with {option}={kwargs[option]} is not supported in a compressed layer"
+            )
+    scaling = kwargs.get("scaling")
+    if scaling is None:
+        kwargs["scaling"] = scaling = query.shape[-1] ** -0.5
+    dense = partial(dense_attention, base, module, **kwargs)
+    output = key.layer.attend(module, query, key, attention_mask, scaling, kwargs.get("s_aux"), dense)
+    return output, None
+
+
+def register() -> None:
+    """Make the attention and mask functions known to transformers; safe to repeat."""
+    for base, name in NAMES.items():
+        AttentionInterface.register(name, partial(attention_forward, base))
+        AttentionMaskInterface.register(name, partial(compact_mask, base))
+
+
+def prepare(model: PreTrainedModel) -> Callable[[], None]:
+    """Switch a model to the cache's attention; with any other cache it still attends densely.
+
+    Returns:
+        a function that switches the model back.
+
+    Raises:
+        UnsupportedModelError: the model's attention cannot be replaced.
+    """
+    before = model.config._attn_implementation
+    if before in NAMES.values():
+        return lambda: None
+    if before not in NAMES:
+        raise UnsupportedModelError(
+            f"attention implementation {before!r} is not supported; load the model with "
+            f"attn_implementation set to one of {', '.join(NAMES)}"
+        )
+    register()
+    model.set_attn_implementation(NAMES[before])
+    if model.config._attn_implementation != NAMES[before]:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} does not let its attention implementation be replaced"
+        )
+    return lambda: model.set_attn_implementation(before)

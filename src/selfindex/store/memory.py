@@ -1,0 +1,30 @@
+"""Exact memory accounting of a cache."""
+
+from __future__ import annotations
+
+from dataclasses import astuple, dataclass
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes held, summed from live tensors.
+
+    Attributes:
+        index, payload: encoded pages in use.
+        full_precision: sinks and recent tokens in use.
+        statistics: balance or prompt statistics, block tables.
+        slack: allocated and not in use.
+    """
+
+    index: int = 0
+    payload: int = 0
+    full_precision: int = 0
+    statistics: int = 0
+    slack: int = 0
+
+    @property
+    def total(self) -> int:
+        return sum(astuple(self))
+
+    def __add__(self, other: Memory) -> Memory:
+        return Memory(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))

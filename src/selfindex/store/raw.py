@@ -1,0 +1,79 @@
+"""Full-precision tokens of a layer: sinks first, then the recent window."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+STEP = 32
+"""Capacity grows in multiples of this many tokens."""
+
+
+class RawTokens:
+    """Keys and values in the model's dtype, each row packed from the left.
+
+    Attributes:
+        keys, values: [B, H, capacity, d].
+        lengths: tokens held per row.
+    """
+
+    def __init__(self, like: Tensor) -> None:
+        self.keys = like.new_empty(*like.shape[:2], 0, like.shape[-1])
+        self.values = torch.empty_like(self.keys)
+        self.lengths = [0] * like.shape[0]
+
+    @property
+    def capacity(self) -> int:
+        return self.keys.shape[2]
+
+    @property
+    def width(self) -> int:
+        """Tokens of the longest row."""
+        return max(self.lengths, default=0)
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for `tokens` tokens a row."""
+        if tokens <= self.capacity:
+            return
+        capacity = -(-tokens // STEP) * STEP
+        for name in ("keys", "values"):
+            old = getattr(self, name)
+            new = old.new_empty(*old.shape[:2], capacity, old.shape[-1])
+            new[:, :, : old.shape[2]] = old
+            setattr(self, name, new)
+
+    def put(self, row: int, start: int, keys: Tensor, values: Tensor) -> None:
+        """Write tokens [H, n, d] at `start` and make them the last of the row."""
+        end = start + keys.shape[1]
+        self.reserve(end)
+        self.keys[row, :, start:end] = keys
+        self.values[row, :, start:end] = values
+        self.lengths[row] = end
+
+    def append_step(self, keys: Tensor, values: Tensor) -> None:
+        """Append one token [B, H, 1, d] to every row."""
+        self.reserve(self.width + 1)
+        if len(set(self.lengths)) == 1:
+            at = self.lengths[0]
+            self.keys[:, :, at : at + 1] = keys
+            self.values[:, :, at : at + 1] = values
+        else:
+            rows = torch.arange(len(self.lengths), device=keys.device)
+            columns = torch.tensor(self.lengths, device=keys.device)
+            self.keys[rows, :, columns] = keys[:, :, 0]
+            self.values[rows, :, columns] = values[:, :, 0]
+        self.lengths = [n + 1 for n in self.lengths]
+
+    def select(self, rows: Tensor) -> None:
+        """Make row i a copy of old row rows[i]."""
+        self.keys, self.values = self.keys[rows], self.values[rows]
+        self.lengths = [self.lengths[i] for i in rows.tolist()]
+
+    def held(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(keys, values [B, H, width, d], bool [B, width] of real tokens or None if all are)."""
+        width = self.width
+        real = None
+        if any(n != width for n in self.lengths):
+            columns = torch.arange(width, device=self.keys.device)
+            real = columns < torch.tensor(self.lengths, device=self.keys.device)[:, None]
+        return self.keys[:, :, :width], self.values[:, :, :width], real
