@@ -48,7 +48,7 @@ class SelfIndexConfig:
     min_tokens: int = 128
     sinks: int = AUTO
     recent: int = AUTO
-    page_size: int = 256
+    page_size: int = 128
     value_bits: int = 2
     dense_below: int = 1024
     sparse_queries: int = 8

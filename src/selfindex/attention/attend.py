@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from ..backends import ops
-from ..index.select import sum_of_softmax
 from ..store import LayerStore
 from .partial import attend_raw, merge_parts
 
@@ -72,13 +71,17 @@ def _dense_part(store: LayerStore, query: Tensor, scaling: float) -> tuple[Tenso
 def _sparse_part(
     store: LayerStore, query: Tensor, budgets: list[int], scaling: float
 ) -> tuple[Tensor, Tensor]:
-    name, pool, (table, counts) = store.format.name, store.pool, store.table.tensors()
-    if store.config.preset == "paper":
-        # The paper scores the mean query of the group.
-        mean = query.float().unflatten(1, (store.format.kv_heads, -1)).mean(2)
-        scores = ops.score(mean, pool.index, table, counts, store.constants, scaling, name)
-    else:
-        logits = ops.score(query, pool.index, table, counts, store.constants, scaling, name)
-        scores = sum_of_softmax(logits, store.format.kv_heads)
-    slots = ops.select(scores, torch.tensor(budgets, dtype=torch.int32, device=query.device), max(budgets))
-    return ops.sparse_attend(query, pool.index, pool.payload, table, slots, store.constants, scaling, name)
+    table, counts = store.table.tensors()
+    wanted = torch.tensor(budgets, dtype=torch.int32, device=query.device)
+    return ops.sparse_decode(
+        query,
+        store.pool.index,
+        store.pool.payload,
+        table,
+        counts,
+        wanted,
+        max(budgets),
+        store.constants,
+        scaling,
+        store.format.name,
+    )

@@ -101,17 +101,49 @@ def dense_attend(
     )
 
 
-@sparse_attend.register_fake
-@dense_attend.register_fake
-def _(
+@torch.library.custom_op("selfindex::sparse_decode", mutates_args=())
+def sparse_decode(
     query: Tensor,
     index_pool: Tensor,
     payload_pool: Tensor,
     block_table: Tensor,
-    tokens: Tensor,
+    page_counts: Tensor,
+    budgets: Tensor,
+    width: int,
     constants: Tensor,
     scaling: float,
     format: str,
 ) -> tuple[Tensor, Tensor]:
+    """Score, select and attend in one: (output [B, Hq, T, d], log-sum-exp [B, Hq, T]), float32."""
+    return reference.sparse_decode(
+        query,
+        index_pool,
+        payload_pool,
+        block_table,
+        page_counts,
+        budgets,
+        width,
+        constants,
+        scaling,
+        format,
+    )
+
+
+def _fake_part(query: Tensor) -> tuple[Tensor, Tensor]:
     output = query.new_empty(query.shape, dtype=torch.float32)
     return output, query.new_empty(query.shape[:3], dtype=torch.float32)
+
+
+@sparse_decode.register_fake
+def _(query: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+    return _fake_part(query)
+
+
+@sparse_attend.register_fake
+def _(query: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+    return _fake_part(query)
+
+
+@dense_attend.register_fake
+def _(query: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+    return _fake_part(query)

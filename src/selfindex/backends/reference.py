@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from ..attention.partial import softmax_part
-from ..codec import Codec, codec_for
+from ..codec import Codec, PageFormat, codec_for
 from ..index.lut import lookup
-from ..index.select import top_k
+from ..index.select import sum_of_softmax, top_k
 
 DENSE_CHUNK = 4096
 """Slots decoded at a time by `dense_attend`: bounds its memory, does not change its result."""
@@ -43,7 +43,7 @@ def score(
         query.unflatten(1, (fmt.kv_heads, -1)).flatten(2, 3), constants
     )  # [B, H, G T, d]
     index = index_pool[block_table.long()]  # [B, M, index_bytes]
-    packed = fmt.view(index, fmt.index["codes"]).transpose(1, 2).flatten(2, 3)  # [B, H, S, d / 8]
+    packed = fmt.view(index, fmt.index, "codes").transpose(1, 2).flatten(2, 3)  # [B, H, S, d / 8]
     logits = lookup(codec.lut(mapped, constants), packed)  # [B, H, G T, S]
     gain = codec.token_gain(index)
     if gain is not None:
@@ -70,22 +70,25 @@ def sparse_attend(
     scaling: float,
     format: str,
 ) -> tuple[Tensor, Tensor]:
-    """Attend to selected slots only, decoded one query at a time."""
+    """Attend to selected slots only."""
     codec = codec_for(format)
-    fmt = codec.format
+    fmt, queries = codec.format, query.shape[2]
+    total = block_table.shape[1] * fmt.page_size
     mapped = codec.map_query(query.unflatten(1, (fmt.kv_heads, -1)), constants)  # [B, H, G, T, d]
-    outputs, sums = [], []
-    for t in range(query.shape[2]):
-        chosen = slots[:, :, t].long()  # [B, H, K]
-        real = chosen >= 0
-        chosen = chosen.clamp(min=0)
-        keys, values = _read(codec, index_pool, payload_pool, block_table, chosen, constants)
-        logits = mapped[:, :, :, t] @ keys.transpose(-1, -2) * scaling  # [B, H, G, K]
-        output, lse = softmax_part(logits.masked_fill(~real[:, :, None], -torch.inf), values)
-        outputs.append(output)
-        sums.append(lse)
-    output = codec.unmap_output(torch.stack(outputs, 3))
-    return output.flatten(1, 2), torch.stack(sums, 3).flatten(1, 2)
+    if queries * slots.shape[3] < total:
+        at = slots.flatten(2)[:, :, None]  # [B, H, 1, T K]: every query's own tokens
+        taken = torch.eye(queries, dtype=torch.bool, device=query.device).repeat_interleave(slots.shape[3], 1)
+        taken = taken & (at >= 0)
+        at = at[:, :, 0].clamp(min=0).long()
+    else:
+        # Many queries: decode everything once and mask what each of them did not select.
+        at = torch.arange(total, device=query.device).expand(*slots.shape[:2], -1)
+        spare = slots.new_zeros((*slots.shape[:3], total + 1), dtype=torch.bool)
+        taken = spare.scatter(-1, torch.where(slots >= 0, slots, total).long(), True)[..., :total]
+    keys, values = _read(codec, index_pool, payload_pool, block_table, at, constants)
+    logits = mapped @ keys[:, :, None].transpose(-1, -2) * scaling  # [B, H, G, T, K or S]
+    output, lse = softmax_part(logits.masked_fill(~taken[:, :, None], -torch.inf), values[:, :, None])
+    return codec.unmap_output(output).flatten(1, 2), lse.flatten(1, 2)
 
 
 def dense_attend(
@@ -119,6 +122,31 @@ def dense_attend(
     return output.unflatten(2, (groups, -1)).flatten(1, 2), total.unflatten(2, (groups, -1)).flatten(1, 2)
 
 
+def sparse_decode(
+    query: Tensor,
+    index_pool: Tensor,
+    payload_pool: Tensor,
+    block_table: Tensor,
+    page_counts: Tensor,
+    budgets: Tensor,
+    width: int,
+    constants: Tensor,
+    scaling: float,
+    format: str,
+) -> tuple[Tensor, Tensor]:
+    """Score every token from the index, select `budgets` of them a row, attend to those."""
+    fmt = PageFormat.parse(format)
+    if fmt.preset == "paper":
+        # The paper scores the mean query of the GQA group.
+        mean = query.float().unflatten(1, (fmt.kv_heads, -1)).mean(2)
+        scores = score(mean, index_pool, block_table, page_counts, constants, scaling, format)
+    else:
+        logits = score(query, index_pool, block_table, page_counts, constants, scaling, format)
+        scores = sum_of_softmax(logits, fmt.kv_heads)
+    slots = select(scores, budgets, width)
+    return sparse_attend(query, index_pool, payload_pool, block_table, slots, constants, scaling, format)
+
+
 def _read(
     codec: Codec,
     index_pool: Tensor,
@@ -131,4 +159,4 @@ def _read(
     page, offset = slots // codec.format.page_size, slots % codec.format.page_size
     block = block_table.long()[:, None].expand(-1, slots.shape[1], -1).gather(2, page)
     keys = codec.read_keys(index_pool, payload_pool, block, offset, constants)
-    return keys, codec.read_values(payload_pool, block, offset)
+    return keys, codec.read_values(index_pool, payload_pool, block, offset)

@@ -7,6 +7,7 @@ s = sqrt(query rms / key deviation) before rotating; q.k does not change.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from ..errors import FormatError
 
 LIMIT = 4.0
 """s is clamped to [1 / LIMIT, LIMIT]."""
+
+_NAME = re.compile(r"layers\.(\d+)\.balance")
 
 
 def measure_balance(keys: Tensor, query_square: Tensor) -> Tensor:
@@ -75,4 +78,7 @@ class BalanceProfile:
             raise FormatError(f"{path} is not a selfindex profile of version 1")
         if not all(torch.isfinite(s).all() and (s > 0).all() for s in tensors.values()):
             raise FormatError(f"the profile {path} holds values that are not positive numbers")
-        return cls({int(name.split(".")[1]): s.float() for name, s in tensors.items()})
+        layers = {_NAME.fullmatch(name): s.float() for name, s in tensors.items()}
+        if None in layers:
+            raise FormatError(f"the profile {path} holds tensors that are not a layer's balance")
+        return cls({int(match[1]): s for match, s in layers.items() if match})

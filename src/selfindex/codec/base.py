@@ -54,6 +54,6 @@ class Codec(Protocol):
         """Decode keys of tokens in the coded domain: pools [N, ...] -> float32 [B, H, K, d]."""
         ...
 
-    def read_values(self, payload: Tensor, block: Tensor, offset: Tensor) -> Tensor:
-        """Decode values of tokens in the coded domain: payload pool -> float32 [B, H, K, d]."""
+    def read_values(self, index: Tensor, payload: Tensor, block: Tensor, offset: Tensor) -> Tensor:
+        """Decode values of tokens in the coded domain: pools [N, ...] -> float32 [B, H, K, d]."""
         ...

@@ -14,24 +14,45 @@ from ..errors import FormatError
 from .rotation import HEAD_DIMS
 
 FORMAT_VERSION = 1
-ALIGN_PLANE, ALIGN_SECTION = 256, 16
+ALIGN_PLANE, ALIGN_RECORD = 256, 16
 PAPER_GROUP = 32
 """Channels that share a scale and zero point in the paper preset."""
 
 _NAME = re.compile(r"(balanced|paper)-(\d+):h(\d+),d(\d+),p(\d+),v(\d+)")
 
 
+_Array = tuple[str, torch.dtype, tuple[int, ...]]
+
+
 @dataclass(frozen=True)
 class Section:
-    """One array inside a plane: its byte offset, element type and shape per page."""
+    """One array of a head's record in a plane.
+
+    Attributes:
+        offset: first byte within the record.
+        stride: bytes from one token to the next, for arrays with one entry per token.
+        dtype, shape: element type, and shape within the record ([P, ...] or [...]).
+    """
 
     offset: int
     dtype: torch.dtype
     shape: tuple[int, ...]
+    stride: int | None = None
 
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
+
+@dataclass(frozen=True)
+class Plane:
+    """Layout of one plane of a page: a record per KV head, one after the other, then a trailer.
+
+    Attributes:
+        sections: arrays of a record by name.
+        record: bytes per head, a multiple of 16.
+        nbytes: size of the plane, a multiple of 256.
+    """
+
+    sections: dict[str, Section]
+    record: int
+    nbytes: int
 
 
 @dataclass(frozen=True)
@@ -82,54 +103,44 @@ class PageFormat:
         return PageFormat(preset, *map(int, numbers))
 
     @cached_property
-    def index(self) -> dict[str, Section]:
-        """Sections of the index plane: what scoring reads."""
-        h, p, d = self.kv_heads, self.page_size, self.head_dim
-        arrays: list[tuple[str, torch.dtype, tuple[int, ...]]] = [("codes", torch.uint8, (h, p, d // 8))]
+    def index(self) -> Plane:
+        """Layout of the index plane: what scoring reads."""
+        p, d = self.page_size, self.head_dim
+        arrays: list[_Array] = [("codes", torch.uint8, (p, d // 8))]
         if self.preset == "balanced":
             arrays += [
-                ("key_scale", torch.uint8, (h, p)),
-                ("mean", torch.int8, (h, d)),
-                ("mean_step", torch.float32, (h,)),
-                ("key_base", torch.float32, (h,)),
+                ("key_scale", torch.uint8, (p,)),
+                ("mean", torch.int8, (d,)),
+                ("mean_step", torch.float32, ()),
+                ("key_base", torch.float32, ()),
+                ("value_base", torch.float32, ()),
             ]
-        arrays += [("count", torch.int32, (1,))]
-        return _lay_out(arrays)
+        # The trailer is the count of valid tokens, an int32 after the last record.
+        return _lay_out(self.kv_heads, [], p, arrays, trailer=4)
 
     @cached_property
-    def payload(self) -> dict[str, Section]:
-        """Sections of the payload plane: what attention reads, beside the index, of a selected token."""
-        h, p, d = self.kv_heads, self.page_size, self.head_dim
-        u8, f16, f32 = torch.uint8, torch.float16, torch.float32
-        arrays: list[tuple[str, torch.dtype, tuple[int, ...]]] = [("magnitudes", u8, (h, p, d // 4))]
+    def payload(self) -> Plane:
+        """Layout of the payload plane: what attention reads, beside the index, of a selected token."""
+        p, d = self.page_size, self.head_dim
+        u8, f16 = torch.uint8, torch.float16
+        token: list[_Array] = [("magnitudes", u8, (d // 4,)), ("values", u8, (d // 4,))]
+        if self.value_bits == 3:
+            token += [("value_signs", u8, (d // 8,))]
         if self.preset == "balanced":
-            if self.value_bits == 3:
-                arrays += [("value_signs", u8, (h, p, d // 8))]
-            arrays += [
-                ("values", u8, (h, p, d // 4)),
-                ("value_scale", u8, (h, p)),
-                ("value_base", f32, (h,)),
-            ]
-        else:
-            groups = -(-d // PAPER_GROUP)
-            arrays += [
-                ("key_scale", f16, (h, p, groups)),
-                ("key_zero", f16, (h, p, groups)),
-                ("values", u8, (h, p, d // 4)),
-                ("value_scale", f16, (h, p, groups)),
-                ("value_zero", f16, (h, p, groups)),
-            ]
-        return _lay_out(arrays)
+            return _lay_out(self.kv_heads, token, p, [("value_scale", u8, (p,))])
+        groups = -(-d // PAPER_GROUP)
+        names = ("key_scale", "key_zero", "value_scale", "value_zero")
+        return _lay_out(self.kv_heads, token, p, [(name, f16, (p, groups)) for name in names])
 
-    @cached_property
+    @property
     def index_bytes(self) -> int:
         """Size of a page's index plane, a multiple of 256."""
-        return _plane_bytes(self.index)
+        return self.index.nbytes
 
-    @cached_property
+    @property
     def payload_bytes(self) -> int:
         """Size of a page's payload plane, a multiple of 256."""
-        return _plane_bytes(self.payload)
+        return self.payload.nbytes
 
     @property
     def constants(self) -> int:
@@ -137,22 +148,47 @@ class PageFormat:
         # paper: mean [d], alpha [d], codebook [d / 4 groups, 16 codes, 4 channels]
         return self.head_dim if self.preset == "balanced" else 18 * self.head_dim
 
-    def view(self, plane: Tensor, section: Section) -> Tensor:
-        """Typed view of one section: uint8 [..., plane bytes] -> dtype [..., *section.shape]."""
-        raw = plane[..., section.offset : section.offset + section.nbytes]
+    def view(self, data: Tensor, plane: Plane, name: str) -> Tensor:
+        """Typed view of one array in pages: uint8 [..., plane bytes] -> dtype [..., H, *shape]."""
+        section = plane.sections[name]
+        records = data[..., : self.kv_heads * plane.record].unflatten(-1, (self.kv_heads, plane.record))
+        if section.stride is not None:
+            tokens = section.shape[0]
+            rows = records[..., : tokens * section.stride].unflatten(-1, (tokens, section.stride))
+            return rows[..., section.offset : section.offset + section.shape[1]]
+        size = math.prod(section.shape) * section.dtype.itemsize
+        raw = records[..., section.offset : section.offset + size]
         typed = raw if section.dtype == torch.uint8 else raw.view(section.dtype)
-        return typed.unflatten(-1, section.shape)
+        return typed.squeeze(-1) if section.shape == () else typed.unflatten(-1, section.shape)
+
+    def count(self, data: Tensor) -> Tensor:
+        """View of the number of valid tokens: index planes uint8 [..., bytes] -> int32 [...]."""
+        start = self.kv_heads * self.index.record
+        return data[..., start : start + 4].view(torch.int32).squeeze(-1)
 
 
-def _lay_out(arrays: list[tuple[str, torch.dtype, tuple[int, ...]]]) -> dict[str, Section]:
-    sections, offset = {}, 0
+def _lay_out(
+    heads: int,
+    token: list[_Array],
+    page_size: int,
+    arrays: list[_Array],
+    trailer: int = 0,
+) -> Plane:
+    """A record: what is interleaved token by token first, then whole arrays."""
+    sections: dict[str, Section] = {}
+    offset = 0
+    stride = sum(shape[0] for _, _, shape in token)
+    for name, dtype, shape in token:
+        sections[name] = Section(offset, dtype, (page_size, *shape), stride)
+        offset += shape[0]
+    offset = stride * page_size
     for name, dtype, shape in arrays:
+        offset = _align(offset, dtype.itemsize)
         sections[name] = Section(offset, dtype, shape)
-        end = offset + sections[name].nbytes
-        offset = -(-end // ALIGN_SECTION) * ALIGN_SECTION
-    return sections
+        offset += math.prod(shape) * dtype.itemsize
+    record = _align(offset, ALIGN_RECORD)
+    return Plane(sections, record, _align(heads * record + trailer, ALIGN_PLANE))
 
 
-def _plane_bytes(sections: dict[str, Section]) -> int:
-    end = max(s.offset + s.nbytes for s in sections.values())
-    return -(-end // ALIGN_PLANE) * ALIGN_PLANE
+def _align(size: int, unit: int) -> int:
+    return -(-size // unit) * unit

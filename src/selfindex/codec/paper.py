@@ -39,15 +39,15 @@ class PaperCodec:
         payload = torch.zeros(n, fmt.payload_bytes, dtype=torch.uint8, device=device)
         mean, alpha, _ = self.split(constants)
         centred = keys.float() - mean[:, :, None, :]
-        fmt.view(index, fmt.index["codes"]).copy_(packing.pack_bits((centred >= 0) & live))
-        fmt.view(index, fmt.index["count"]).copy_(counts[:, None])
+        fmt.view(index, fmt.index, "codes").copy_(packing.pack_bits((centred >= 0) & live))
+        fmt.count(index).copy_(counts)
         magnitudes = torch.where(alpha[:, :, None, :] > 0, centred.abs() / alpha[:, :, None, :], 0.0)
         for name, x in (("key", magnitudes), ("value", values.float())):
             codes, scale, zero = _quantise(torch.where(live, x, 0.0))
             plane = "magnitudes" if name == "key" else "values"
-            fmt.view(payload, fmt.payload[plane]).copy_(packing.pack_crumbs(codes))
-            fmt.view(payload, fmt.payload[f"{name}_scale"]).copy_(scale)
-            fmt.view(payload, fmt.payload[f"{name}_zero"]).copy_(zero)
+            fmt.view(payload, fmt.payload, plane).copy_(packing.pack_crumbs(codes))
+            fmt.view(payload, fmt.payload, f"{name}_scale").copy_(scale)
+            fmt.view(payload, fmt.payload, f"{name}_zero").copy_(zero)
         return index, payload
 
     def map_query(self, query: Tensor, constants: Tensor) -> Tensor:
@@ -76,11 +76,11 @@ class PaperCodec:
         head = torch.arange(fmt.kv_heads, device=block.device)[:, None]
         at = (block, head, offset)
         mean, alpha, _ = self.split(constants)
-        signs = packing.unpack_bits(fmt.view(index, fmt.index["codes"])[at])
+        signs = packing.unpack_bits(fmt.view(index, fmt.index, "codes")[at])
         size = _dequantise(fmt, payload, "key", "magnitudes", at) * alpha[:, :, None, :]
         return torch.where(signs, size, -size) + mean[:, :, None, :]
 
-    def read_values(self, payload: Tensor, block: Tensor, offset: Tensor) -> Tensor:
+    def read_values(self, index: Tensor, payload: Tensor, block: Tensor, offset: Tensor) -> Tensor:
         fmt = self.format
         head = torch.arange(fmt.kv_heads, device=block.device)[:, None]
         return _dequantise(fmt, payload, "value", "values", (block, head, offset))
@@ -139,8 +139,8 @@ def _quantise(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _dequantise(fmt: PageFormat, payload: Tensor, kind: str, plane: str, at: tuple) -> Tensor:
-    codes = packing.unpack_crumbs(fmt.view(payload, fmt.payload[plane])[at]).float()
-    scale = fmt.view(payload, fmt.payload[f"{kind}_scale"])[at].float()
-    zero = fmt.view(payload, fmt.payload[f"{kind}_zero"])[at].float()
+    codes = packing.unpack_crumbs(fmt.view(payload, fmt.payload, plane)[at]).float()
+    scale = fmt.view(payload, fmt.payload, f"{kind}_scale")[at].float()
+    zero = fmt.view(payload, fmt.payload, f"{kind}_zero")[at].float()
     spread = [t.repeat_interleave(PAPER_GROUP, -1)[..., : codes.shape[-1]] for t in (scale, zero)]
     return codes * spread[0] + spread[1]

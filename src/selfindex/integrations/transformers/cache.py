@@ -122,10 +122,19 @@ class SelfIndexLayer(CacheLayerMixin):
         else:
             output, self.read = attend(store, query, keys, values, valid, scaling, sink_logit)
             output = output.transpose(1, 2).contiguous()
-        store.append(keys, values, query, valid, scaling)
+        self.commit(query, keys, values, valid, scaling)
+        return output
+
+    def commit(
+        self, query: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None, scaling: float
+    ) -> None:
+        """Store tokens that attention has run for; arguments as `LayerStore.append`."""
+        if self.store is None:
+            self.lazy_initialization(keys, values)
+        assert self.store is not None
+        self.store.append(keys, values, query, valid, scaling)
         self.columns += keys.shape[2]
         self._pending = None
-        return output
 
     def get_seq_length(self) -> int:
         """Columns seen so far, padding included, as transformers counts."""
@@ -193,6 +202,11 @@ class SelfIndexCache(Cache):
         self.columns: Tensor | None = None
         """bool [B, columns] of real tokens; None while there was no padding."""
         self._step: Tensor | None = None
+
+    @property
+    def compressed_layers(self) -> list[SelfIndexLayer]:
+        """The layers this cache compresses, in order."""
+        return self._compressed
 
     def set_budget(self, budget: float | int) -> None:
         """Change the budget of the steps to come; what is stored stays as it is.
