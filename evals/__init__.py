@@ -1,0 +1,1 @@
+"""Quality evaluations that run on a CPU with small models and texts available offline."""

@@ -1,0 +1,63 @@
+"""Teacher-forced comparison of a model with a variant in place of its attention.
+
+The continuation runs again as one block. Attention of the full-attention layers over the prefix
+is the variant's; the continuation's own tokens stay exact.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .capture import Record, handler
+from .compensation import calibrate
+from .operator_level import Balances, balance_of
+from .sparse import Prefix, Variant, attend, encode
+from .stats import Array
+
+
+@torch.no_grad()
+def encode_record(record: Record, variant: Variant, kinds: Balances) -> dict[int, Prefix]:
+    """The encoded prefix of every recorded layer."""
+    first = min(record.layers)
+    out: dict[int, Prefix] = {}
+    for i, layer in record.layers.items():
+        prefix = encode(layer, variant, balance_of(kinds, variant, i))
+        out[i] = calibrate(layer, prefix, variant, first=i == first)
+    return out
+
+
+@torch.no_grad()
+def compare(model: Any, record: Record, variant: Variant, prefixes: dict[int, Prefix]) -> dict[str, Array]:
+    """Per token of the continuation: KL(dense || variant), top-1 agreement, loss difference."""
+    block = record.ids.numel() - record.prefix
+
+    def run(i: int, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
+        got = attend(q, prefixes[i], k[:, -block:], v[:, -block:], scaling, variant)
+        return got.out.flatten(0, 1)
+
+    with handler(list(prefixes), run):
+        ids = record.ids[None, record.prefix :]
+        logits = model(ids, cache=copy.deepcopy(record.cache), use_cache=True).logits[0]
+    return compare_logits(record.logits, logits, record.ids[record.prefix :])
+
+
+def compare_logits(dense: Tensor, other: Tensor, ids: Tensor) -> dict[str, Array]:
+    """The metrics of `compare` from two sets of logits [T, vocab]."""
+    kl, loss = [], []
+    following = torch.cat([ids[1:], ids[-1:]])
+    for p, q, n in zip(dense.split(32), other.split(32), following.split(32), strict=True):
+        p, q = p.log_softmax(-1), q.log_softmax(-1)
+        kl.append((p.exp() * (p - q)).sum(-1))
+        loss.append((p - q).gather(-1, n[:, None])[:, 0])
+    loss_rise = torch.cat(loss)
+    loss_rise[-1] = 0.0  # its next token is not known
+    agree = (dense.argmax(-1) == other.argmax(-1)).float()
+    return {
+        name: x.numpy().astype(np.float64)
+        for name, x in (("kl", torch.cat(kl)), ("top1", agree), ("loss", loss_rise))
+    }

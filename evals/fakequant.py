@@ -1,0 +1,220 @@
+"""Fake quantisation: what a stored page would decode to, in plain PyTorch.
+
+Every function returns tensors in the caller's domain (post-RoPE, unrotated), so that a score is
+simply `q . k_index` and a logit `q . k_hat`. Scales and means are rounded as they are stored.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+# Lloyd-Max levels of a unit Gaussian, positive half
+LEVELS = {
+    2: (0.4528, 1.5104),
+    3: (0.2451, 0.7560, 1.3439, 2.1520),
+    4: (0.1284, 0.3881, 0.6568, 0.9424, 1.2562, 1.6181, 2.0690, 2.7326),
+}
+MEAN_ABS = 0.7978845608  # E|x| of a unit Gaussian
+E4M4_TOP = 1.9375
+
+
+@dataclass(frozen=True)
+class KeySpec:
+    """How keys are stored. `page=None` is one (float) mean for the whole prefix."""
+
+    page: int | None = 256
+    centre: bool = True
+    int8_mean: bool = True
+    rotate: bool = True
+    balance: str = "prompt"  # a key of `balance_vectors`, or "none"
+    bits: int = 3
+    token_scale: bool = True  # the index multiplies each token's score by its scale
+    constant: float = MEAN_ABS  # score constant a
+    exact: bool = False  # decode to the exact keys (to isolate the selection)
+
+
+@dataclass(frozen=True)
+class ValueSpec:
+    """How values are stored. `group=0` is one scale per token."""
+
+    bits: int = 2
+    kind: str = "lloyd"  # "lloyd", "uniform" (min/max clipped), or "exact"
+    group: int = 32
+    fit: str = "unbiased"  # "unbiased" <v,v>/<v,c> or "mse" <v,c>/<c,c>
+    clip: float = 0.85
+    rotate: bool = True
+    centre: bool = False  # store against the page's int8 mean
+    page: int = 256
+
+
+def hadamard(d: int, seed: int = 0) -> Tensor:
+    """Orthonormal Sylvester-Hadamard matrix times a fixed random sign diagonal."""
+    if d & (d - 1):
+        raise ValueError("the ablation only needs powers of two")
+    h = torch.ones(1, 1)
+    while h.shape[0] < d:
+        h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)], 0)
+    signs = torch.randint(0, 2, (d,), generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    return h * signs / d**0.5
+
+
+def to_pages(x: Tensor, page: int) -> tuple[Tensor, Tensor]:
+    """[H, n, d] -> ([H, pages, page, d] padded with zeros, [pages, page] validity)."""
+    heads, n, d = x.shape
+    count = -(-n // page)
+    out = x.new_zeros(heads, count * page, d)
+    out[:, :n] = x
+    valid = torch.arange(count * page) < n
+    return out.view(heads, count, page, d), valid.view(count, page)
+
+
+def round_e4m4(scale: Tensor, page: int) -> Tensor:
+    """Round positive scales [H, n, groups] to bits 6..13 of a half, times a base per page."""
+    pages, _ = to_pages(scale, page)
+    base = pages.amax((2, 3), keepdim=True).clamp_min(1e-30) / E4M4_TOP
+    bits = (pages / base).half().view(torch.int16).int()
+    stored = ((bits + 32) >> 6).clamp(0, 255)
+    value = (stored << 6).to(torch.int16).view(torch.half).float()
+    return (value * base).flatten(1, 2)[:, : scale.shape[1]]
+
+
+def round_int8(x: Tensor) -> Tensor:
+    """Symmetric int8 with one step over the last dimension."""
+    step = x.abs().amax(-1, keepdim=True).clamp_min(1e-30) / 127
+    return (x / step).round() * step
+
+
+def page_means(x: Tensor, page: int | None, int8: bool) -> Tensor:
+    """The mean each token of [H, n, d] is stored against, expanded to [H, n, d]."""
+    if page is None:
+        return x.mean(1, keepdim=True).expand_as(x)
+    pages, valid = to_pages(x, page)
+    mean = pages.sum(2) / valid.sum(1)[:, None]
+    if int8:
+        mean = round_int8(mean)
+    return mean.repeat_interleave(page, 1)[:, : x.shape[1]]
+
+
+def lloyd(x: Tensor, bits: int, group: int, fit: str, page: int) -> tuple[Tensor, Tensor]:
+    """Symmetric Lloyd-Max codes of [H, n, d]: (level per element, scale per group)."""
+    heads, n, d = x.shape
+    y = x.reshape(heads, n, d // group, group)
+    rms = y.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-30)
+    size = y.abs() / rms
+    code = torch.full_like(size, LEVELS[bits][0])
+    for low, high in pairwise(LEVELS[bits]):
+        code.add_(size > (low + high) / 2, alpha=high - low)
+    code = torch.copysign(code, y)
+    inner = (y * code).sum(-1)
+    if fit == "mse":
+        return code, round_e4m4(inner / code.square().sum(-1), page)
+    return code, round_e4m4(y.square().sum(-1) / inner.clamp_min(1e-30), page)
+
+
+def balance_vector(k: Tensor, q_sq: Tensor) -> Tensor:
+    """Vector s of [H, d] from keys [H, n, d] and the mean square of the queries [Hq, d].
+
+    Equal in a RoPE pair (channels i and i + d/2), median-normalised, clamped to [1/4, 4].
+    """
+    heads, _, d = k.shape
+
+    def pairs(x: Tensor) -> Tensor:
+        return x.view(heads, 2, d // 2).mean(1).sqrt()
+
+    k_std = pairs(k.var(1, unbiased=False))
+    q_rms = pairs(q_sq.view(heads, -1, d).mean(1))
+    s = (q_rms / k_std.clamp_min(1e-12)).sqrt()
+    s = (s / s.median(-1, keepdim=True).values).clamp(0.25, 4.0)
+    return s.repeat(1, 2)
+
+
+def encode_keys(k: Tensor, spec: KeySpec, balance: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """(k_index, k_hat, scale) of keys [H, n, d].
+
+    The first two are what the index and what index + payload decode to, [H, n, d]; `scale` is
+    the scale of each token in the index, [H, n].
+    """
+    d = k.shape[-1]
+    rotation = hadamard(d) if spec.rotate else torch.eye(d)
+    s = torch.ones(k.shape[0], d) if balance is None else balance
+    x = (k * s[:, None]) @ rotation.T
+    mean = page_means(x, spec.page, spec.int8_mean) if spec.centre else torch.zeros_like(x)
+    page = spec.page or 256
+    residual = x - mean
+    code, scale = lloyd(residual, spec.bits, d, "mse", page)
+    index_scale = scale if spec.token_scale else mean_scale(scale, page)
+    index = mean + torch.copysign(index_scale * spec.constant, residual)
+    full = mean + (code * scale[..., None]).flatten(2)
+
+    def back(y: Tensor) -> Tensor:
+        return (y @ rotation) / s[:, None]
+
+    return back(index), k if spec.exact else back(full), index_scale[..., 0]
+
+
+def mean_scale(scale: Tensor, page: int) -> Tensor:
+    """Replace token scales [H, n, 1] by their page's mean."""
+    return page_means(scale, page, int8=False)
+
+
+def encode_values(v: Tensor, spec: ValueSpec) -> Tensor:
+    """What values [H, n, d] decode to."""
+    if spec.kind == "exact":
+        return v
+    heads, n, d = v.shape
+    rotation = hadamard(d, seed=1) if spec.rotate else torch.eye(d)
+    x = v @ rotation.T
+    group = spec.group or d
+    if spec.kind == "lloyd":
+        mean = page_means(x, spec.page, int8=True) if spec.centre else torch.zeros_like(x)
+        code, scale = lloyd(x - mean, spec.bits, group, spec.fit, spec.page)
+        out = mean + (code * scale[..., None]).flatten(2)
+    else:
+        y = x.reshape(heads, n, d // group, group)
+        low, high = y.amin(-1), y.amax(-1)
+        middle = round_int8(((low + high) / 2).flatten(1)).view_as(low)
+        step = round_e4m4((high - low) * spec.clip / (2**spec.bits - 1), spec.page)
+        base = middle - step * (2**spec.bits - 1) / 2
+        code = ((y - base[..., None]) / step.clamp_min(1e-30)[..., None]).round()
+        code = code.clamp(0, 2**spec.bits - 1)
+        out = (base[..., None] + code * step[..., None]).flatten(2)
+    return out @ rotation
+
+
+def encode_minmax(x: Tensor, bits: int, group: int) -> Tensor:
+    """Per-token min/max quantisation in groups of channels, with fp16 scale and zero point."""
+    heads, n, d = x.shape
+    y = x.reshape(heads, n, d // group, group)
+    low = y.amin(-1, keepdim=True)
+    step = ((y.amax(-1, keepdim=True) - low) / (2**bits - 1)).half().float().clamp_min(1e-8)
+    low = low.half().float()
+    return (low + ((y - low) / step).round().clamp(0, 2**bits - 1) * step).reshape(heads, n, d)
+
+
+def encode_paper(k: Tensor) -> tuple[Tensor, Tensor]:
+    """The paper's keys: centred signs in groups of 4, a codebook, and 2-bit magnitudes.
+
+    Returns (k_index, k_hat). A code that no token uses gets sign pattern x mean magnitude.
+    """
+    heads, n, d = k.shape
+    mean = k.mean(1, keepdim=True)
+    x = k - mean
+    positive = x >= 0
+    weights = torch.tensor([1, 2, 4, 8])
+    code = (positive.view(heads, n, d // 4, 4) * weights).sum(-1)  # [H, n, d/4]
+    slot = (code + 16 * torch.arange(d // 4)).flatten(1)  # [H, n * d/4]
+    sums = torch.zeros(heads, 4 * d, 4)
+    sums.scatter_add_(1, slot[..., None].expand(-1, -1, 4), x.reshape(heads, -1, 4))
+    counts = torch.zeros(heads, 4 * d).scatter_add_(1, slot, torch.ones_like(slot, dtype=torch.float))
+    pattern = ((torch.arange(16)[:, None] & weights) > 0).float() * 2 - 1
+    magnitude = x.abs().mean(1).view(heads, d // 4, 1, 4)
+    default = (pattern * magnitude).flatten(1, 2)
+    centroid = torch.where(counts[..., None] > 0, sums / counts.clamp_min(1)[..., None], default)
+    index = centroid.gather(1, slot[..., None].expand(-1, -1, 4)).view(heads, n, d)
+    alpha = x.abs().amax(1, keepdim=True).clamp_min(1e-8)
+    size = encode_minmax(x.abs() / alpha, 2, 32) * alpha
+    return index + mean, torch.where(positive, size, -size) + mean

@@ -1,0 +1,130 @@
+"""How close a model with a self-indexing cache stays to itself with a dense one.
+
+For every text and prefix length: prefill, compress, then run a continuation teacher-forced, every
+query selecting its own tokens. Printed per variant over all texts, with 95 % bootstrap intervals:
+KL divergence from the dense model's next-token distribution (nats), top-1 agreement with it,
+and the perplexity of the true text.
+
+    python -m evals.fidelity --model smollm2 --lengths 4096 8064 --texts manual stdlib kjv
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import selfindex
+
+from .environment import describe, show_table
+from .models import load_model
+from .recording import Recording, record
+from .stats import bootstrap
+from .texts import load_text
+
+BUDGETS = (0.05, 0.075, 0.1, 1.0)
+EVERY_QUERY = 1 << 30
+"""`sparse_queries` that makes every query of the continuation select for itself."""
+
+
+def variants(extra: list[str]) -> dict[str, dict[str, Any]]:
+    """Options by name: both presets at every budget, then `extra` as "name:key=value,...:budget"."""
+    chosen = {}
+    for preset in ("paper", "balanced"):
+        for budget in BUDGETS:
+            chosen[f"{preset} {100 * budget:g} %"] = {"preset": preset, "budget": budget}
+    for text in extra:
+        name, options = text.split(":", 1)
+        chosen[name] = {k: json.loads(v) for k, v in (pair.split("=") for pair in options.split(","))}
+    return chosen
+
+
+@torch.inference_mode()
+def continue_from(model: Any, cache: Any, ids: Tensor) -> Tensor:
+    """Log-probabilities [T, vocabulary] of the tokens after each of ids [1, T]."""
+    return model(ids, past_key_values=cache).logits[0].float().log_softmax(-1)
+
+
+def compare(dense: Tensor, other: Tensor, targets: Tensor) -> dict[str, np.ndarray]:
+    """Per-token KL(dense || other), top-1 agreement and negative log-likelihood of the text."""
+    kl = (dense.exp() * (dense - other)).sum(-1)
+    same = dense.argmax(-1) == other.argmax(-1)
+    nll = -other.gather(1, targets[:, None])[:, 0]
+    return {name: x.double().cpu().numpy() for name, x in (("kl", kl), ("top1", same), ("nll", nll))}
+
+
+def run_text(
+    model: Any, recording: Recording, ids: Tensor, targets: Tensor, chosen: dict[str, dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Metrics per variant for one text; `ids` [1, T] are fed, `targets` [T] follow them."""
+    dense = continue_from(model, recording.dense_copy(), ids)
+    results: dict[str, dict[str, Any]] = {"dense": compare(dense, dense, targets)}
+    for name, options in chosen.items():
+        options = {"sparse_queries": EVERY_QUERY, "dense_below": 0} | options
+        cache = recording.fill(selfindex.SelfIndexCache(model, **options))
+        memory, first = cache.report().memory, cache.compressed_layers[0].store
+        pairs = len(cache.compressed_layers) * first.format.kv_heads * first.encoded(0)
+        results[name] = compare(dense, continue_from(model, cache, ids), targets)
+        results[name]["bytes"] = (memory.index + memory.payload) / pairs
+    return results
+
+
+def summarise(runs: list[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """Pool runs over texts: estimate and interval per metric, worst text for KL and top-1."""
+    table: dict[str, dict[str, Any]] = {}
+    for name in runs[0]:
+        windows = {metric: [run[name][metric] for run in runs] for metric in ("kl", "top1", "nll")}
+        table[name] = {metric: bootstrap(parts) for metric, parts in windows.items()}
+        table[name]["perplexity"] = math.exp(table[name]["nll"][0])
+        table[name]["kl_by_text"] = [round(float(part.mean()), 5) for part in windows["kl"]]
+        table[name]["top1_by_text"] = [round(float(part.mean()), 5) for part in windows["top1"]]
+        if "bytes" in runs[0][name]:
+            table[name]["bytes"] = runs[0][name]["bytes"]
+    return table
+
+
+def main() -> None:
+    """Parse the command line, run, print and write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--model", default="smollm2", help="smollm2, gemma3-270m, or a model path")
+    parser.add_argument("--texts", nargs="+", default=["manual", "stdlib", "kjv"])
+    parser.add_argument("--lengths", nargs="+", type=int, default=[4096], help="context incl. continuation")
+    parser.add_argument("--continuation", type=int, default=256)
+    parser.add_argument("--start", type=int, default=20000, help="first character of the text to use")
+    parser.add_argument("--variant", action="append", default=[], help='e.g. "v3:value_bits=3,budget=0.05"')
+    parser.add_argument("--only", action="store_true", help="run only the variants given with --variant")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    args = parser.parse_args()
+    model, tokenizer = load_model(args.model)
+    model.to(args.device)
+    chosen = variants(args.variant)
+    if args.only:
+        chosen = {name: o for name, o in chosen.items() if any(v.split(":")[0] == name for v in args.variant)}
+    report: dict[str, Any] = {"environment": describe("fidelity"), "lengths": {}}
+    for length in args.lengths:
+        runs = []
+        for text in args.texts:
+            content = load_text(text)[args.start : args.start + 12 * length]
+            ids = tokenizer(content, return_tensors="pt", add_special_tokens=False).input_ids[:, : length + 1]
+            ids = ids.to(args.device)
+            prefix = length - args.continuation
+            recording = record(model, ids[:, :prefix])
+            runs.append(run_text(model, recording, ids[:, prefix:length], ids[0, prefix + 1 :], chosen))
+        table = summarise(runs)
+        report["lengths"][str(length)] = table
+        show_table(
+            f"{args.model}, {length} tokens, {len(args.texts)} texts x {args.continuation} tokens", table
+        )
+    if args.output:
+        args.output.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

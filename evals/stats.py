@@ -1,0 +1,48 @@
+"""Bootstrap intervals over blocks of neighbouring queries, stratified by text window."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+Statistic = Callable[[Array], float]
+BLOCK = 8  # neighbouring queries are resampled together
+
+
+def mean(x: Array) -> float:
+    """Mean over everything."""
+    return float(x.mean())
+
+
+def p5(x: Array) -> float:
+    """5th percentile over everything."""
+    return float(np.quantile(x, 0.05))
+
+
+def _blocks(windows: list[Array]) -> list[list[Array]]:
+    return [np.array_split(w, max(1, len(w) // BLOCK)) for w in windows]
+
+
+def bootstrap(
+    windows: list[Array], statistic: Statistic = mean, resamples: int = 1000, seed: int = 0
+) -> list[float]:
+    """[estimate, low, high] (95 %) of a statistic; each window is an array [queries, ...]."""
+    if statistic is mean:  # averages of blocks suffice
+        windows = [w.reshape(len(w), -1).mean(1) for w in windows]
+    rng = np.random.default_rng(seed)
+    blocks = _blocks(windows)
+    values = []
+    for _ in range(resamples):
+        picked = [b[i] for b in blocks for i in rng.integers(0, len(b), len(b))]
+        values.append(statistic(np.concatenate(picked)))
+    low, high = np.quantile(values, [0.025, 0.975])
+    return [round(float(x), 5) for x in (statistic(np.concatenate(windows)), low, high)]
+
+
+def difference(a: list[Array], b: list[Array], resamples: int = 1000) -> list[float]:
+    """[estimate, low, high] of mean(a) - mean(b), paired by query."""
+    pairs = [(x - y).reshape(len(x), -1).mean(1) for x, y in zip(a, b, strict=True)]
+    return bootstrap(pairs, mean, resamples)

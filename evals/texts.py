@@ -1,0 +1,90 @@
+"""Long real texts that are available without a network.
+
+====== ======================================================== =============================
+name   text                                                     where it comes from
+====== ======================================================== =============================
+manual reference manual of CPython (`pydoc_data.topics`)        the standard library
+stdlib sources of CPython's library, concatenated               the standard library
+kjv    the King James Bible, verse numbers removed              Debian `bible-kjv`
+jargon the Jargon File                                          Debian `jargon-text`
+====== ======================================================== =============================
+
+The last two need `apt-get install bible-kjv jargon-text`. Any other text can be given as the
+path of a UTF-8 file.
+"""
+
+from __future__ import annotations
+
+import gzip
+import re
+import shutil
+import subprocess
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+
+JARGON_PATH = Path("/usr/share/doc/jargon-text/jargon.txt.gz")
+
+
+def manual() -> str:
+    """CPython's reference manual, as `help()` shows it."""
+    from pydoc_data import topics
+
+    return "\n".join(topics.topics[key] for key in sorted(topics.topics))
+
+
+def stdlib(max_chars: int = 4_000_000) -> str:
+    """The top-level modules of CPython's library in alphabetical order."""
+    root = Path(sysconfig.get_path("stdlib"))
+    parts: list[str] = []
+    total = 0
+    for path in sorted(root.glob("*.py")):
+        source = path.read_text(encoding="utf-8", errors="replace")
+        parts.append(f"# {path.name}\n{source}")
+        total += len(source)
+        if total >= max_chars:
+            break
+    return "\n".join(parts)
+
+
+def kjv() -> str:
+    """The King James Bible, one verse a line."""
+    if shutil.which("bible") is None:
+        raise FileNotFoundError("the text 'kjv' needs the Debian package bible-kjv")
+    command = ["bible", "-f", "Gen1:1-Rev22:21"]
+    raw = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return re.sub(r"(?m)^\S+?\d+:\d+ ", "", raw)
+
+
+def jargon() -> str:
+    """The Jargon File (a dictionary with long entries, and essays)."""
+    if not JARGON_PATH.exists():
+        raise FileNotFoundError("the text 'jargon' needs the Debian package jargon-text")
+    with gzip.open(JARGON_PATH, "rt", encoding="utf-8", errors="replace") as stream:
+        return stream.read()
+
+
+TEXTS: dict[str, Callable[[], str]] = {
+    "manual": manual,
+    "stdlib": stdlib,
+    "kjv": kjv,
+    "jargon": jargon,
+}
+
+
+def load_text(name_or_path: str) -> str:
+    """A named text of this module, or the content of a UTF-8 file."""
+    if name_or_path in TEXTS:
+        return TEXTS[name_or_path]()
+    path = Path(name_or_path)
+    if not path.is_file():
+        raise ValueError(f"{name_or_path!r} is neither one of {sorted(TEXTS)} nor a file")
+    return path.read_text(encoding="utf-8", errors="replace")
+
+
+def excerpt(text: str, part: int, parts: int, max_chars: int) -> str:
+    """The beginning of the `part`-th of `parts` equal stretches of `text`, from a line start."""
+    start = len(text) * part // parts
+    newline = text.find("\n", start) if start else -1
+    start = newline + 1 if newline >= 0 else start
+    return text[start : start + max_chars]
