@@ -1,6 +1,6 @@
 """Draw the README's figure from a result of `evals.fidelity`.
 
-    python -m evals.figures evals/results/fidelity-smollm2.json docs/figures/fidelity.png
+python -m evals.figures evals/results/fidelity-smollm2.json docs/figures/fidelity.png
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ COLOURS = {"balanced": "#1b7f5c", "paper": "#b5522b"}
 def draw(source: Path, target: Path) -> None:
     """KL to the dense model against the budget, one panel a context length, with intervals."""
     lengths = json.loads(source.read_text())["lengths"]
-    figure, axes = plt.subplots(1, len(lengths), figsize=(4.6 * len(lengths), 3.4), sharey=True, squeeze=False)
+    figure, axes = plt.subplots(
+        1, len(lengths), figsize=(4.6 * len(lengths), 3.4), sharey=True, squeeze=False
+    )
     for axis, (length, rows) in zip(axes[0], lengths.items(), strict=True):
         for preset, colour in COLOURS.items():
             named = {name: row for name, row in rows.items() if name.startswith(f"{preset} ")}

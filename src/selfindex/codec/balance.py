@@ -58,7 +58,8 @@ class BalanceProfile:
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file."""
-        tensors = {f"layers.{i}.balance": s.contiguous().cpu() for i, s in self.balance.items()}
+        # Cloned: safetensors refuses tensors that share memory.
+        tensors = {f"layers.{i}.balance": s.cpu().contiguous().clone() for i, s in self.balance.items()}
         save_file(tensors, path, metadata={"format": "selfindex-profile", "version": "1"})
 
     @classmethod

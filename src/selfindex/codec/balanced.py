@@ -9,7 +9,6 @@ Self-Indexing KVCache (arXiv 2603.14224).
 
 from __future__ import annotations
 
-import math
 from itertools import pairwise
 
 import torch
@@ -28,8 +27,12 @@ from .scales import decode_scales, encode_scales
 MAGNITUDES_8 = (13 / 53, 40 / 53, 71 / 53, 114 / 53)
 MAGNITUDES_4 = (0.5, 1.5)
 
-SIGN_GAIN = math.sqrt(2 / math.pi)
-"""Mean magnitude of a unit Gaussian: the length a sign stands for when only signs are read."""
+SIGN_GAIN = 0.9
+"""Length in scales that a sign stands for when only signs are read.
+
+The least-squares value for a Gaussian is sqrt(2 / pi) = 0.80; a sharper estimate selects better
+(docs/design-notes.md, score constant).
+"""
 
 
 def thresholds(levels: tuple[float, ...]) -> list[float]:

@@ -48,4 +48,4 @@ def top_k(scores: Tensor, budgets: Tensor, width: int) -> Tensor:
     place = torch.where(chosen, chosen.cumsum(-1) - 1, width)
     result = scores.new_full((*scores.shape[:-1], width + 1), -1, dtype=torch.int32)
     source = torch.arange(slots, device=scores.device, dtype=torch.int32).expand(scores.shape)
-    return result.scatter(-1, place, source)[..., :width]
+    return result.scatter(-1, place, source)[..., :width].contiguous()

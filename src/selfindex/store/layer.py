@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +25,17 @@ ENCODE_PAGES = 32
 
 OBSERVED_QUERIES = 32
 """Last prompt queries that vote for the paper preset's full-precision tokens."""
+
+
+def _outside_inference_mode(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Tensors made in inference mode cannot be written outside it; a store is written in any mode."""
+
+    @wraps(method)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with torch.inference_mode(False), torch.no_grad():
+            return method(*args, **kwargs)
+
+    return run
 
 
 @dataclass(frozen=True)
@@ -44,6 +58,7 @@ class LayerStore:
         balance: float32 [H, d] from a profile, or None to measure it on the first page.
     """
 
+    @_outside_inference_mode
     def __init__(self, config: SelfIndexConfig, like: Tensor, balance: Tensor | None = None) -> None:
         self.config = config
         self.format = PageFormat(
@@ -78,6 +93,7 @@ class LayerStore:
         """Tokens of a row, encoded or not."""
         return self.encoded(row) + self.raw.lengths[row]
 
+    @_outside_inference_mode
     def append(
         self, keys: Tensor, values: Tensor, query: Tensor, valid: Tensor | None, scaling: float
     ) -> None:
@@ -225,8 +241,9 @@ class LayerStore:
                 self.table.crop(b, max(0, keep - sinks))
                 self.raw.lengths[b] = min(sinks, keep)
             if keep == 0:
-                self._prompt_tokens[b] = 0
+                self._prompt_tokens[b], self._has_constants[b] = 0, False
 
+    @_outside_inference_mode
     def select_rows(self, rows: Tensor) -> None:
         """Make row i a copy of old row rows[i], int64 on any device; pages are shared."""
         rows = rows.to(self.raw.keys.device)

@@ -72,8 +72,10 @@ class RawTokens:
     def held(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """(keys, values [B, H, width, d], bool [B, width] of real tokens or None if all are)."""
         width = self.width
-        real = None
+        keys, values, real = self.keys[:, :, :width], self.values[:, :, :width], None
         if any(n != width for n in self.lengths):
-            columns = torch.arange(width, device=self.keys.device)
-            real = columns < torch.tensor(self.lengths, device=self.keys.device)[:, None]
-        return self.keys[:, :, :width], self.values[:, :, :width], real
+            columns = torch.arange(width, device=keys.device)
+            real = columns < torch.tensor(self.lengths, device=keys.device)[:, None]
+            # Memory nobody wrote may hold NaN, which a weight of 0 does not remove.
+            values = values.masked_fill(~real[:, None, :, None], 0)
+        return keys, values, real

@@ -62,7 +62,9 @@ def dense_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """What the model did before it was prepared. Shapes as in `attention_forward`."""
-    if getattr(module, "is_causal", True) and (mask is None or mask.ndim == 2):
+    # Eager attention has no way to be causal without a mask; the others take None for that.
+    compact = mask.ndim == 2 if mask is not None else base == "eager"
+    if compact and getattr(module, "is_causal", True):
         mask = expand_mask(base, mask, query, key.shape[2], getattr(module, "config", None))
     if base == "eager":
         # Eager attention is not in the registry: every model module defines its own.

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -74,14 +75,16 @@ class SelfIndexLayer(CacheLayerMixin):
                 f"keys and values must share a dtype out of float32, float16, bfloat16; "
                 f"got {keys.dtype}, {values.dtype}"
             )
+        if self.store is not None:
+            self._check_fit(keys, self.store.raw.keys)
         if keys.shape[2] > 1 and not bool(torch.isfinite(keys).all() & torch.isfinite(values).all()):
             raise InputError(
                 f"layer {self.layer_idx}: keys or values hold NaN or infinity. Check the model's dtype "
                 "(fp16 overflows in some models; use bf16) and its inputs"
             )
-        if self.store is None:
-            return
-        held = self.store.raw.keys
+
+    @staticmethod
+    def _check_fit(keys: Tensor, held: Tensor) -> None:
         if keys.shape[0] != held.shape[0]:
             raise InputError(
                 f"the cache holds a batch of {held.shape[0]}, got {keys.shape[0]}; use one cache per "
@@ -165,6 +168,11 @@ class SelfIndexLayer(CacheLayerMixin):
             self.store.select_rows(rows)
 
 
+def _with_padding(columns: Tensor | None) -> Tensor | None:
+    """`SelfIndexCache.columns` after some were dropped: None if no padding is left."""
+    return None if columns is None or bool(columns.all()) else columns
+
+
 class SelfIndexCache(Cache):
     """A KV cache for transformers models whose keys are their own index.
 
@@ -202,6 +210,15 @@ class SelfIndexCache(Cache):
         self.columns: Tensor | None = None
         """bool [B, columns] of real tokens; None while there was no padding."""
         self._step: Tensor | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SelfIndexCache:
+        """Copy what is stored, for two continuations of one prompt; the model stays the same."""
+        new = type(self).__new__(type(self))
+        memo |= {id(self): new, id(self._modules): self._modules}
+        for layer in self._compressed:
+            memo[id(layer._cache)] = weakref.proxy(new)
+        new.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
+        return new
 
     @property
     def compressed_layers(self) -> list[SelfIndexLayer]:
@@ -261,52 +278,65 @@ class SelfIndexCache(Cache):
             StateError: the paper preset would have to cut inside its prompt.
         """
         common = min(layer.columns for layer in self._compressed)
-        keep = tokens_to_remove if tokens_to_remove > 0 else common + tokens_to_remove
-        keep = max(0, min(keep, common))
-        stores = [layer.store for layer in self._compressed if layer.store is not None]
+        amount = int(tokens_to_remove)  # transformers 5.17 passes a tensor
+        keep = max(0, min(amount if amount > 0 else common + amount, common))
+        if keep == 0:
+            self.reset()
+            return
         columns = None if self.columns is None else self.columns[:, :keep]
-        lengths: list[int] = [keep] * stores[0].batch if stores else []
-        if columns is not None:
-            lengths = columns.sum(1).tolist()
+        stores = [layer.store for layer in self._compressed if layer.store is not None]
+        lengths: list[int] = [keep] * stores[0].batch if columns is None else columns.sum(1).tolist()
+        layers = cast(list[Any], self.layers)
+        others = [x for x in layers if not isinstance(x, SelfIndexLayer) and x.is_initialized]
+        # Refuse before anything is changed.
         for store in stores:
             store.check_crop(lengths)
-        self.columns = columns
-        layers: list[Any] = self.layers
-        for layer in layers:
-            if isinstance(layer, SelfIndexLayer):
-                if layer.store is not None:
-                    layer.store.crop(lengths)
-                layer.columns, layer._pending = keep, None
-            elif hasattr(layer, "crop") and layer.is_initialized:
-                layer.crop(min(0, keep - layer.get_seq_length()))
+        for layer in others:
+            past = layer.get_seq_length()
+            full = getattr(layer, "is_sliding", False) and layer.sliding_window <= past
+            if full and keep < past and not layer.record_past:
+                raise StateError(
+                    "a sliding-window layer has dropped the tokens it would need after crop; call "
+                    "cache.activate_past_recording() before the tokens that may go, or reset the cache"
+                )
+        for layer in others:
+            surplus = max(0, layer.get_seq_length() - keep)
+            if surplus or getattr(layer, "record_past", False):
+                layer.crop(-surplus)
+        for compressed in self._compressed:
+            if compressed.store is not None:
+                compressed.store.crop(lengths)
+            compressed.columns, compressed._pending = keep, None
+        self.columns = _with_padding(columns)
 
     def reset(self) -> None:
         super().reset()
+        for layer in cast(list[Any], self.layers):
+            # Otherwise transformers 5.17 keeps their old tokens, as zeros.
+            layer.is_initialized = False
         self.columns = self._step = None
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
         if self.columns is not None:
-            self.columns = self.columns[beam_idx.to(self.columns.device)]
+            self.columns = _with_padding(self.columns[beam_idx.to(self.columns.device)])
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep only these rows of the batch, in this order."""
         rows = torch.as_tensor(indices)
         if rows.dtype == torch.bool:
             rows = rows.nonzero().flatten()
-        layers: list[Any] = self.layers
-        for layer in layers:
+        for layer in cast(list[Any], self.layers):
             if isinstance(layer, SelfIndexLayer):
                 layer.select_rows(rows)
             elif layer.is_initialized:
                 layer.batch_select_indices(rows)
         if self.columns is not None:
-            self.columns = self.columns[rows.to(self.columns.device)]
+            self.columns = _with_padding(self.columns[rows.to(self.columns.device)])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row; encoded pages are shared between the copies."""
-        layers: list[Any] = self.layers
-        for layer in layers:
+        for layer in cast(list[Any], self.layers):
             if isinstance(layer, SelfIndexLayer):
                 if layer.store is not None:
                     layer.select_rows(torch.arange(layer.store.batch).repeat_interleave(repeats))

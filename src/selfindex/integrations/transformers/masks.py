@@ -14,8 +14,9 @@ from ...errors import InputError, StateError
 def compact_mask(base: str, **kwargs: Any) -> Tensor | None:
     """Mask function registered with transformers: keeps plain causal masks two-dimensional.
 
-    Returns None (causal, no padding), bool [B, columns] (causal with padding), or, for any other
-    pattern such as a sliding window, what the mask function of `base` returns.
+    Returns None (causal without padding, where dense kernels need no mask either), bool [B, columns]
+    (causal, False for padding), or, for any other pattern such as a sliding window or a static
+    cache, what the mask function of `base` returns.
     """
     past, new, total = kwargs["q_offset"], kwargs["q_length"], kwargs["kv_length"]
     plain = (
@@ -28,9 +29,11 @@ def compact_mask(base: str, **kwargs: Any) -> Tensor | None:
     if not plain:
         return ALL_MASK_ATTENTION_FUNCTIONS[base](**kwargs)
     padding = kwargs.get("attention_mask")
-    if padding is None or bool(padding.all()):
+    if padding is not None and not bool(padding.all()):
+        return padding[:, :total].bool()
+    if past == 0 or new == 1:
         return None
-    return padding[:, :total].bool()
+    return torch.ones(kwargs["batch_size"], total, dtype=torch.bool, device=kwargs.get("device"))
 
 
 def expand_mask(base: str, mask: Tensor | None, query: Tensor, key_length: int, config: Any) -> Tensor | None:

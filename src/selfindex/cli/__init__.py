@@ -1,0 +1,37 @@
+"""The command `selfindex`. One file a command; each module's function of that name is the command."""
+
+from __future__ import annotations
+
+import typer
+
+from .. import __version__
+from . import demo, doctor, generate
+
+app = typer.Typer(
+    name="selfindex",
+    help="A self-indexing KV cache: compressed keys that find the few tokens a query attends to.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+)
+app.command()(demo.demo)
+app.command()(generate.generate)
+app.command()(doctor.doctor)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"selfindex {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: bool = typer.Option(
+        False, "--version", callback=_show_version, is_eager=True, help="Print the version and exit."
+    ),
+) -> None:
+    """Options that come before the command."""
+
+
+__all__ = ["app"]

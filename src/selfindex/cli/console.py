@@ -1,0 +1,71 @@
+"""What the commands share in talking to people: consoles, progress, errors in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from ..errors import ConfigError, SelfIndexError
+
+# Results go to stdout, everything else to stderr, so that output can be piped.
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+
+class CommandError(SelfIndexError):
+    """A command cannot be carried out; the message says why and what to do."""
+
+
+@contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """Turn this package's exceptions into a red line and exit code 1."""
+    try:
+        yield
+    except SelfIndexError as error:
+        err.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
+        raise typer.Exit(1) from None
+
+
+def progress() -> Progress:
+    """A progress display that disappears when the work is done."""
+    return Progress(
+        SpinnerColumn(finished_text="[green]✓[/]"),
+        TextColumn("{task.description:<36}"),
+        BarColumn(bar_width=32),
+        TimeElapsedColumn(),
+        console=err,
+        transient=True,
+    )
+
+
+def parse_budget(text: str) -> float | int:
+    """A budget as typed: "0.05" or "5%" of the tokens, or "2048" tokens.
+
+    Raises:
+        ConfigError: not a number. Its range is checked by `SelfIndexConfig`.
+    """
+    try:
+        if text.endswith("%"):
+            return float(text[:-1]) / 100
+        return int(text) if text.lstrip("+-").isdigit() else float(text)
+    except ValueError:
+        raise ConfigError(
+            f"budget must be a fraction (0.05), a percentage (5%) or a number of tokens (2048), got {text!r}"
+        ) from None
+
+
+def budget_text(budget: float | int) -> str:
+    """A budget for people: "5 %" or "2,048 tokens"."""
+    return f"{budget:,} tokens" if isinstance(budget, int) else f"{100 * budget:g} %"
+
+
+BUDGET = typer.Option(
+    "0.05", help="Encoded tokens read per query: a fraction (0.05), a percentage (5%) or a number (2048)."
+)
+PRESET = typer.Option("balanced", help="How the cache is encoded: balanced or paper.")
+DEVICE = typer.Option("auto", help="auto (CUDA if there is one), cpu, cuda, cuda:1 ...")

