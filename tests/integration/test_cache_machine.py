@@ -1,0 +1,76 @@
+"""Random sequences of what a user may do with a cache; its first layer must hold the right tokens."""
+
+import torch
+from decoded_cache import check_tokens, full_cache
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from tiny_models import forward, pair, prompt
+
+
+class CacheMachine(RuleBasedStateMachine):
+    """The model of a row is its token ids and which of its columns hold tokens."""
+
+    @initialize(batch=st.integers(1, 3))
+    def start(self, batch):
+        self.dense, self.ours = pair("llama", num_hidden_layers=1)
+        self.cache = full_cache(self.ours)
+        self.begin(batch)
+
+    def begin(self, batch):
+        self.ids = torch.zeros(batch, 0, dtype=torch.long)
+        self.mask = torch.zeros(batch, 0, dtype=torch.long)
+
+    @rule(new=st.integers(1, 25), padded=st.booleans(), seed=st.integers(0, 1000))
+    def say(self, new, padded, seed):
+        batch = len(self.ids)
+        fresh = torch.ones(batch, new, dtype=torch.long)
+        if padded:
+            fresh = torch.randint(0, 2, (batch, new), generator=torch.Generator().manual_seed(seed))
+        ids = prompt(new, batch, seed)
+        self.ids, self.mask = torch.cat((self.ids, ids), 1), torch.cat((self.mask, fresh), 1)
+        positions = (self.mask.cumsum(1) - 1).clamp(min=0)[:, -new:]
+        mask = None if bool(self.mask.all()) else self.mask
+        forward(self.ours, ids, self.cache, mask, position_ids=positions)
+
+    @rule(remove=st.integers(0, 30), positive=st.booleans())
+    def crop(self, remove, positive):
+        columns = self.ids.shape[1]
+        keep = max(0, columns - remove)
+        self.cache.crop(keep if positive and keep else -remove)
+        self.ids, self.mask = self.ids[:, :keep], self.mask[:, :keep]
+
+    @rule(data=st.data())
+    def reorder(self, data):
+        batch = len(self.ids)
+        order = torch.tensor(data.draw(st.lists(st.integers(0, batch - 1), min_size=batch, max_size=batch)))
+        self.cache.reorder_cache(order)
+        self.ids, self.mask = self.ids[order], self.mask[order]
+
+    @rule(data=st.data(), repeat=st.booleans())
+    def change_batch(self, data, repeat):
+        batch = len(self.ids)
+        if repeat and batch == 1:
+            self.cache.batch_repeat_interleave(2)
+            order = torch.tensor([0, 0])
+        else:
+            order = torch.tensor(data.draw(st.lists(st.integers(0, batch - 1), min_size=1, max_size=3)))
+            self.cache.batch_select_indices(order)
+        self.ids, self.mask = self.ids[order], self.mask[order]
+
+    @rule(batch=st.integers(1, 3))
+    def reset(self, batch):
+        self.cache.reset()
+        self.begin(batch)
+
+    @invariant()
+    def tokens(self):
+        assert self.cache.get_seq_length() == self.ids.shape[1]
+        for b in range(len(self.ids)):
+            sequence = self.ids[b][self.mask[b].bool()]
+            if len(sequence):
+                check_tokens(self.cache, self.dense, sequence, b)
+
+
+TestCacheMachine = CacheMachine.TestCase
+TestCacheMachine.settings = settings(max_examples=12, stateful_step_count=10, deadline=None, derandomize=True)

@@ -1,0 +1,96 @@
+"""The paper preset: the whole prompt is encoded at once, but for tokens each head keeps."""
+
+import pytest
+import torch
+from pages import relative_error
+from stores import decoded_pages, fill, new_store, paper_config, random_tokens
+
+from selfindex import StateError
+
+
+def prompt_of(store, tokens, seed=0):
+    keys, values, query = random_tokens(store, tokens, seed=seed)
+    store.append(keys, values, query, None, 0.125)
+    return keys, values
+
+
+@pytest.mark.parametrize("tokens", [5, 12, 13, 40, 41])
+def test_prompt_is_encoded_but_for_the_pinned_tokens(tokens):
+    store = new_store(paper_config())
+    keys, values = prompt_of(store, tokens)
+    assert (store.length(0), store.encoded(0), store.raw.lengths[0]) == (tokens, tokens - 4, 4)
+    for head in range(2):
+        # Every token is either pinned, exactly, or encoded, in order.
+        full = store.raw.keys[0, head, :4]
+        pinned = [(keys[0, head] == k).all(-1).nonzero().item() for k in full]
+        assert pinned == sorted(pinned)
+        assert torch.equal(store.raw.values[0, head, :4], values[0, head, pinned])
+        rest = [t for t in range(tokens) if t not in pinned]
+        if tokens > 12:
+            assert relative_error(decoded_pages(store, 0)[0][head], keys[0, head, rest]) < 0.45
+            assert relative_error(decoded_pages(store, 0)[1][head], values[0, head, rest]) < 0.45
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 4])
+def test_a_prompt_no_longer_than_the_pinned_tokens_stays_as_it_is(tokens):
+    store = new_store(paper_config())
+    keys, _ = prompt_of(store, tokens)
+    assert (store.encoded(0), store.raw.lengths[0]) == (0, tokens)
+    assert torch.equal(store.raw.keys[:, :, :tokens], keys)
+    # The first page that has to be encoded later fixes the statistics.
+    fill(store, *[1] * 12)
+    assert store.encoded(0) == (tokens + 12 - 4) // 8 * 8
+    assert torch.isfinite(decoded_pages(store, 0)[0]).all()
+
+
+def test_statistics_are_those_of_the_prompt():
+    store = new_store(paper_config())
+    keys, _ = prompt_of(store, 40)
+    constants = store.constants.clone()
+    torch.testing.assert_close(constants[0, :, :64], keys[0].mean(1))
+    fill(store, 30, *[1] * 20)
+    assert torch.equal(store.constants, constants)
+
+
+def test_rows_have_their_own_statistics():
+    store = new_store(paper_config(), batch=2)
+    keys, values, query = random_tokens(store, 40)
+    valid = torch.ones(2, 40, dtype=torch.bool)
+    valid[1, :10] = False
+    store.append(keys, values, query, valid, 0.125)
+    assert [store.encoded(b) for b in range(2)] == [36, 26]
+    torch.testing.assert_close(store.constants[1, :, :64], keys[1, :, 10:].mean(1))
+    store.select_rows(torch.tensor([1, 1]))
+    assert torch.equal(store.constants[0], store.constants[1])
+
+
+def test_crop_inside_the_prompt_is_refused_and_changes_nothing():
+    store = new_store(paper_config())
+    prompt_of(store, 40)
+    fill(store, 5)
+    with pytest.raises(StateError, match="inside its prompt"):
+        store.crop([39])
+    assert store.length(0) == 45
+    store.crop([42])
+    assert store.length(0) == 42
+    store.crop([40])
+    assert store.length(0) == 40
+
+
+def test_crop_to_nothing_starts_a_new_prompt():
+    store = new_store(paper_config())
+    prompt_of(store, 40)
+    store.crop([0])
+    keys, _ = prompt_of(store, 20, seed=5)
+    assert store.encoded(0) == 16
+    torch.testing.assert_close(store.constants[0, :, :64], keys[0].mean(1))
+
+
+def test_a_short_prompt_after_a_crop_to_nothing_takes_its_own_statistics():
+    store, fresh = new_store(paper_config()), new_store(paper_config())
+    prompt_of(store, 40)
+    store.crop([0])
+    for s in (store, fresh):
+        prompt_of(s, 3, seed=5)
+        fill(s, 20, seed=6)
+    assert torch.equal(store.constants, fresh.constants)

@@ -1,0 +1,68 @@
+"""Layer stores filled with random tokens, and reading back what they hold."""
+
+import torch
+from pages import gaussian, leave_coded_domain
+
+from selfindex import SelfIndexConfig
+from selfindex.codec import codec_for
+from selfindex.store import LayerStore
+
+SMALL = {"sinks": 4, "recent": 8, "page_size": 8, "dense_below": 0, "min_tokens": 1}
+"""Options under which a few dozen tokens fill several pages."""
+
+
+def small_config(**options):
+    return SelfIndexConfig(**(SMALL | options))
+
+
+def paper_config(**options):
+    return small_config(preset="paper", **({"sinks": 4, "recent": 0} | options))
+
+
+def new_store(config, batch=1, heads=2, dim=64, dtype=torch.float32, balance=None):
+    return LayerStore(config, torch.empty(batch, heads, 0, dim, dtype=dtype), balance)
+
+
+def random_tokens(store, new, groups=2, seed=0):
+    """(keys, values, query) of `new` random tokens for a store."""
+    batch, heads, _, dim = store.raw.keys.shape
+    dtype = store.raw.keys.dtype
+    keys = gaussian(batch, heads, new, dim, seed=3 * seed, dtype=dtype)
+    values = gaussian(batch, heads, new, dim, seed=3 * seed + 1, dtype=dtype)
+    return keys, values, gaussian(batch, heads * groups, new, dim, seed=3 * seed + 2, dtype=dtype)
+
+
+def fill(store, *lengths, groups=2, seed=0):
+    """Append chunks of these lengths; returns all keys and values."""
+    chunks = []
+    for i, new in enumerate(lengths):
+        keys, values, query = random_tokens(store, new, groups, seed + i)
+        store.append(keys, values, query, None, 0.125)
+        chunks.append((keys, values))
+    return [torch.cat(x, 2) for x in zip(*chunks, strict=True)]
+
+
+def decoded_pages(store, row):
+    """Encoded tokens of a row as float32 keys and values [H, n, d], oldest first."""
+    fmt, held = store.format, store.table.rows[row]
+    if not held.blocks:
+        empty = torch.zeros(fmt.kv_heads, 0, fmt.head_dim)
+        return empty, empty
+    block = torch.tensor(held.blocks).repeat_interleave(torch.tensor(held.counts))[None, None]
+    offset = torch.cat([torch.arange(n) for n in held.counts])[None, None]
+    codec = codec_for(fmt.name)
+    constants = store.constants if store.constants.shape[0] == 1 else store.constants[row : row + 1]
+    keys = codec.read_keys(store.pool.index, store.pool.payload, block, offset, constants)
+    values = codec.read_values(store.pool.index, store.pool.payload, block, offset)
+    keys, values = leave_coded_domain(fmt, keys.expand(1, fmt.kv_heads, -1, -1), values, constants)
+    return keys[0], values[0]
+
+
+def held_tokens(store, row):
+    """All tokens of a row as float32 keys and values [H, n, d]: sinks, decoded pages, recent ones."""
+    raw, sinks = store.raw, min(store.config.sinks, store.raw.lengths[row])
+    tokens = []
+    for pages, full in zip(decoded_pages(store, row), (raw.keys, raw.values), strict=True):
+        full = full[row, :, : raw.lengths[row]].float()
+        tokens.append(torch.cat((full[:, :sinks], pages, full[:, sinks:]), 1))
+    return tokens
