@@ -16,6 +16,16 @@ def test_balance_is_the_root_of_query_over_key_size_per_rope_pair():
     torch.testing.assert_close(balance, wanted[None], rtol=0.02, atol=0)
 
 
+def test_a_rope_pair_counts_with_both_its_channels():
+    keys, square = gaussian(1, 1, 5_000, 64), torch.ones(1, 64)
+    keys[..., 3] *= 0.1
+    keys[..., 35] *= 3
+    square[:, 37] = 9
+    balance = measure_balance(keys, square)
+    assert balance[0, 3] == pytest.approx(((0.1**2 + 3**2) / 2) ** -0.25, rel=0.03)
+    assert balance[0, 5] == pytest.approx(((1 + 9) / 2) ** 0.25, rel=0.03)
+
+
 def test_both_channels_of_a_rope_pair_share_their_balance():
     balance = measure_balance(gaussian(2, 3, 50, 64), torch.rand(3, 64))
     assert balance.shape == (3, 64)

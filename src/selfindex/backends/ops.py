@@ -6,11 +6,13 @@ with `op.register_kernel`. Shapes are those of `reference`.
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import Tensor
 
 from ..codec import PageFormat
-from . import reference
+from . import cuda, reference
 
 
 @torch.library.custom_op("selfindex::encode", mutates_args=())
@@ -147,3 +149,6 @@ def _(query: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
 @dense_attend.register_fake
 def _(query: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
     return _fake_part(query)
+
+
+cuda.register(sys.modules[__name__])

@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# What CI cannot run: GPU tests, compute-sanitizer and the benchmark, on a machine with a GPU.
+#   scripts/gpu_check.sh [tests] [sanitizer] [benchmark]     (all three without arguments)
+# OUT: folder of the benchmark's results and the logs (default: gpu_check). PYTHON: interpreter.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+out=${OUT:-gpu_check} python=${PYTHON:-python3} failed=0
+mkdir -p "$out"
+export PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+parts=("$@")
+[ ${#parts[@]} -gt 0 ] || parts=(tests sanitizer benchmark)
+
+for part in "${parts[@]}"; do
+  case $part in
+    tests)
+      "$python" -m pytest tests/gpu -m gpu -n 4 2>&1 | tee "$out/tests.log" || failed=1 ;;
+    sanitizer)
+      # Only our own kernels are checked, except by initcheck, which has to see who wrote what they read.
+      ours=()
+      for name in prepare decode attend encode select_test; do ours+=(--kernel-name "kns=$name"); done
+      for tool in memcheck racecheck synccheck initcheck; do
+        [ $tool != initcheck ] || ours=()
+        compute-sanitizer --tool "$tool" --error-exitcode 9 --report-api-errors no --check-api-memory-access no \
+          "${ours[@]}" "$python" tests/gpu/sanitize.py > "$out/$tool.log" 2>&1
+        status=$?
+        echo "$tool: exit $status: $(tail -n 1 "$out/$tool.log")"
+        [ $status -eq 0 ] || failed=1
+      done ;;
+    benchmark)
+      "$python" benchmarks/decode_attention.py --output "$out/decode_attention.json" || failed=1 ;;
+    *)
+      echo "unknown part '$part'; parts are tests, sanitizer, benchmark" >&2; exit 2 ;;
+  esac
+done
+exit $failed

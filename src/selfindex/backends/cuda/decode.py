@@ -1,0 +1,315 @@
+"""`sparse_decode` on a GPU: query preparation, score + select, attention; three launches.
+
+Nothing is read back: lengths, budgets and selections stay on the device, so that a call can be
+captured in a CUDA graph. The shapes of its launches depend on the block table's width and on
+`width` only.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...codec import PageFormat
+from .launch import Kernel
+from .loader import INPUT_TYPES, load
+
+HEAD_DIMS, PAGE_SIZE, MAX_GROUPS = (64, 96, 128, 256), 128, 16
+PLANES, STAGES = 6, 2
+"""As in the kernels' common.cuh and ring.cuh."""
+ATTEND_TOKENS = 256
+"""Selected tokens a block of the attention kernel takes."""
+LOG2_E = 1.4426950408889634
+
+
+class Params(ctypes.Structure):
+    """`struct Params` of common.cuh."""
+
+    _pointer, _long, _int = ctypes.c_void_p, ctypes.c_longlong, ctypes.c_int
+    _fields_ = (
+        ("query", _pointer),
+        ("query_row", _long),
+        ("query_head", _long),
+        ("balance", _pointer),
+        ("balance_row", _long),
+        ("index", _pointer),
+        ("index_stride", _long),
+        ("payload", _pointer),
+        ("payload_stride", _long),
+        *((name, ctypes.c_void_p) for name in ("table", "counts", "budgets", "scratch", "rowinfo", "qfrag")),
+        *((name, ctypes.c_void_p) for name in ("qnat", "planes", "qmeta", "crec", "selected", "counter")),
+        *((name, ctypes.c_void_p) for name in ("parts", "out", "lse")),
+        *((name, ctypes.c_int) for name in ("heads", "pages", "width", "splits", "cluster", "cta_pages")),
+        ("shared_keys", ctypes.c_int),
+        ("scale", ctypes.c_float),
+    )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How rows are spread over the GPU by the score + select kernel.
+
+    Attributes:
+        cluster: blocks a row; warps: warps a block; pages: pages a block, at most.
+        shared: bytes of dynamic shared memory of a block.
+        shared_keys: selection keys have shared memory of their own.
+        scratch: bytes of device memory a block needs for codes that shared memory does not hold.
+    """
+
+    cluster: int
+    warps: int
+    pages: int
+    shared: int
+    shared_keys: bool
+    scratch: int
+
+
+SELECT_COST, PAGE_COST, BYTES_PER_US = 12.0, 1.5, 2.4e6
+"""Rough microseconds of a block's selection and of a warp's page, and memory bandwidth, on an H100."""
+
+
+def plan(
+    rows: int,
+    pages: int,
+    record: int,
+    quads: int,
+    limits: dict[int, int],
+    clusters: bool,
+    at_once: Callable[[int, int, int], int],
+) -> Plan:
+    """Choose the plan that a rough model of its time favours.
+
+    Args:
+        rows: (sequence, KV head) pairs; pages: most pages of a row.
+        record: bytes of a head's index record; quads: groups of 4 query heads.
+        limits: dynamic shared memory of a block, by warps.
+        clusters: whether the device has thread block clusters.
+        at_once: (warps, cluster, shared bytes) -> rows that fit on the device together.
+    """
+    slot, chunk = STAGES * (-(-record // 128) * 128), 528 * quads
+    found: list[tuple[float, int, Plan]] = []
+    for cluster in (1, 2, 4, 8, 16) if clusters else (1,):
+        if cluster > 1 and cluster * 4 > pages:
+            continue
+        share = -(-pages // cluster)
+        for warps, limit in limits.items():
+            ring = warps * slot
+            places = (
+                (0.0, ring + share * chunk, False, 0),
+                (2.0, ring + share * 2 * PAGE_SIZE, True, share * chunk),
+                (10.0, ring, False, share * chunk),
+            )
+            for extra, shared, shared_keys, scratch in places:
+                together = min(rows, at_once(warps, cluster, shared)) if shared <= limit else 0
+                if together:
+                    reading = together * pages * record / BYTES_PER_US
+                    working = -(-share // warps) * PAGE_COST
+                    cost = -(-rows // together) * (SELECT_COST + extra + max(reading, working))
+                    choice = Plan(cluster, warps, share, shared, shared_keys, scratch)
+                    found.append((cost, len(found), choice))
+    return min(found)[2]
+
+
+def supported(query: Tensor, index_pool: Tensor, block_table: Tensor, width: int, fmt: PageFormat) -> bool:
+    """Whether the kernels serve this call; the reference operator serves the others."""
+    return (
+        fmt.preset == "balanced"
+        and fmt.page_size == PAGE_SIZE
+        and fmt.head_dim in HEAD_DIMS
+        and query.shape[2] == 1
+        and query.shape[1] // fmt.kv_heads <= MAX_GROUPS
+        and query.dtype in INPUT_TYPES
+        and query.stride(3) == 1
+        and index_pool.is_contiguous()
+        and width > 0
+        and min(block_table.shape) > 0
+    )
+
+
+def sparse_decode(
+    query: Tensor,
+    index_pool: Tensor,
+    payload_pool: Tensor,
+    block_table: Tensor,
+    page_counts: Tensor,
+    budgets: Tensor,
+    width: int,
+    constants: Tensor,
+    scaling: float,
+    format: str,
+) -> tuple[Tensor, Tensor]:
+    """The operator `selfindex::sparse_decode` for a `supported` call.
+
+    Raises:
+        KernelsUnavailable: cuda-core is missing, or the GPU is too old.
+    """
+    return Decode(
+        query,
+        index_pool,
+        payload_pool,
+        block_table,
+        page_counts,
+        budgets,
+        width,
+        constants,
+        scaling,
+        format,
+    ).run()
+
+
+_plans: dict[tuple[Kernel, int, int], Plan] = {}
+
+
+class Decode:
+    """One prepared call: its tensors, workspace and launches. `sparse_decode` runs it once."""
+
+    def __init__(
+        self,
+        query: Tensor,
+        index_pool: Tensor,
+        payload_pool: Tensor,
+        block_table: Tensor,
+        page_counts: Tensor,
+        budgets: Tensor,
+        width: int,
+        constants: Tensor,
+        scaling: float,
+        format: str,
+    ) -> None:
+        fmt, device = PageFormat.parse(format), query.device
+        batch, query_heads, _, dim = query.shape
+        heads, pages = fmt.kv_heads, block_table.shape[1]
+        groups = query_heads // heads
+        rows, quads = batch * heads, -(-groups // 4)
+        self.kernels: dict[str, Kernel] = load("decode", device, dim, groups, fmt.value_bits, query.dtype)
+        properties = torch.cuda.get_device_properties(device)
+        self.modern = properties.major >= 9
+        splits = -(-width // ATTEND_TOKENS)
+        sizes = {
+            "rowinfo": 8 * rows,
+            "qfrag": rows * groups * 2 * 4 * (128 if dim == 96 else dim),
+            "qnat": rows * groups * 2 * dim,
+            "planes": rows * groups * PLANES * dim // 8,
+            "qmeta": rows * groups * 8,
+            "crec": rows * pages * (4 * quads + 4) * 4,
+            "selected": rows * width * 4,
+            "counter": rows * 4,
+            "parts": rows * splits * groups * (dim + 4) * 4,
+        }
+        self.plan = self._plan(rows, pages, fmt.index.record, quads, properties.multi_processor_count)
+        sizes["scratch"] = self.plan.scratch * rows * self.plan.cluster
+        starts, total = {}, 0
+        for name, size in sizes.items():
+            starts[name] = total
+            total += -(-size // 256) * 256
+        self.workspace = torch.empty(total, dtype=torch.uint8, device=device)
+        self.output = query.new_empty(query.shape, dtype=torch.float32)
+        self.lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+        # Kept alive here: the launches hold addresses only.
+        self.inputs = (
+            query,
+            constants.contiguous(),
+            index_pool,
+            payload_pool.contiguous(),
+            block_table.int().contiguous(),
+            page_counts.int().contiguous(),
+            budgets.to(device, torch.int32).contiguous(),
+        )
+        _, balance, index, payload, table, counts, wanted = self.inputs
+        base = self.workspace.data_ptr()
+        self.params = Params(
+            query=query.data_ptr(),
+            query_row=query.stride(0),
+            query_head=query.stride(1),
+            balance=balance.data_ptr(),
+            balance_row=balance.stride(0) if balance.shape[0] > 1 else 0,
+            index=index.data_ptr(),
+            index_stride=fmt.index_bytes,
+            payload=payload.data_ptr(),
+            payload_stride=fmt.payload_bytes,
+            table=table.data_ptr(),
+            counts=counts.data_ptr(),
+            budgets=wanted.data_ptr(),
+            out=self.output.data_ptr(),
+            lse=self.lse.data_ptr(),
+            heads=heads,
+            pages=pages,
+            width=width,
+            splits=splits,
+            cluster=self.plan.cluster,
+            cta_pages=self.plan.pages,
+            shared_keys=self.plan.shared_keys,
+            scale=scaling * LOG2_E,
+            **{name: base + start for name, start in starts.items() if sizes[name]},
+        )
+        self.rows, self.splits, self.groups = rows, splits, groups
+        self._selected = starts["selected"], (batch, heads, 1, width)
+
+    def _plan(self, rows: int, pages: int, record: int, quads: int, sms: int) -> Plan:
+        key = (self.kernels["prepare"], rows, pages)
+        if key not in _plans:
+            known = {
+                warps: self.kernels[f"decode{warps}"] for warps in (8, 16) if f"decode{warps}" in self.kernels
+            }
+            limits = {warps: kernel.room for warps, kernel in known.items()}
+
+            def at_once(warps: int, cluster: int, shared: int) -> int:
+                return known[warps].at_once(32 * warps, cluster, shared, sms)
+
+            _plans[key] = plan(rows, pages, record, quads, limits, self.modern, at_once)
+        return _plans[key]
+
+    @property
+    def selected(self) -> Tensor:
+        """Slots the last run selected, int32 [B, H, 1, width]; undefined past a row's budget."""
+        start, shape = self._selected
+        size = 4 * self.rows * self.params.width
+        return self.workspace[start : start + size].view(torch.int32).view(shape)
+
+    def run(self, stages: tuple[str, ...] = ("prepare", "decode", "attend")) -> tuple[Tensor, Tensor]:
+        """Launch the kernels; `stages` leaves some out, for timing them one by one."""
+        plan, arguments = self.plan, [self.params]
+        with torch.cuda.device(self.output.device):
+            if "prepare" in stages:
+                threads = 128 if self.groups < 4 else 32 * self.groups
+                self.kernels["prepare"]((self.rows, 1), threads, arguments)
+            if "decode" in stages:
+                self.kernels[f"decode{plan.warps}"](
+                    (self.rows * plan.cluster, 1),
+                    32 * plan.warps,
+                    arguments,
+                    plan.shared,
+                    plan.cluster,
+                    overlap=self.modern,
+                )
+            if "attend" in stages:
+                self.kernels["attend"]((self.splits, self.rows), 256, arguments, overlap=self.modern)
+        return self.output, self.lse
+
+
+def select_keys(keys: Tensor, budgets: Tensor, width: int, cluster: int) -> Tensor:
+    """Run the selection alone on given keys, for tests.
+
+    Args:
+        keys: int16 [rows, n], 0 (no token) to 16383; n a multiple of 128.
+        budgets: int32 [rows]; cluster: blocks a row.
+    Returns:
+        int32 [rows, width], undefined past a row's budget.
+    """
+    kernels = load("decode", keys.device, 128, 4, 2, torch.bfloat16)
+    selected = torch.full((keys.shape[0], width), -1, dtype=torch.int32, device=keys.device)
+    values: list[Any] = [
+        ctypes.c_void_p(keys.data_ptr()),
+        ctypes.c_int(keys.shape[1]),
+        ctypes.c_void_p(budgets.data_ptr()),
+        ctypes.c_int(width),
+        ctypes.c_int(cluster),
+        ctypes.c_void_p(selected.data_ptr()),
+    ]
+    kernels["select_test"]((keys.shape[0] * cluster, 1), 256, values, 24 * 1024, cluster)
+    return selected

@@ -1,0 +1,20 @@
+// Thread block clusters: barriers and remote shared memory. Without them a row is one block.
+#if CLUSTERS
+__device__ __forceinline__ int cluster_rank() { u32 r; asm("mov.u32 %0,%cluster_ctarank;" : "=r"(r)); return r; }
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+__device__ __forceinline__ void cluster_sync() { cluster_arrive(); cluster_wait(); }
+__device__ __forceinline__ u32 remote(const void* p, int rank) {
+  u32 a; asm volatile("mapa.shared::cluster.u32 %0,%1,%2;" : "=r"(a) : "r"(shared_address(p)), "r"(rank)); return a; }
+__device__ __forceinline__ u32 load_remote(const void* p, int rank) {
+  u32 v; asm volatile("ld.shared::cluster.u32 %0,[%1];" : "=r"(v) : "r"(remote(p, rank)) : "memory"); return v; }
+__device__ __forceinline__ void store_remote(void* p, int rank, u32 v) {
+  asm volatile("st.shared::cluster.u32 [%0],%1;" ::"r"(remote(p, rank)), "r"(v) : "memory"); }
+#else
+__device__ __forceinline__ int cluster_rank() { return 0; }
+__device__ __forceinline__ void cluster_arrive() {}
+__device__ __forceinline__ void cluster_wait() {}
+__device__ __forceinline__ void cluster_sync() { __syncthreads(); }
+__device__ __forceinline__ u32 load_remote(const void* p, int) { return *(const u32*)p; }
+__device__ __forceinline__ void store_remote(void* p, int, u32 v) { *(u32*)p = v; }
+#endif

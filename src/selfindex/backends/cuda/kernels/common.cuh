@@ -1,0 +1,110 @@
+// Shared by all kernels: layout of a page, arguments, and one-instruction helpers. No headers, so
+// that NVRTC needs none. The host defines D (head_dim), G (query heads a KV head), VALUE_BITS,
+// IN_TYPE (0 float32, 1 float16, 2 bfloat16), SIGN_GAIN (the length of a sign, in scales) and
+// CLUSTERS (0 where thread block clusters are missing).
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef long long i64;
+
+constexpr int PAGE = 128;            // tokens a page
+constexpr int R = D / 32;            // channels a lane, channel = r * 32 + lane
+constexpr int QUADS = (G + 3) / 4;   // tensor core columns serve 4 query heads at a time
+constexpr int HEADS = QUADS * 4;
+
+// Record of a head in the index plane and in the payload plane (codec/format.py).
+constexpr int CODE = D / 8;
+constexpr int KEY_SCALES = PAGE * CODE;
+constexpr int MEAN = KEY_SCALES + PAGE;
+constexpr int CONSTS = MEAN + D;     // float32 mean step, key base, value base
+constexpr int INDEX_RECORD = (CONSTS + 12 + 15) / 16 * 16;
+constexpr int TOKEN = D / 4 + D / 4 + (VALUE_BITS == 3 ? D / 8 : 0);
+constexpr int VALUE_SCALES = PAGE * TOKEN;
+constexpr int PAYLOAD_RECORD = (VALUE_SCALES + PAGE + 15) / 16 * 16;
+
+// Query channels as the attention kernel multiplies them: a quarter warp owns CHUNK channels.
+constexpr int WORDS = D == 64 ? 1 : D == 256 ? 4 : 2;   // 16-channel magnitude words a lane
+constexpr int CHUNK = 16 * WORDS;
+constexpr int FRAGMENT = 4 * CHUNK;                     // bytes; channels D.. are zero
+
+constexpr int PLANES = 6;            // bits of the query in the score
+constexpr float LEVEL_UNIT = 1.f / 53.f;                // levels 13, 40, 71, 114
+constexpr float QUERY_RANGE = 16256.f;                  // 127 * 128: two signed bytes
+constexpr float FAR = -1e30f;                           // logit of what does not exist
+
+struct Params {
+  const void* query;          // [B, H * G, 1, D], strides in elements
+  i64 query_row, query_head;
+  const float* balance;       // [1 or B, H, D]
+  i64 balance_row;
+  const u8* index;            // [N, index_stride]
+  i64 index_stride;
+  const u8* payload;
+  i64 payload_stride;
+  const int* table;           // [B, M]
+  const int* counts;          // [B, M]
+  const int* budgets;         // [B]
+  u8* scratch;                // score codes that do not fit shared memory, or null
+  int* rowinfo;               // [rows, 2]: pages in use, tokens to select
+  u8* qfrag;                  // [rows, G, 2, FRAGMENT] query bytes in the attention's order
+  u8* qnat;                   // [rows, G, 2, D] the same in channel order
+  u32* planes;                // [rows, G, PLANES, R] bit planes of the 6-bit query
+  float* qmeta;               // [rows, G, 2]: step of the 15-bit query, sum of the 6-bit one
+  float* crec;                // [rows, M, HEADS + 4]: q.mean a head; key base, value base, block
+  int* selected;              // [rows, width] ascending slots
+  int* counter;               // [rows]
+  float* parts;               // [rows, splits, G, D + 4]: sums, maximum, total
+  float* out;                 // [B, H * G, 1, D]
+  float* lse;                 // [B, H * G, 1]
+  int heads, pages, width, splits, cluster, cta_pages;
+  int shared_keys;            // selection keys of a block lie in shared memory of their own
+  float scale;                // softmax scaling * log2(e)
+};
+
+__device__ __forceinline__ u32 prmt(u32 a, u32 b, u32 s) {
+  u32 d; asm("prmt.b32 %0,%1,%2,%3;" : "=r"(d) : "r"(a), "r"(b), "r"(s)); return d; }
+__device__ __forceinline__ float ex2(float x) { float y; asm("ex2.approx.ftz.f32 %0,%1;" : "=f"(y) : "f"(x)); return y; }
+__device__ __forceinline__ float lg2(float x) { float y; asm("lg2.approx.ftz.f32 %0,%1;" : "=f"(y) : "f"(x)); return y; }
+__device__ __forceinline__ float half_to_float(u32 h) {
+  float f; asm("{.reg .b16 t; cvt.u16.u32 t,%1; cvt.f32.f16 %0,t;}" : "=f"(f) : "r"(h)); return f; }
+__device__ __forceinline__ u32 float_to_half(float f) {
+  u16 h; asm("cvt.rn.f16.f32 %0,%1;" : "=h"(h) : "f"(f)); return h; }
+__device__ __forceinline__ u32 halves(float lo, float hi) {
+  u32 d; asm("cvt.rn.f16x2.f32 %0,%1,%2;" : "=r"(d) : "f"(hi), "f"(lo)); return d; }
+__device__ __forceinline__ float scale_of(u32 code) { return half_to_float(code << 6); }   // E4M4
+__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+
+__device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
+  for (int m = 16; m; m >>= 1) x += __shfl_xor_sync(~0u, x, m);
+  return x; }
+__device__ __forceinline__ u32 warp_sum(u32 x) { return __reduce_add_sync(~0u, x); }
+__device__ __forceinline__ int warp_sum(int x) { return __reduce_add_sync(~0u, x); }
+__device__ __forceinline__ float warp_max(float x) {
+#pragma unroll
+  for (int m = 16; m; m >>= 1) x = fmaxf(x, __shfl_xor_sync(~0u, x, m));
+  return x; }
+
+// Element i of an input tensor as float32.
+__device__ __forceinline__ float load_input(const void* p, i64 i) {
+#if IN_TYPE == 0
+  return ((const float*)p)[i];
+#elif IN_TYPE == 1
+  return half_to_float(((const u16*)p)[i]);
+#else
+  return __uint_as_float((u32)((const u16*)p)[i] << 16);
+#endif
+}
+
+// Programmatic dependent launch: the next kernel may start early, and waits for this one's results.
+__device__ __forceinline__ void wait_previous() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void allow_next() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}

@@ -1,0 +1,67 @@
+// Randomised Hadamard rotation of one vector a warp (codec/rotation.py), unnormalised:
+//   rotate:  y = H x      rotate_back:  y = H^T x
+// H = Sylvester for powers of two, Sylvester(8) x Paley(12) for 96. Signs come from SplitMix64.
+__device__ __forceinline__ float sign_of(int channel, u64 seed) {
+  u64 z = seed + (u64)(channel + 1) * 0x9E3779B97F4A7C15ull;
+  z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
+  z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
+  return (z ^ (z >> 31)) >> 63 ? -1.f : 1.f;
+}
+
+#if D == 96
+// Bit j of row i set: entry (i, j) of the Paley matrix of order 12 is -1.
+__device__ const u16 PALEY[12] = {PALEY_ROWS};
+
+template <bool BACK> __device__ __forceinline__ void rotate_any(float* x, int lane, float* line) {
+  // line: 2 x 96 floats of this warp's own shared memory
+  __syncwarp();
+#pragma unroll
+  for (int r = 0; r < 3; r++) line[r * 32 + lane] = x[r];
+  __syncwarp();
+#pragma unroll
+  for (int r = 0; r < 3; r++) {
+    const int c = r * 32 + lane, hi = c / 12, lo = c - hi * 12;
+    float sum = 0.f;
+#pragma unroll
+    for (int j = 0; j < 12; j++) {
+      const u32 negative = BACK ? PALEY[j] >> lo & 1 : PALEY[lo] >> j & 1;
+      sum += __uint_as_float(__float_as_uint(line[hi * 12 + j]) ^ negative << 31);
+    }
+    line[96 + c] = sum;
+  }
+  __syncwarp();
+#pragma unroll
+  for (int r = 0; r < 3; r++) {
+    const int c = r * 32 + lane, hi = c / 12, lo = c - hi * 12;
+    float sum = 0.f;
+#pragma unroll
+    for (int j = 0; j < 8; j++)
+      sum += __uint_as_float(__float_as_uint(line[96 + j * 12 + lo]) ^ (u32)(__popc(hi & j) & 1) << 31);
+    x[r] = sum;
+  }
+}
+constexpr int LINE = 192;
+#else
+template <bool BACK> __device__ __forceinline__ void rotate_any(float* x, int lane, float*) {
+#pragma unroll
+  for (int m = 1; m < 32; m <<= 1)
+#pragma unroll
+    for (int r = 0; r < R; r++) {
+      const float other = __shfl_xor_sync(~0u, x[r], m);
+      x[r] = lane & m ? other - x[r] : x[r] + other;
+    }
+#pragma unroll
+  for (int m = 1; m < R; m <<= 1)
+#pragma unroll
+    for (int r = 0; r < R; r++)
+      if (!(r & m)) {
+        const float a = x[r], b = x[r | m];
+        x[r] = a + b;
+        x[r | m] = a - b;
+      }
+}
+constexpr int LINE = 1;
+#endif
+__device__ __forceinline__ void rotate(float* x, int lane, float* line) { rotate_any<false>(x, lane, line); }
+__device__ __forceinline__ void rotate_back(float* x, int lane, float* line) { rotate_any<true>(x, lane, line); }
+__device__ __forceinline__ float rotation_gain() { return rsqrtf((float)D); }

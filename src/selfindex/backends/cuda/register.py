@@ -1,0 +1,81 @@
+"""The kernels as implementations of the package's operators on CUDA tensors.
+
+Calls the kernels do not serve run the reference implementation on the same device: the paper
+preset, other page sizes and head dimensions, several new queries at once. So do all calls where
+the kernels are unavailable (no cuda-core, a GPU below compute capability 8.0), announced once.
+"""
+
+from __future__ import annotations
+
+import warnings
+from functools import cache
+from typing import Any
+
+from torch import Tensor
+
+from ...codec import PageFormat
+from .. import reference
+from .decode import sparse_decode as kernel_decode
+from .decode import supported as decode_supported
+from .encode import encode as kernel_encode
+from .encode import supported as encode_supported
+from .loader import KernelsUnavailable
+
+
+@cache
+def announce(reason: str) -> None:
+    """Say once that the slower implementation runs."""
+    warnings.warn(
+        f"selfindex runs its slower PyTorch implementation on the GPU: {reason}", RuntimeWarning, stacklevel=2
+    )
+
+
+def encode(
+    keys: Tensor, values: Tensor, counts: Tensor, constants: Tensor, format: str
+) -> tuple[Tensor, Tensor]:
+    """`selfindex::encode` on CUDA tensors."""
+    if encode_supported(keys, values, PageFormat.parse(format)):
+        try:
+            return kernel_encode(keys, values, counts, constants, format)
+        except KernelsUnavailable as error:
+            announce(str(error))
+    return reference.encode(keys, values, counts, constants, format)
+
+
+def sparse_decode(
+    query: Tensor,
+    index_pool: Tensor,
+    payload_pool: Tensor,
+    block_table: Tensor,
+    page_counts: Tensor,
+    budgets: Tensor,
+    width: int,
+    constants: Tensor,
+    scaling: float,
+    format: str,
+) -> tuple[Tensor, Tensor]:
+    """`selfindex::sparse_decode` on CUDA tensors."""
+    arguments = (
+        query,
+        index_pool,
+        payload_pool,
+        block_table,
+        page_counts,
+        budgets,
+        width,
+        constants,
+        scaling,
+        format,
+    )
+    if decode_supported(query, index_pool, block_table, width, PageFormat.parse(format)):
+        try:
+            return kernel_decode(*arguments)
+        except KernelsUnavailable as error:
+            announce(str(error))
+    return reference.sparse_decode(*arguments)
+
+
+def register(ops: Any) -> None:
+    """Make these the CUDA implementations of the operators in module `ops`."""
+    ops.encode.register_kernel("cuda", encode)
+    ops.sparse_decode.register_kernel("cuda", sparse_decode)

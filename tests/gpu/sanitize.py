@@ -1,0 +1,31 @@
+"""Small calls of every kernel, run under compute-sanitizer by scripts/gpu_check.sh."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+
+from caches import make_cache, tokens
+
+from selfindex.backends import ops
+from selfindex.backends.cuda.decode import select_keys
+
+for dim, groups, bits, lengths in (
+    (128, 4, 2, [1300, 300]),
+    (64, 3, 3, [400, 0]),
+    (96, 5, 2, [200, 129]),
+    (256, 2, 3, [260]),
+):
+    cache = make_cache(lengths, dim, 1, groups, bits, short=(1,))
+    ops.sparse_decode(*cache.decode_arguments([n // 4 for n in tokens(cache)]))
+    keys = torch.randn(2, 1, 128, dim, device="cuda", dtype=torch.bfloat16)
+    counts = torch.tensor([128, 70], dtype=torch.int32, device="cuda")
+    ops.encode(keys, keys, counts, cache.constants, cache.fmt.name)
+keys = torch.randint(1, 500, (2, 2048), device="cuda").to(torch.int16)
+clusters = (1, 8, 16) if torch.cuda.get_device_capability()[0] >= 9 else (1,)
+for cluster in clusters:
+    select_keys(keys, torch.tensor([100, 2048], dtype=torch.int32, device="cuda"), 2048, cluster)
+torch.cuda.synchronize()
+print("ran")

@@ -1,0 +1,176 @@
+"""`sparse_decode` on the GPU against the float32 reference."""
+
+import pytest
+import torch
+from caches import make_cache, relative_error, tokens
+
+from selfindex.backends import ops, reference
+from selfindex.backends.cuda.decode import Decode
+from selfindex.index.select import sum_of_softmax
+
+pytestmark = pytest.mark.gpu
+
+SHAPES = [
+    # dim, heads, groups, bits, dtype
+    (128, 2, 4, 2, torch.bfloat16),
+    (128, 2, 4, 3, torch.float16),
+    (128, 1, 1, 2, torch.float32),
+    (128, 2, 2, 2, torch.float16),
+    (128, 1, 7, 3, torch.bfloat16),
+    (128, 1, 16, 2, torch.bfloat16),
+    (64, 2, 4, 2, torch.bfloat16),
+    (64, 1, 8, 3, torch.float32),
+    (96, 2, 3, 2, torch.float16),
+    (96, 1, 4, 3, torch.bfloat16),
+    (256, 2, 4, 2, torch.bfloat16),
+    (256, 1, 16, 3, torch.float16),
+]
+
+
+def selected_sets(call, budgets):
+    rows = call.selected[:, :, 0].tolist()
+    return [[row[:budget] for row in heads] for heads, budget in zip(rows, budgets, strict=True)]
+
+
+@pytest.mark.parametrize(("dim", "heads", "groups", "bits", "dtype"), SHAPES)
+def test_decode_agrees_with_the_reference(dim, heads, groups, bits, dtype):
+    cache = make_cache([5000, 41, 1300], dim, heads, groups, bits, dtype, short=(3, 5))
+    have = tokens(cache)
+    budgets = [400, have[1], 130]
+    arguments = cache.decode_arguments(budgets, width=450)
+    call = Decode(*arguments)
+    call.workspace.fill_(0x7F)
+    call.output.fill_(torch.nan)
+    call.lse.fill_(torch.nan)
+    output, lse = call.run()
+    assert torch.isfinite(output).all()
+    assert torch.isfinite(lse).all()
+
+    logits = reference.score(*arguments[:2], *arguments[3:5], *arguments[7:])
+    mass = sum_of_softmax(logits, heads)
+    best = reference.select(mass, arguments[5], 450)
+    for b, heads_of_row in enumerate(selected_sets(call, budgets)):
+        for h, slots in enumerate(heads_of_row):
+            assert slots == sorted(set(slots)), "ascending and distinct"
+            assert torch.isfinite(logits[b, h * groups, 0, slots]).all(), "only existing tokens"
+            wanted = set(best[b, h, 0, : budgets[b]].tolist())
+            assert len(wanted & set(slots)) >= 0.93 * budgets[b]
+            got_mass = mass[b, h, 0, slots].sum()
+            assert got_mass >= 0.998 * mass[b, h, 0, sorted(wanted)].sum()
+
+    # The same tokens through the reference attention: only arithmetic differs.
+    slots = call.selected.clone()
+    for b, budget in enumerate(budgets):
+        slots[b, ..., budget:] = -1
+    wanted_output, wanted_lse = reference.sparse_attend(*arguments[:4], slots, *arguments[7:])
+    assert relative_error(output, wanted_output) < 2e-3
+    torch.testing.assert_close(lse, wanted_lse, atol=2e-3, rtol=0)
+
+    again = ops.sparse_decode(*arguments)
+    assert torch.equal(again[0], output), "the result does not depend on timing"
+    assert torch.equal(again[1], lse)
+
+
+@pytest.mark.parametrize("dim", [64, 96, 128, 256])
+def test_rows_that_keep_everything_equal_dense_attention(dim):
+    cache = make_cache([1000, 128, 1], dim, 2, 4, short=(2,))
+    arguments = cache.decode_arguments(tokens(cache))
+    output, lse = ops.sparse_decode(*arguments)
+    wanted, wanted_lse = reference.dense_attend(*arguments[:5], *arguments[7:])
+    assert relative_error(output, wanted) < 2e-3
+    torch.testing.assert_close(lse, wanted_lse, atol=2e-3, rtol=0)
+
+
+def test_a_row_without_tokens_or_budget_gives_no_weight():
+    cache = make_cache([700, 0, 700])
+    output, lse = ops.sparse_decode(*cache.decode_arguments([50, 0, 0]))
+    assert torch.isfinite(output).all()
+    assert (lse[1:] == -torch.inf).all()
+    assert (output[1:] == 0).all()
+    assert torch.isfinite(lse[0]).all()
+
+
+def test_budgets_beyond_a_rows_tokens_read_what_there_is():
+    cache = make_cache([300, 900])
+    output, lse = ops.sparse_decode(*cache.decode_arguments([800, 800]))
+    exact = ops.sparse_decode(*cache.decode_arguments([300, 800], width=800))
+    assert torch.equal(output, exact[0])
+    assert torch.equal(lse, exact[1])
+
+
+def test_rows_that_share_blocks_and_a_balance_per_row():
+    cache = make_cache([3000, 2000], shared=True)
+    cache.constants = torch.cat((cache.constants, cache.constants))
+    cache.query[1] = cache.query[0]
+    arguments = cache.decode_arguments([200, 150])
+    output, _ = ops.sparse_decode(*arguments)
+    wanted, _ = reference.sparse_decode(*arguments)
+    assert relative_error(output, wanted) < 0.1
+
+
+@pytest.mark.parametrize("batch", [1, 9, 40])
+def test_batches_of_every_size(batch):
+    """One row, some, and more rows than blocks fit at once, 100 times apart in length."""
+    lengths = [20000] + [200 + 97 * b for b in range(batch - 1)]
+    cache = make_cache(lengths, heads=8)
+    budgets = [max(1, n // 20) for n in lengths]
+    arguments = cache.decode_arguments(budgets)
+    call = Decode(*arguments)
+    output, lse = call.run()
+    slots = call.selected.clone()
+    for b, budget in enumerate(budgets):
+        slots[b, ..., budget:] = -1
+        assert (slots[b, ..., 1:budget] > slots[b, ..., : budget - 1]).all()
+    wanted, wanted_lse = reference.sparse_attend(*arguments[:4], slots, *arguments[7:])
+    assert relative_error(output, wanted) < 2e-3
+    torch.testing.assert_close(lse, wanted_lse, atol=2e-3, rtol=0)
+
+
+def test_calls_the_kernels_do_not_serve_run_the_reference():
+    cache = make_cache([500, 700], dim=64)
+    cache.query = torch.cat((cache.query, -cache.query), 2)
+    arguments = cache.decode_arguments([30, 30])
+    for got, wanted in zip(ops.sparse_decode(*arguments), reference.sparse_decode(*arguments), strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+def test_a_call_can_be_captured_and_replayed_with_other_lengths():
+    cache = make_cache([4000, 4000])
+    arguments = cache.decode_arguments([200, 200])
+    ops.sparse_decode(*arguments)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = ops.sparse_decode(*arguments)
+    cache.counts[1, 10:] = 0
+    arguments[5][1] = 60
+    cache.query.copy_(torch.randn_like(cache.query))
+    graph.replay()
+    for got, wanted in zip(captured, ops.sparse_decode(*arguments), strict=True):
+        assert torch.equal(got, wanted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("groups", [4, 16])
+def test_a_million_tokens(groups):
+    """Codes past what shared memory holds, pool offsets past 2**31."""
+    cache = make_cache([128 * 6], heads=4, groups=groups)
+    pages, far = 8192, -(-(2**31) // cache.fmt.payload_bytes) + 10
+    index = torch.zeros(far + 9, cache.fmt.index_bytes, dtype=torch.uint8, device="cuda")
+    payload = torch.zeros(far + 9, cache.fmt.payload_bytes, dtype=torch.uint8, device="cuda")
+    index[far : far + 9], payload[far : far + 9] = cache.index, cache.payload
+    generator = torch.Generator("cuda").manual_seed(1)
+    cache.index, cache.payload = index, payload
+    cache.table = torch.randint(
+        far, far + 9, (1, pages), generator=generator, device="cuda", dtype=torch.int32
+    )
+    cache.counts = torch.full((1, pages), 128, dtype=torch.int32, device="cuda")
+    budget = 128 * pages // 20
+    arguments = cache.decode_arguments([budget])
+    call = Decode(*arguments)
+    output, lse = call.run()
+    slots = call.selected
+    assert (slots[..., 1:] > slots[..., :-1]).all()
+    assert int(slots.max()) < 128 * pages
+    wanted, wanted_lse = reference.sparse_attend(*arguments[:4], slots, *arguments[7:])
+    assert relative_error(output, wanted) < 2e-3
+    torch.testing.assert_close(lse, wanted_lse, atol=2e-3, rtol=0)
