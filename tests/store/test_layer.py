@@ -84,10 +84,13 @@ def test_balance_is_measured_on_the_first_page_and_its_queries():
     balance = store.constants[0, 0]
     assert balance[3] < 0.6 * balance.median()
     assert balance[5] > 1.6 * balance.median()
-    # Queries long after the first page do not count.
+    # Queries after the first page do not count.
     other = new_store(small_config(sinks=0, recent=0), heads=1)
-    more = [torch.cat((x, 100 * x), 2) for x in (keys, values, query)]
-    other.append(*more, None, 0.125)
+    later = [x.clone() for x in (keys, values, query)]
+    later[2][..., [9, 41]] *= 100
+    other.append(
+        *(torch.cat(pair, 2) for pair in zip((keys, values, query), later, strict=True)), None, 0.125
+    )
     torch.testing.assert_close(other.constants, store.constants)
 
 
@@ -130,6 +133,20 @@ def test_crop_into_the_pages_leaves_short_pages_that_still_decode():
     fill(store, 30)
     assert store.length(0) == 45
     assert store.table.rows[0].counts == [8, 3, 8, 8]
+
+
+@pytest.mark.parametrize("sinks", [0, 4])
+def test_crop_to_any_length_keeps_the_first_tokens(sinks):
+    for keep in range(41):
+        store = new_store(small_config(sinks=sinks), heads=1)
+        keys, values = fill(store, 40)
+        store.crop([keep])
+        assert store.length(0) == keep
+        got_keys, got_values = held_tokens(store, 0)
+        for got, wanted in ((got_keys, keys[0, :, :keep]), (got_values, values[0, :, :keep])):
+            error = (got - wanted).norm(dim=-1)
+            assert (error < 0.75 * wanted.norm(dim=-1)).all()
+            assert torch.equal(got[:, : min(sinks, keep)], wanted[:, : min(sinks, keep)])
 
 
 def test_selected_rows_share_pages_until_they_part():
