@@ -113,6 +113,16 @@ def test_crop_to_nothing_is_an_empty_cache(amount):
     check_tokens(cache, dense, prompt(30, seed=1)[0])
 
 
+def test_crop_by_a_tensor_as_transformers_5_17_calls_it():
+    dense, ours = pair("llama")
+    cache, amount = full_cache(ours), torch.tensor(-4)
+    forward(ours, prompt(60), cache)
+    cache.crop(amount)
+    forward(ours, prompt(3, seed=3), cache)
+    assert amount.item() == -4
+    check_tokens(cache, dense, torch.cat((prompt(60)[:, :56], prompt(3, seed=3)), 1)[0])
+
+
 def test_crop_by_nothing_and_of_an_empty_cache_do_nothing():
     dense, ours = pair("llama")
     cache = full_cache(ours)

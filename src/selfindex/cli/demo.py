@@ -70,7 +70,7 @@ def demo(
     preset: str = PRESET,
     tokens: int = typer.Option(7400, min=64, help="Length of the text."),
     depth: float = typer.Option(0.5, min=0.0, max=1.0, help="Where the fact is hidden: 0 start, 1 end."),
-    seed: int = typer.Option(0, help="Picks the code and the part of the text."),
+    seed: int = typer.Option(0, help="Picks the number and the part of the text."),
     device: str = DEVICE,
 ) -> None:
     """Hide a fact in a long text, compress the cache, ask for the fact, compare with dense.

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from .console import CommandError
 
-FACT = "The access code of the observatory is {}."
-QUESTION = "According to the text above, what is the access code of the observatory?"
+# Small models find some facts more reliably than others; a phone number is one of the easy ones.
+FACT = "The phone number of the bakery is {}."
+QUESTION = "What is the phone number of the bakery?"
 MARK = "@TEXT@"
 
 
@@ -22,7 +23,7 @@ class Task:
 
     Attributes:
         document: what the model reads before the cache is compressed.
-        question_ids: the rest of the turn and the next one, read after it.
+        question_ids: the question and the rest of the turn, read after it.
         continuation: how the text goes on after the document, for teacher forcing.
         fact, question, answer: in words; a reply that contains `answer` is right.
     """
@@ -46,7 +47,7 @@ def build_task(tokenizer: Any, text: str, tokens: int, depth: float, seed: int, 
     """Hide a fact at a depth (0 to 1) of a document of `tokens` tokens.
 
     Args:
-        seed: picks the code and the part of the text.
+        seed: picks the number and the part of the text.
         more: tokens of the text's continuation.
 
     Raises:
@@ -82,8 +83,8 @@ def build_task(tokenizer: Any, text: str, tokens: int, depth: float, seed: int, 
 
 
 def _turns(tokenizer: Any, question: str) -> tuple[str, str]:
-    """What comes before the text, and after it: the end of its turn and a turn with the question."""
-    messages = [{"role": "user", "content": MARK}, {"role": "user", "content": question}]
+    """What comes before the text, and after it: the question, the end of the turn, the reply's start."""
+    messages = [{"role": "user", "content": f"{MARK}\n\n{question}"}]
     chat = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     head, tail = chat.split(MARK)
     return head, tail
