@@ -30,7 +30,7 @@ def test_task(tiny, depth, seed):
     assert task.answer in task.fact
     assert task.answer not in task.question
     after = tiny.tokenizer.decode(task.question_ids[0])
-    assert after == f"<end>\n<turn>user\n{task.question}<end>\n<turn>assistant\n"
+    assert after == f"\n\n{task.question}<end>\n<turn>assistant\n"
     # The continuation is what follows the document in the source.
     joined = tiny.tokenizer.decode(torch.cat((task.document[0, -40:], task.continuation[0])))
     assert depth == 1.0 or joined in manual()
