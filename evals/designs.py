@@ -88,7 +88,10 @@ def aggregate_designs() -> dict[str, Variant]:
         "mean query": "mean",
         "oracle": "oracle",
     }
-    return {label: replace(BASE, aggregate=how) for label, how in names.items()}
+    out = {label: replace(BASE, aggregate=how) for label, how in names.items()}
+    for factor in (0.7, 0.5, 0.35, 0.2):
+        out[f"sum, encoded normaliser, logits x {factor}"] = replace(BASE, aggregate="sum", sharpness=factor)
+    return out
 
 
 def score_designs() -> dict[str, Variant]:
@@ -134,6 +137,7 @@ def end_to_end_designs() -> dict[str, Variant]:
         "V3 balance 512": replace(v3, key=replace(v3.key, balance="first512")),
         "V3 mean query": replace(v3, aggregate="mean"),
         "exact payload": BASE,
+        "V2 sharpness 0.5": replace(v2, aggregate="sum", sharpness=0.5),
     }
     for rule in RULES[1:]:
         out[f"V3 comp {rule}"] = replace(v3, comp=rule)

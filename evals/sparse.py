@@ -32,6 +32,7 @@ class Variant:
     value: ValueSpec = field(default_factory=ValueSpec)
     budget: float = 0.05  # fraction of the prefix selected besides the exact tokens
     aggregate: str = "sum_full"
+    sharpness: float = 1.0  # factor on the logits that are aggregated
     rerank: int = 1
     paper: bool = False  # the paper's codec; `key` and `value` are ignored
     snapkv_sinks: bool = False  # exact tokens: 64 chosen SnapKV-style instead of sinks + recent
@@ -157,7 +158,8 @@ def attend(
         true = torch.einsum("hgtd,hnd->hgtn", q, prefix.k_true)
         score = aggregate(true, exact_logits, "sum_full")
     else:
-        score = aggregate(estimate, exact_logits, variant.aggregate)
+        sharp = variant.sharpness
+        score = aggregate(sharp * estimate, sharp * exact_logits, variant.aggregate)
     if variant.rerank > 1:
         candidates = top_mask(score, count * variant.rerank)
         fine = torch.einsum("hgtd,hnd->hgtn", q, prefix.k_hat)

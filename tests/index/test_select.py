@@ -2,7 +2,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from selfindex.index.select import sum_of_softmax, top_k
+from selfindex.index.select import SHARPNESS, sum_of_softmax, top_k
 
 
 def oracle(scores, budget):
@@ -55,13 +55,13 @@ def test_nothing_to_select():
 
 
 @given(st.integers(1, 3), st.integers(1, 4), st.integers(0, 2**31))
-def test_sum_of_softmax_is_the_mass_over_the_query_group(heads, groups, seed):
+def test_sum_of_softmax_adds_up_the_votes_of_the_query_group(heads, groups, seed):
     logits = 3 * torch.randn(2, heads * groups, 2, 9, generator=torch.Generator().manual_seed(seed))
     logits[0, :, :, 6:] = -torch.inf
     got = sum_of_softmax(logits, heads)
     assert got.shape == (2, heads, 2, 9)
     for head in range(heads):
-        wanted = logits[:, head * groups : (head + 1) * groups].softmax(-1).sum(1)
+        wanted = logits[:, head * groups : (head + 1) * groups].mul(SHARPNESS).softmax(-1).sum(1)
         real = logits[:, head * groups] > -torch.inf
         torch.testing.assert_close(got[:, head][real], wanted[real])
         assert (got[:, head][~real] == -torch.inf).all()

@@ -5,16 +5,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+SHARPNESS = 0.5
+"""Factor on the logits when query heads vote for tokens.
+
+At 1 a vote is the estimated attention mass, and a query head that concentrates on a few tokens
+decides nothing beyond them, while a diffuse one is outvoted everywhere. Flatter votes share the
+budget among the heads of a group, which found hidden facts and text alike better
+(docs/design-notes.md). It does not change the order of tokens where a group has one query head.
+"""
+
 
 def sum_of_softmax(logits: Tensor, kv_heads: int) -> Tensor:
-    """Attention mass each token is estimated to get, summed over the query heads of a GQA group.
+    """Votes for each token: softmax of the sharpened logits, summed over the heads of a GQA group.
 
     Args:
         logits: float32 [B, Hq, T, S], -inf where there is no token.
     Returns:
         float32 [B, H, T, S]; -inf where there is no token.
     """
-    grouped = logits.unflatten(1, (kv_heads, -1))
+    grouped = SHARPNESS * logits.unflatten(1, (kv_heads, -1))
     shifted = (grouped - grouped.amax(-1, keepdim=True).clamp(min=-1e30)).exp()
     mass = (shifted / shifted.sum(-1, keepdim=True).clamp(min=1e-30)).sum(2)
     return mass.masked_fill(grouped[:, :, 0] == float("-inf"), float("-inf"))

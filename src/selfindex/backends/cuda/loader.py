@@ -17,6 +17,7 @@ import torch
 
 from ...codec.balanced import SIGN_GAIN
 from ...codec.rotation import hadamard
+from ...index.select import SHARPNESS
 
 SOURCES = Path(__file__).with_name("kernels")
 MODULES = {
@@ -59,6 +60,7 @@ def macros(head_dim: int, groups: int, value_bits: int, dtype: torch.dtype, arch
         "VALUE_BITS": str(value_bits),
         "IN_TYPE": str(INPUT_TYPES[dtype]),
         "SIGN_GAIN": f"{SIGN_GAIN!r}f",
+        "SELECT_SHARPNESS": f"{SHARPNESS!r}f",
         "CLUSTERS": str(int(arch >= 90)),
     }
     if head_dim == 96:

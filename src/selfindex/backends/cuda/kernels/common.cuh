@@ -1,7 +1,8 @@
 // Shared by all kernels: layout of a page, arguments, and one-instruction helpers. No headers, so
 // that NVRTC needs none. The host defines D (head_dim), G (query heads a KV head), VALUE_BITS,
-// IN_TYPE (0 float32, 1 float16, 2 bfloat16), SIGN_GAIN (the length of a sign, in scales) and
-// CLUSTERS (0 where thread block clusters are missing).
+// IN_TYPE (0 float32, 1 float16, 2 bfloat16), SIGN_GAIN (the length of a sign, in scales),
+// SELECT_SHARPNESS (factor on the logits that select) and CLUSTERS (0 where thread block clusters
+// are missing).
 typedef unsigned char u8;
 typedef unsigned short u16;
 typedef unsigned int u32;

@@ -75,7 +75,7 @@ __device__ __forceinline__ void score_pages(const Params& p, int row, int first,
         part[quad].plane[s][m] = column < G && word < R ? p.planes[(((i64)row * G + column) * PLANES + plane) * R + word] : 0;
       }
     const int head = quad * 4 + j;
-    part[quad].gain = head < G ? p.qmeta[((i64)row * G + head) * 2] * p.scale : 0.f;
+    part[quad].gain = head < G ? p.qmeta[((i64)row * G + head) * 2] * p.scale * SELECT_SHARPNESS : 0.f;
     part[quad].sum = head < G ? p.qmeta[((i64)row * G + head) * 2 + 1] : 0.f;
     best[quad] = FAR;
     total[quad] = 0.f;
@@ -171,7 +171,7 @@ __device__ __forceinline__ void score_pages(const Params& p, int row, int first,
       }
       if (lane < 4) {
         ((float*)(chunk + CHUNK_MAXIMA))[quad * 4 + lane] = top + offset;
-        crec[quad * 4 + lane] = offset;
+        crec[quad * 4 + lane] = offset * (1.f / SELECT_SHARPNESS);   // the attention wants the logit itself
       }
     }
     __syncwarp();
