@@ -32,11 +32,20 @@ def arguments(request):
         "sparse_attend": (query, index, payload, table, slots, *tail),
         "dense_attend": (query, index, payload, table, counts, *tail),
         "sparse_decode": (query, index, payload, table, counts, budgets, 7, *tail),
+        "window_attend": (
+            *(gaussian(2, heads, 1, 64, seed=5) for heads in (4, 2, 2)),
+            *(gaussian(2, 2, 6, 64, seed=6) for _ in range(2)),
+            torch.tensor([3, 5], dtype=torch.int32),
+            gaussian(2, 4, 1, 64, seed=7),
+            gaussian(2, 4, 1, seed=8),
+            gaussian(4, seed=9),
+            0.125,
+        ),
     }
 
 
 @pytest.mark.parametrize(
-    "name", ["encode", "score", "select", "sparse_attend", "dense_attend", "sparse_decode"]
+    "name", ["encode", "score", "select", "sparse_attend", "dense_attend", "sparse_decode", "window_attend"]
 )
 def test_schema_and_fake_kernel(arguments, name):
     torch.library.opcheck(getattr(ops, name), arguments[name], test_utils=CHECKS)

@@ -1,7 +1,7 @@
 """Self-indexing KV cache for long-context LLM inference.
 
 A key is stored as sign codes and 2-bit magnitudes; the sign codes are the index that finds the few
-percent of tokens a query attends to. See `SelfIndexCache` and `enable`.
+percent of tokens a query attends to. See `SelfIndexCache`, `enable` and `generate`.
 """
 
 from .codec import BalanceProfile
@@ -14,7 +14,7 @@ from .errors import (
     StateError,
     UnsupportedModelError,
 )
-from .integrations.transformers import SelfIndexCache, enable
+from .integrations.transformers import SelfIndexCache, enable, generate
 from .report import Report
 
 __version__ = "0.1.0"
@@ -31,4 +31,5 @@ __all__ = [
     "StateError",
     "UnsupportedModelError",
     "enable",
+    "generate",
 ]

@@ -131,6 +131,30 @@ def sparse_decode(
     )
 
 
+@torch.library.custom_op("selfindex::window_attend", mutates_args=("keys", "values"))
+def window_attend(
+    query: Tensor,
+    new_keys: Tensor,
+    new_values: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor,
+    part: Tensor,
+    part_lse: Tensor,
+    sink_logit: Tensor | None,
+    scaling: float,
+) -> Tensor:
+    """Finish a decode step: store the token, attend to the window, merge; [B, 1, Hq, d]."""
+    return reference.window_attend(
+        query, new_keys, new_values, keys, values, lengths, part, part_lse, sink_logit, scaling
+    )
+
+
+@window_attend.register_fake
+def _(query: Tensor, *rest: object) -> Tensor:
+    return query.new_empty(query.shape[0], 1, query.shape[1], query.shape[3])
+
+
 def _fake_part(query: Tensor) -> tuple[Tensor, Tensor]:
     output = query.new_empty(query.shape, dtype=torch.float32)
     return output, query.new_empty(query.shape[:3], dtype=torch.float32)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..attention.partial import softmax_part
+from ..attention.partial import attend_raw, merge_parts, softmax_part
 from ..codec import Codec, PageFormat, codec_for
 from ..index.lut import lookup
 from ..index.select import sum_of_softmax, top_k
@@ -145,6 +145,38 @@ def sparse_decode(
         scores = sum_of_softmax(logits, fmt.kv_heads)
     slots = select(scores, budgets, width)
     return sparse_attend(query, index_pool, payload_pool, block_table, slots, constants, scaling, format)
+
+
+def window_attend(
+    query: Tensor,
+    new_keys: Tensor,
+    new_values: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor,
+    part: Tensor,
+    part_lse: Tensor,
+    sink_logit: Tensor | None,
+    scaling: float,
+) -> Tensor:
+    """Store one new token a row, attend to the full-precision tokens, merge the encoded part.
+
+    Args:
+        query: [B, Hq, 1, d]; new_keys, new_values: [B, H, 1, d].
+        keys, values: [B, H, room, d], written at column `lengths[b]`.
+        lengths: int32 [B], full-precision tokens held before this step, below `room`.
+        part, part_lse: float32 [B, Hq, 1, d] and [B, Hq, 1], attention over the encoded tokens.
+        sink_logit: [Hq] or None, see `merge_parts`.
+    Returns:
+        [B, 1, Hq, d] in the query's dtype.
+    """
+    rows, at = torch.arange(query.shape[0], device=query.device), lengths.long()
+    keys[rows, :, at] = new_keys[:, :, 0]
+    values[rows, :, at] = new_values[:, :, 0]
+    real = torch.arange(keys.shape[2], device=query.device) <= at[:, None]  # [B, room]
+    held = values.masked_fill(~real[:, None, :, None], 0)  # what nobody wrote may be NaN
+    raw = attend_raw(query, keys, held, real[:, None, None, None], scaling)
+    return merge_parts([(part, part_lse), raw], sink_logit).to(query.dtype).transpose(1, 2).contiguous()
 
 
 def _read(

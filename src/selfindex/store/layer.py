@@ -123,6 +123,26 @@ class LayerStore:
                 plans.append(self._plan_prompt(b, new_k, new_v, new_q, scaling))
             else:
                 plans.append(self._plan_window(b, new_k, new_v))
+        self._store(plans)
+
+    @_outside_inference_mode
+    def reserve(self, pages: int, raw_tokens: int) -> None:
+        """Make room for `pages` more pages and `raw_tokens` full-precision tokens a row in all."""
+        self.pool.reserve(pages)
+        self.raw.reserve(raw_tokens)
+
+    @_outside_inference_mode
+    def encode_overflow(self) -> None:
+        """Encode what no longer fits the recent window, after tokens were put into `raw`.
+
+        Raises:
+            InputError: as `append`. Nothing is encoded then.
+        """
+        none = self.raw.keys[0, :, :0]
+        self._store([self._plan_window(b, none, none) for b in range(self.batch)])
+
+    def _store(self, plans: list[_Plan]) -> None:
+        config = self.config
         self._fix_statistics([plan.encode[0] for plan in plans])
         pages = [self._encode(b, *p.encode) if p.encode[0].shape[1] else None for b, p in enumerate(plans)]
         # Nothing above changed what the rows hold, nothing below depends on the input's content.

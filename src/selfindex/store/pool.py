@@ -39,7 +39,7 @@ class BlockPool:
     def add(self, index: Tensor, payload: Tensor) -> list[int]:
         """Store encoded pages, one row each, with one reference. Returns their block ids."""
         count = index.shape[0]
-        self._reserve(count)
+        self.reserve(count)
         blocks = [self._free.pop() for _ in range(count)]
         at = torch.tensor(blocks, device=self.index.device)
         self.index[at] = index
@@ -60,7 +60,8 @@ class BlockPool:
             if self._references[block] == 0:
                 self._free.append(block)
 
-    def _reserve(self, count: int) -> None:
+    def reserve(self, count: int) -> None:
+        """Make room for `count` more pages, so that adding them moves nothing."""
         missing = count - len(self._free)
         if missing <= 0:
             return

@@ -23,6 +23,7 @@ SOURCES = Path(__file__).with_name("kernels")
 MODULES = {
     "decode": ("common", "rotate", "prepare", "cluster", "ring", "score", "select", "decode", "attend"),
     "encode": ("common", "rotate", "encode"),
+    "window": ("common", "window"),
 }
 """Source files of each module, in order: they are compiled as one text."""
 

@@ -20,6 +20,8 @@ from .decode import supported as decode_supported
 from .encode import encode as kernel_encode
 from .encode import supported as encode_supported
 from .loader import KernelsUnavailable
+from .window import supported as window_supported
+from .window import window_attend as kernel_window
 
 
 @cache
@@ -75,7 +77,30 @@ def sparse_decode(
     return reference.sparse_decode(*arguments)
 
 
+def window_attend(
+    query: Tensor,
+    new_keys: Tensor,
+    new_values: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor,
+    part: Tensor,
+    part_lse: Tensor,
+    sink_logit: Tensor | None,
+    scaling: float,
+) -> Tensor:
+    """`selfindex::window_attend` on CUDA tensors."""
+    arguments = (query, new_keys, new_values, keys, values, lengths, part, part_lse, sink_logit, scaling)
+    if window_supported(query, new_keys, new_values, keys, values):
+        try:
+            return kernel_window(*arguments)
+        except KernelsUnavailable as error:
+            announce(str(error))
+    return reference.window_attend(*arguments)
+
+
 def register(ops: Any) -> None:
     """Make these the CUDA implementations of the operators in module `ops`."""
     ops.encode.register_kernel("cuda", encode)
     ops.sparse_decode.register_kernel("cuda", sparse_decode)
+    ops.window_attend.register_kernel("cuda", window_attend)

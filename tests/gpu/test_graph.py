@@ -1,0 +1,64 @@
+"""`selfindex.generate` on a GPU replays a graph and agrees with steps run one by one."""
+
+import gc
+
+import pytest
+import torch
+from tiny_models import VOCAB, forward, generate, make_model, prompt
+
+import selfindex
+from selfindex.integrations.transformers.loop import DecodeLoop
+
+pytestmark = pytest.mark.gpu
+
+
+def model_on_gpu(family="llama", dtype=torch.bfloat16):
+    return make_model(family, dtype=dtype, max_position_embeddings=8192).cuda()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_steps_agree_with_single_steps(family, dtype):
+    model, ids = model_on_gpu(family, dtype), prompt(1500, batch=2).cuda()
+    options = {"budget": 200, "dense_below": 0}
+    single = selfindex.SelfIndexCache(model, **options)
+    forward(model, ids, single)
+    fixed = selfindex.SelfIndexCache(model, **options)
+    forward(model, ids, fixed)
+    loop = DecodeLoop(model, fixed, 300)
+    tolerance = 1e-3 if dtype == torch.float32 else 0.15
+    for i, tokens in enumerate(prompt(300, batch=2, seed=1).cuda().unbind(1)):
+        got = loop.step(tokens)
+        # A page is encoded twice on the way.
+        wanted = forward(model, tokens[:, None], single)[:, -1].float()
+        error = (got - wanted).norm() / wanted.norm()
+        assert error < tolerance, (i, float(error))
+    loop.close()
+    a, b = (cache.compressed_layers[-1].store for cache in (single, fixed))
+    assert a.raw.lengths == b.raw.lengths
+    assert a.table.rows == b.table.rows
+    assert fixed.get_seq_length() == single.get_seq_length() == 1800
+
+
+def test_generate_equals_generate_of_the_model():
+    model, ids = model_on_gpu(dtype=torch.float32), prompt(700, batch=2).cuda()
+    options = {"budget": 100, "dense_below": 0}
+    wanted = generate(model, ids, selfindex.SelfIndexCache(model, **options), max_new_tokens=150)
+    got = selfindex.generate(model, ids, max_new_tokens=150, eos_token_id=VOCAB, pad_token_id=0, **options)
+    assert torch.equal(got, wanted)
+
+
+def test_memory_does_not_grow_over_many_steps():
+    model, ids = model_on_gpu(), prompt(400).cuda()
+    cache = selfindex.SelfIndexCache(model, budget=64, dense_below=0)
+    forward(model, ids, cache)
+    loop = DecodeLoop(model, cache, 6000)
+    token, seen = ids[:, 0], []
+    for i in range(6000):
+        loop.step(token)
+        if i in (1000, 5990):
+            gc.collect()
+            torch.cuda.synchronize()
+            seen.append(torch.cuda.memory_allocated())
+    assert torch.isfinite(loop.logits).all()
+    assert seen[1] <= seen[0] + (1 << 20)
