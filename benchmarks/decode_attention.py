@@ -9,6 +9,7 @@ CUDA graph that goes through several input sets, so that small sizes do not live
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import platform
 import statistics
@@ -140,7 +141,8 @@ def copy_bandwidth() -> float:
 
 def environment() -> dict[str, str]:
     """What the numbers depend on."""
-    found = {"python": platform.python_version(), "torch": torch.__version__}
+    found = {"date": datetime.date.today().isoformat()}
+    found |= {"python": platform.python_version(), "torch": torch.__version__}
     found |= {"cuda": str(torch.version.cuda), "device": torch.cuda.get_device_name()}
     for name in ("selfindex", "cuda-core", "nvidia-cuda-nvrtc", "nvidia-cudnn-cu13"):
         try:

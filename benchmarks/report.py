@@ -1,0 +1,206 @@
+"""Write docs/performance.md and its figure from the committed results of the benchmarks.
+
+python benchmarks/report.py
+"""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from selfindex.codec import PageFormat
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+FIGURE = "figures/decode.png"
+PAGE = 128
+
+
+def load(name: str) -> dict[str, Any]:
+    """A committed result."""
+    return json.loads((RESULTS / name).read_text())
+
+
+def where(result: dict[str, Any], command: str) -> str:
+    """The command, and what it ran on."""
+    found = result["environment"]
+    return f"`{command}`, {found['date']}, {found['device']}, torch {found['torch']}, CUDA {found['cuda']}."
+
+
+def size(length: int) -> str:
+    """A length in units of 1024 tokens."""
+    return f"{length // 1024}k"
+
+
+def paragraph(*parts: str) -> list[str]:
+    """Text in lines of readable length, and an empty line."""
+    return [*textwrap.wrap(" ".join(parts), 116, break_long_words=False, break_on_hyphens=False), ""]
+
+
+def row(*cells: object) -> str:
+    """A line of a table."""
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def head(*names: str) -> list[str]:
+    """The first two lines of a table."""
+    return [row(*names), "|" + "---|" * len(names)]
+
+
+def decode_section(result: dict[str, Any]) -> list[str]:
+    """The decode operator against dense attention."""
+    lines = ["## Decode attention"]
+    lines += paragraph(
+        where(result, "python benchmarks/decode_attention.py --output FILE"),
+        "32 query heads, 8 KV heads, head_dim 128, bf16, 5 % budget, `balanced`. Microseconds per layer,",
+        "medians of CUDA-graph replays over rotating inputs; dense is the best of PyTorch's flash and cuDNN",
+        "kernels in the same run. The sparse call covers scoring, exact selection, attention to the selected",
+        "tokens and the combine; the full-precision window is not in it. Stages are timed alone and overlap",
+        f"in the call. A device copy moved {result['copy_tb_per_s']:.2f} TB/s.",
+    )
+    plane = PageFormat.parse(result["format"]).index_bytes
+    lines += head("batch x length", "dense", "sparse", "ratio", "prepare query", "score + select",
+                  "index, TB/s", "attend")  # fmt: skip
+    for found in result["results"]:
+        stages, batch, length = found["sparse"], found["batch"], found["length"]
+        lines.append(
+            row(
+                f"{batch} x {size(length)}",
+                f"{found['dense_best']:.0f} ({found['dense_kernel']})",
+                f"{stages['call']:.0f}",
+                f"{found['ratio']:.2f}",
+                f"{stages['prepare']:.1f}",
+                f"{stages['decode']:.1f}",
+                f"{batch * length / PAGE * plane / stages['decode'] / 1e6:.2f}",
+                f"{stages['attend']:.1f}",
+            )
+        )
+    crossings = ", ".join(
+        f"batch {batch}: {'nowhere' if length is None else size(length)}"
+        for batch, length in result["crossover"].items()
+    )
+    lines += ["", *paragraph(f"Shortest measured length from which on sparse is never slower: {crossings}.")]
+    return [*lines, f"![Decode attention, times as fast as dense]({FIGURE})", ""]
+
+
+def end_section(result: dict[str, Any]) -> list[str]:
+    """A whole model."""
+    lines = ["## A whole model"]
+    lines += paragraph(
+        where(result, "python benchmarks/end_to_end.py --output FILE"),
+        f"{result['model']} ({result['weights_gb']:.1f} GB). selfindex is the loop behind",
+        "`selfindex.generate` over 128 steps, the encoding of a page included; dense is the same model in a",
+        "captured graph with the best dense SDPA kernel on exactly the tokens that exist.",
+        "Milliseconds per token.",
+    )
+    lines += head("batch x length", "dense", "selfindex", "ratio", "dense cache, GB", "selfindex cache, GB")
+    for found in result["results"]:
+        ours, dense = found["selfindex"], found["dense"]
+        lines.append(
+            row(
+                f"{found['batch']} x {size(found['length'])}",
+                f"{dense['ms']:.2f} ({dense['kernel']})",
+                f"{ours['ms']:.2f}",
+                f"{dense['ms'] / ours['ms']:.2f}",
+                f"{dense['cache_gb']:.2f}",
+                f"{ours['cache_gb']:.2f}",
+            )
+        )
+    dense, ours = result["largest"]["dense"], result["largest"]["selfindex"]
+
+    def full(found: dict[str, Any]) -> str:
+        return (
+            f"{found['batch']} ({found['ms']:.1f} ms a step, {found['tokens_per_s']:.0f} tokens/s, "
+            f"peak {found['peak_gb']:.1f} GB)"
+        )
+
+    lines.append("")
+    lines += paragraph(
+        f"The largest batch of {size(ours['length'])} tokens that runs: dense {full(dense)}, selfindex",
+        f"{full(ours)}: {ours['batch'] / dense['batch']:.1f} times the batch,",
+        f"{ours['tokens_per_s'] / dense['tokens_per_s']:.1f} times the throughput.",
+    )
+    for found in result["results"]:
+        if "compiled" in found:
+            lines += paragraph(
+                "transformers' StaticCache with torch.compile at",
+                f"{found['batch']} x {size(found['length'])}: {found['compiled']['ms']:.2f} ms a token.",
+            )
+    return lines
+
+
+def encode_section(result: dict[str, Any]) -> list[str]:
+    """Encoding, and attention to the whole encoded prefix."""
+    lines = ["## Encoding, and attention to everything"]
+    lines += paragraph(
+        where(result, "python benchmarks/encode.py --output FILE"),
+        "One layer. Encoding a prompt as the store does it, against the causal attention of the same prompt:",
+    )
+    lines += head("prompt", "encode, ms", "dense attention, ms", "share")
+    for found in result["prompt"]:
+        encode, best = found["encode_chunks"] / 1e3, min(found["dense"].values()) / 1e3
+        lines.append(row(size(found["length"]), f"{encode:.2f}", f"{best:.1f}", f"{found['share']:.2%}"))
+    step = result["decode"]
+    lines.append("")
+    lines += paragraph(
+        f"Encoding a page takes {step['page']:.1f} us once in 128 steps:",
+        f"{step['share']:.2%} of a dense decode step at {size(step['length'])}.",
+    )
+    lines += paragraph(
+        "`dense_attend` (a chunk of new queries, or a step below the length where selection pays) against",
+        "dense attention to a 16-bit prefix, microseconds:",
+    )
+    lines += head("queries x prefix", "dense_attend", "best dense", "times as fast")
+    for found in result["dense_attend"]:
+        shape = f"{found['queries']} x {size(found['length'])}"
+        best = min(found["dense"].values())
+        lines.append(row(shape, f"{found['dense_attend']:.0f}", f"{best:.0f}", f"{found['ratio']:.2f}"))
+    return [*lines, ""]
+
+
+def draw(result: dict[str, Any], target: Path) -> None:
+    """Speed over dense against the length, one line a batch size."""
+    figure, axis = plt.subplots(figsize=(6.4, 3.6))
+    for batch in sorted({row["batch"] for row in result["results"]}):
+        rows = [row for row in result["results"] if row["batch"] == batch]
+        axis.plot(
+            [r["length"] / 1024 for r in rows], [r["ratio"] for r in rows], "o-", label=f"batch {batch}"
+        )
+    axis.axhline(1, color="0.5", linewidth=1)
+    axis.set_xscale("log", base=2)
+    axis.set_xticks([8 << i for i in range(7)], [f"{8 << i}k" for i in range(7)])
+    axis.set_xlabel("tokens of context")
+    axis.set_ylabel("times as fast as dense")
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, fontsize=9)
+    figure.tight_layout()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(target, dpi=130)
+
+
+def main() -> None:
+    """Write the page and the figure."""
+    decode = load("decode_attention-h100.json")
+    lines = ["# Performance", ""]
+    lines += paragraph(
+        "Written by `python benchmarks/report.py` from benchmarks/results/ and benchmarks/notes.md.",
+        "Every section ran in one go on the machine it names.",
+    )
+    lines += decode_section(decode)
+    lines += end_section(load("end_to_end-h100.json"))
+    lines += encode_section(load("encode-h100.json"))
+    lines += (ROOT / "benchmarks" / "notes.md").read_text().splitlines()
+    (ROOT / "docs" / "performance.md").write_text("\n".join(lines).rstrip() + "\n")
+    draw(decode, ROOT / "docs" / FIGURE)
+
+
+if __name__ == "__main__":
+    main()
