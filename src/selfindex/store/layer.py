@@ -138,8 +138,32 @@ class LayerStore:
         Raises:
             InputError: as `append`. Nothing is encoded then.
         """
+        equal = len(set(self.raw.lengths)) == 1
+        if equal and self.config.preset == "balanced" and self.constants is not None:
+            self._encode_overflow_of_equal_rows()
+            return
         none = self.raw.keys[0, :, :0]
         self._store([self._plan_window(b, none, none) for b in range(self.batch)])
+
+    def _encode_overflow_of_equal_rows(self) -> None:
+        """All rows at once: what `_plan_window` and `_store` do one by one."""
+        config, raw, held = self.config, self.raw, self.raw.lengths[0]
+        first, pages = config.sinks, max(0, held - config.sinks - config.recent) // config.page_size
+        last = first + pages * config.page_size
+        if pages == 0:
+            return
+        keys, values = (
+            x[:, :, first:last].unflatten(2, (pages, -1)).transpose(1, 2).flatten(0, 1)
+            for x in (raw.keys, raw.values)
+        )
+        self._check_finite(keys, values)
+        full = torch.full((self.batch * pages,), config.page_size, dtype=torch.int32, device=raw.keys.device)
+        blocks = self.pool.add(*self._encode_pages(keys, values, full, 0))
+        for b in range(self.batch):
+            self.table.append(b, blocks[b * pages : (b + 1) * pages], [config.page_size] * pages)
+        for x in (raw.keys, raw.values):
+            x[:, :, first : held - last + first] = x[:, :, last:held].clone()
+        raw.lengths = [held - last + first] * self.batch
 
     def _store(self, plans: list[_Plan]) -> None:
         config = self.config
@@ -196,12 +220,7 @@ class LayerStore:
 
     def _encode(self, row: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Encode tokens [H, n, d] of a row into pages, the last one possibly short."""
-        if not bool(torch.isfinite(keys).all() & torch.isfinite(values).all()):
-            raise InputError(
-                "keys or values hold NaN or infinity; they cannot be encoded. Check the model's "
-                "dtype (fp16 overflows in some models; use bf16) and its inputs"
-            )
-        assert self.constants is not None
+        self._check_finite(keys, values)
         page, n = self.config.page_size, keys.shape[1]
         missing = -n % page
         shape = (keys.shape[0], -1, page, keys.shape[2])
@@ -210,10 +229,23 @@ class LayerStore:
         ]
         counts = torch.full((padded[0].shape[0],), page, dtype=torch.int32, device=keys.device)
         counts[-1] -= missing
+        return self._encode_pages(padded[0], padded[1], counts, row)
+
+    @staticmethod
+    def _check_finite(keys: Tensor, values: Tensor) -> None:
+        if not bool(torch.isfinite(keys).all() & torch.isfinite(values).all()):
+            raise InputError(
+                "keys or values hold NaN or infinity; they cannot be encoded. Check the model's "
+                "dtype (fp16 overflows in some models; use bf16) and its inputs"
+            )
+
+    def _encode_pages(self, keys: Tensor, values: Tensor, counts: Tensor, row: int) -> tuple[Tensor, Tensor]:
+        """Encode pages [n, H, P, d] with `counts` tokens each; `row` has the paper's constants."""
+        assert self.constants is not None
         constants = self.constants if self.config.preset == "balanced" else self.constants[row : row + 1]
         planes = [
             ops.encode(k, v, c, constants, self.format.name)
-            for k, v, c in zip(*(x.split(ENCODE_PAGES) for x in (*padded, counts)), strict=True)
+            for k, v, c in zip(*(x.split(ENCODE_PAGES) for x in (keys, values, counts)), strict=True)
         ]
         return torch.cat([i for i, _ in planes]), torch.cat([p for _, p in planes])
 

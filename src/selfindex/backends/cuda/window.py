@@ -10,7 +10,8 @@ from torch import Tensor
 from .decode import HEAD_DIMS, LOG2_E, MAX_GROUPS
 from .loader import INPUT_TYPES, load
 
-MAX_LOGITS = 30 * 1024
+THREADS = 512
+MAX_LOGITS = 64 * 1024
 """Bytes of shared memory for a block's logits; longer windows take the reference operator."""
 
 
@@ -97,8 +98,9 @@ def window_attend(
         room=room,
         scale=scaling * LOG2_E,
     )
-    shared = 4 * (query_heads // heads) * room
+    groups, turns = query_heads // heads, THREADS // (dim // 4)
+    shared = 4 * (-(-groups * room // 4) * 4 + turns * min(groups, 4) * dim)
     modern = torch.cuda.get_device_properties(device).major >= 9
     with torch.cuda.device(device):
-        kernel((batch * heads, 1), 256, [params], shared, overlap=modern)
+        kernel((batch * heads, 1), THREADS, [params], shared, overlap=modern)
     return output
