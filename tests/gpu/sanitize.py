@@ -19,7 +19,11 @@ for dim, groups, bits, lengths in (
     (256, 2, 3, [260]),
 ):
     cache = make_cache(lengths, dim, 1, groups, bits, short=(1,))
-    ops.sparse_decode(*cache.decode_arguments([n // 4 for n in tokens(cache)]))
+    arguments = cache.decode_arguments([n // 4 for n in tokens(cache)])
+    ops.sparse_decode(*arguments)
+    for queries in (1, 40):  # the narrow and the wide kernel
+        many = cache.query.expand(-1, -1, queries, -1)
+        ops.dense_attend(many, *arguments[1:5], *arguments[7:])
     keys = torch.randn(2, 1, 128, dim, device="cuda", dtype=torch.bfloat16)
     counts = torch.tensor([128, 70], dtype=torch.int32, device="cuda")
     ops.encode(keys, keys, counts, cache.constants, cache.fmt.name)

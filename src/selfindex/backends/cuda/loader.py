@@ -23,6 +23,7 @@ SOURCES = Path(__file__).with_name("kernels")
 MODULES = {
     "decode": ("common", "rotate", "prepare", "cluster", "ring", "score", "select", "decode", "attend"),
     "encode": ("common", "rotate", "encode"),
+    "dense": ("common", "rotate", "dense_rows", "dense", "dense_wgmma"),
     "window": ("common", "window"),
 }
 """Source files of each module, in order: they are compiled as one text."""
@@ -49,7 +50,7 @@ def cache_folder() -> Path:
 
 
 def source(module: str) -> str:
-    """Text of a module ("decode" or "encode")."""
+    """Text of a module, a key of `MODULES`."""
     return "\n".join((SOURCES / f"{name}.cuh").read_text() for name in MODULES[module])
 
 
@@ -63,6 +64,7 @@ def macros(head_dim: int, groups: int, value_bits: int, dtype: torch.dtype, arch
         "SIGN_GAIN": f"{SIGN_GAIN!r}f",
         "SELECT_SHARPNESS": f"{SHARPNESS!r}f",
         "CLUSTERS": str(int(arch >= 90)),
+        "WGMMA": str(int(arch == 90 and head_dim in (64, 128))),
     }
     if head_dim == 96:
         paley = hadamard(96)[:12, :12] < 0
@@ -97,7 +99,8 @@ def compile_module(module: str, arch: int, defines: dict[str, str]) -> tuple[byt
     log = Log()
     options = ProgramOptions(
         name=f"selfindex_{module}",
-        arch=f"sm_{arch}",
+        # Hopper's warp group instructions exist for its own feature set only.
+        arch=f"sm_{arch}a" if module == "dense" and arch == 90 else f"sm_{arch}",
         std="c++17",
         define_macro=list(defines.items()),
         ptxas_options=["-v"],

@@ -1,8 +1,9 @@
 """The kernels as implementations of the package's operators on CUDA tensors.
 
 Calls the kernels do not serve run the reference implementation on the same device: the paper
-preset, other page sizes and head dimensions, several new queries at once. So do all calls where
-the kernels are unavailable (no cuda-core, a GPU below compute capability 8.0), announced once.
+preset, other page sizes and head dimensions, sparse attention of several new queries at once. So
+do all calls where the kernels are unavailable (no cuda-core, a GPU below compute capability 8.0),
+announced once.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from ...codec import PageFormat
 from .. import reference
 from .decode import sparse_decode as kernel_decode
 from .decode import supported as decode_supported
+from .dense import dense_attend as kernel_dense
+from .dense import supported as dense_supported
 from .encode import encode as kernel_encode
 from .encode import supported as encode_supported
 from .loader import KernelsUnavailable
@@ -77,6 +80,26 @@ def sparse_decode(
     return reference.sparse_decode(*arguments)
 
 
+def dense_attend(
+    query: Tensor,
+    index_pool: Tensor,
+    payload_pool: Tensor,
+    block_table: Tensor,
+    page_counts: Tensor,
+    constants: Tensor,
+    scaling: float,
+    format: str,
+) -> tuple[Tensor, Tensor]:
+    """`selfindex::dense_attend` on CUDA tensors."""
+    arguments = (query, index_pool, payload_pool, block_table, page_counts, constants, scaling, format)
+    if dense_supported(query, index_pool, block_table, PageFormat.parse(format)):
+        try:
+            return kernel_dense(*arguments)
+        except KernelsUnavailable as error:
+            announce(str(error))
+    return reference.dense_attend(*arguments)
+
+
 def window_attend(
     query: Tensor,
     new_keys: Tensor,
@@ -103,4 +126,5 @@ def register(ops: Any) -> None:
     """Make these the CUDA implementations of the operators in module `ops`."""
     ops.encode.register_kernel("cuda", encode)
     ops.sparse_decode.register_kernel("cuda", sparse_decode)
+    ops.dense_attend.register_kernel("cuda", dense_attend)
     ops.window_attend.register_kernel("cuda", window_attend)
