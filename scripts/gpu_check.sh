@@ -17,7 +17,7 @@ for part in "${parts[@]}"; do
     sanitizer)
       # Only our own kernels are checked, except by initcheck, which has to see who wrote what they read.
       ours=()
-      for name in prepare decode attend encode dense select_test; do ours+=(--kernel-name "kns=$name"); done
+      for name in prepare decode attend encode dense window select_test; do ours+=(--kernel-name "kns=$name"); done
       for tool in memcheck racecheck synccheck initcheck; do
         [ $tool != initcheck ] || ours=()
         compute-sanitizer --tool "$tool" --error-exitcode 9 --report-api-errors no --check-api-memory-access no \
@@ -27,7 +27,9 @@ for part in "${parts[@]}"; do
         [ $status -eq 0 ] || failed=1
       done ;;
     benchmark)
-      "$python" benchmarks/decode_attention.py --output "$out/decode_attention.json" || failed=1 ;;
+      for name in decode_attention encode end_to_end; do
+        "$python" "benchmarks/$name.py" --output "$out/$name.json" || failed=1
+      done ;;
     *)
       echo "unknown part '$part'; parts are tests, sanitizer, benchmark" >&2; exit 2 ;;
   esac

@@ -27,6 +27,11 @@ for dim, groups, bits, lengths in (
     keys = torch.randn(2, 1, 128, dim, device="cuda", dtype=torch.bfloat16)
     counts = torch.tensor([128, 70], dtype=torch.int32, device="cuda")
     ops.encode(keys, keys, counts, cache.constants, cache.fmt.name)
+    batch, heads = cache.query.shape[:2]
+    held, new = (torch.randn(batch, 1, n, dim, device="cuda", dtype=torch.bfloat16) for n in (70, 1))
+    part = torch.randn(batch, heads, 1, dim, device="cuda"), torch.zeros(batch, heads, 1, device="cuda")
+    filled = torch.tensor([69, 0][:batch], dtype=torch.int32, device="cuda")
+    ops.window_attend(cache.query, new, new, held, held.clone(), filled, *part, None, 0.1)
 keys = torch.randint(1, 500, (2, 2048), device="cuda").to(torch.int16)
 clusters = (1, 8, 16) if torch.cuda.get_device_capability()[0] >= 9 else (1,)
 for cluster in clusters:

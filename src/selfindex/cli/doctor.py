@@ -67,7 +67,7 @@ def _backends() -> list[tuple[str, str]]:
     found = [("cpu", "plain PyTorch")]
     for i in range(torch.cuda.device_count()):
         reason = _no_kernels(torch.device("cuda", i))
-        kernels = "CUDA kernels for encoding and decode steps, plain PyTorch for the rest"
+        kernels = "CUDA kernels (balanced preset; plain PyTorch for the rest)"
         found.append((f"cuda:{i}", kernels if reason is None else f"plain PyTorch: {reason}"))
     return found
 
