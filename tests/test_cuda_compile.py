@@ -29,13 +29,19 @@ DENSE = (
     (96, 1, 3, torch.float32),
     (64, 1, 2, torch.bfloat16),
 )
-KERNELS = {"decode": 4, "encode": 1, "dense": 3}
+WINDOW = (
+    (128, 4, 2, torch.bfloat16),
+    (256, 16, 2, torch.float32),
+    (96, 5, 2, torch.float16),
+)
+KERNELS = {"decode": 4, "encode": 1, "dense": 3, "window": 1}
 # Everything for the architecture the kernels are tuned for, what differs most for the others.
-SHAPES = {"decode": DECODE, "encode": ENCODE, "dense": DENSE}
+SHAPES = {"decode": DECODE, "encode": ENCODE, "dense": DENSE, "window": WINDOW}
 CASES = [(90, module, case) for module, cases in SHAPES.items() for case in cases]
 for other in (80, 100):
     CASES += [(other, "decode", case) for case in DECODE[:3]]
-    CASES += [(other, module, case) for module in ("encode", "dense") for case in SHAPES[module][:2]]
+    for module in ("encode", "dense", "window"):
+        CASES += [(other, module, case) for case in SHAPES[module][:2]]
 
 
 @pytest.mark.slow
