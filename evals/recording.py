@@ -34,6 +34,10 @@ class Recording:
         """Store the recorded tokens in an empty cache of the same model."""
         for layer, (query, keys, values, scaling) in zip(cache.compressed_layers, self.tensors, strict=True):
             layer.commit(query, keys, values, None, scaling)
+        return self.around(cache)
+
+    def around(self, cache: selfindex.SelfIndexCache) -> selfindex.SelfIndexCache:
+        """Fill only the layers that the cache does not compress (sliding windows)."""
         for i, layer in enumerate(self.dense.layers):
             if i not in {x.layer_idx for x in cache.compressed_layers}:
                 cache.layers[i] = copy.deepcopy(layer)

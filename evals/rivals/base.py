@@ -1,0 +1,120 @@
+"""One interface for other KV caches: what they store of a prefix, and what a query reads of it.
+
+A method sees the keys and values of a whole prefix of one layer and returns `Stored`. Attention
+over it, new tokens, and everything around (model, text, metrics) is the same for all methods.
+Every method keeps the same full-precision tokens at both ends, unless its publication says what
+it keeps; `budget` counts the tokens read in addition to them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+import selfindex
+
+from ..recording import Recording
+
+SINKS, RECENT = 16, 64
+"""Full-precision tokens at both ends, as selfindex keeps them by default."""
+
+
+@dataclass
+class Stored:
+    """What a method holds of one layer's prefix of n tokens.
+
+    Attributes:
+        keys, values: [H, n, d] as they decode; evicted tokens are masked by `kept`.
+        exact: bool [n], tokens that every query attends to in full precision.
+        kept: bool [H, n] of tokens that still exist, or None for all.
+        index: whatever `Method.select` needs.
+    """
+
+    keys: Tensor
+    values: Tensor
+    exact: Tensor
+    kept: Tensor | None = None
+    index: Any = None
+
+
+class Method(Protocol):
+    """A KV cache."""
+
+    def store(self, query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Stored:
+        """Take a prefix: query [Hq, n, d], keys, values [H, n, d], float32."""
+
+    def select(self, stored: Stored, query: Tensor, scaling: float) -> Tensor | None:
+        """Tokens that queries [H, G, T, d] read: bool [H, T, n], or None for all."""
+
+    def bytes_per_token(self, head_dim: int) -> float:
+        """Bytes per cached token and KV head, scales and index included; 4 d is 16-bit."""
+
+    def bytes_read(self, head_dim: int) -> float:
+        """Bytes that a decode step reads, per cached token and KV head."""
+
+
+def ends(tokens: int, sinks: int = SINKS, recent: int = RECENT) -> Tensor:
+    """Bool [tokens], True for the first `sinks` and the last `recent`."""
+    at = torch.arange(tokens)
+    return (at < sinks) | (at >= tokens - recent)
+
+
+def top_tokens(score: Tensor, count: int, exact: Tensor) -> Tensor:
+    """The `count` best tokens of score [..., n] that are not `exact` anyway: bool [..., n]."""
+    score = score.masked_fill(exact, -torch.inf)
+    chosen = score.topk(min(count, score.shape[-1]), -1).indices
+    mask = torch.zeros_like(score, dtype=torch.bool).scatter_(-1, chosen, True)
+    return mask & (score > -torch.inf)
+
+
+class Rival:
+    """One layer's prefix under a method, and the tokens that follow it in full precision."""
+
+    def __init__(self, method: Method, stored: Stored) -> None:
+        self.method, self.stored = method, stored
+        self.new_keys = self.new_values = stored.keys[:, :0]
+
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
+        """Attention of new tokens, query [1, Hq, T, d] and keys, values [1, H, T, d]: [1, T, Hq, d]."""
+        self.new_keys = torch.cat((self.new_keys, keys[0].float()), 1)
+        self.new_values = torch.cat((self.new_values, values[0].float()), 1)
+        stored, heads = self.stored, keys.shape[1]
+        grouped = query[0].float().unflatten(0, (heads, -1))  # [H, G, T, d]
+        visible = self.method.select(stored, grouped, scaling)
+        if visible is not None:
+            visible = visible | stored.exact.to(visible.device)
+        if stored.kept is not None:
+            kept = stored.kept[:, None]
+            visible = kept if visible is None else visible & kept
+        logits = grouped @ stored.keys[:, None].transpose(-1, -2) * scaling
+        if visible is not None:
+            logits = logits.masked_fill(~visible[:, None], -torch.inf)
+        own = grouped @ self.new_keys[:, None].transpose(-1, -2) * scaling
+        t, total = query.shape[2], self.new_keys.shape[1]
+        causal = torch.ones(t, total, dtype=torch.bool, device=query.device).tril(total - t)
+        weights = torch.cat((logits, own.masked_fill(~causal, -torch.inf)), -1).softmax(-1)
+        n = stored.keys.shape[1]
+        out = weights[..., :n] @ stored.values[:, None] + weights[..., n:] @ self.new_values[:, None]
+        return out.flatten(0, 1).transpose(0, 1)[None].to(query.dtype)
+
+
+def rival_cache(model: Any, recording: Recording, method: Method) -> selfindex.SelfIndexCache:
+    """A cache whose full-attention layers are `method`, filled with a recorded prefix."""
+    cache = recording.around(selfindex.SelfIndexCache(model))
+    for layer, (query, keys, values, scaling) in zip(cache.compressed_layers, recording.tensors, strict=True):
+        stored = method.store(query[0].float(), keys[0].float(), values[0].float(), scaling)
+        _replace(layer, Rival(method, stored), keys.shape[2])
+    return cache
+
+
+def _replace(layer: Any, rival: Rival, columns: int) -> None:
+    def attend(
+        module: Any, query: Tensor, new: Any, mask: Any, scaling: float, sinks: Any, run: Any
+    ) -> Tensor:
+        layer.columns += query.shape[2]
+        return rival.attend(query, new.new_keys, new.new_values, scaling)
+
+    layer.attend, layer.columns = attend, columns

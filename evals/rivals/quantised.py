@@ -1,0 +1,116 @@
+"""Caches that keep every token in fewer bits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..fakequant import LEVELS, hadamard
+from .base import Stored, ends
+
+
+def minmax(x: Tensor, bits: int, group: int) -> Tensor:
+    """Asymmetric quantisation in groups along the last dimension, scale and zero in fp16.
+
+    The last group may be shorter.
+    """
+    parts = []
+    for part in x.split(group, -1):
+        low, high = part.amin(-1, keepdim=True), part.amax(-1, keepdim=True)
+        zero = low.half().float()
+        scale = ((high - low) / (2**bits - 1)).half().float()
+        code = torch.where(scale > 0, (part - zero) / scale, 0.0).round().clamp(0, 2**bits - 1)
+        parts.append(zero + code * scale)
+    return torch.cat(parts, -1)
+
+
+class Everything:
+    """Base of methods that read all they store."""
+
+    def bytes_per_token(self, head_dim: int) -> float:
+        raise NotImplementedError
+
+    def select(self, stored: Stored, query: Tensor, scaling: float) -> None:
+        return None
+
+    def bytes_read(self, head_dim: int) -> float:
+        return self.bytes_per_token(head_dim)
+
+
+class Dense(Everything):
+    """The model's own cache in 16 bits; stored here as it is."""
+
+    def store(self, query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Stored:
+        return Stored(keys, values, ends(keys.shape[1]))
+
+    def bytes_per_token(self, head_dim: int) -> float:
+        return 4 * head_dim
+
+
+class FP8(Everything):
+    """Keys and values in E4M3 with one scale a tensor (vLLM's `kv_cache_dtype="fp8"`)."""
+
+    def store(self, query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Stored:
+        def cast(x: Tensor) -> Tensor:
+            scale = x.abs().amax() / torch.finfo(torch.float8_e4m3fn).max
+            return (x / scale).to(torch.float8_e4m3fn).float() * scale
+
+        return Stored(cast(keys), cast(values), ends(keys.shape[1]))
+
+    def bytes_per_token(self, head_dim: int) -> float:
+        return 2 * head_dim
+
+
+@dataclass
+class KIVI(Everything):
+    """KIVI (Liu et al., arXiv 2402.02750): keys per channel, values per token, recent tokens exact.
+
+    Groups of 32; the latest `residual` tokens, and the rest of a group, stay in 16 bits.
+    """
+
+    bits: int
+    group: int = 32
+    residual: int = 128
+
+    def store(self, query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Stored:
+        n = max(0, keys.shape[1] - self.residual) // self.group * self.group
+        k = minmax(keys[:, :n].transpose(1, 2), self.bits, self.group).transpose(1, 2)
+        v = minmax(values[:, :n], self.bits, self.group)
+        exact = torch.arange(keys.shape[1]) >= n
+        return Stored(torch.cat((k, keys[:, n:]), 1), torch.cat((v, values[:, n:]), 1), exact)
+
+    def bytes_per_token(self, head_dim: int) -> float:
+        # Codes; fp16 scale and zero per 32 tokens and channel, and per token and 32 channels.
+        return 2 * head_dim * self.bits / 8 + 2 * head_dim * 4 / self.group
+
+
+@dataclass
+class RotatedLloydMax(Everything):
+    """TurboQuant's MSE quantiser (Zandieh et al., arXiv 2504.19874): rotate, then Lloyd-Max levels.
+
+    A random rotation makes coordinates nearly Gaussian; each is rounded to the levels of a unit
+    Gaussian times the vector's root mean square, stored in fp16. Its unbiased variant for inner
+    products (one more bit for the residual) is not included.
+    """
+
+    bits: int
+
+    def store(self, query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Stored:
+        n, exact = keys.shape[1], ends(keys.shape[1])
+
+        def cast(x: Tensor, seed: int) -> Tensor:
+            rotation = hadamard(x.shape[-1], seed).to(x.device)
+            y = x @ rotation.T
+            rms = y.square().mean(-1, keepdim=True).sqrt().half().float().clamp(min=1e-8)
+            levels = torch.tensor(LEVELS[self.bits], device=x.device)
+            edges = (levels[1:] + levels[:-1]) / 2
+            got = levels[torch.bucketize((y / rms).abs(), edges)] * y.sign() * rms
+            return torch.where(exact.to(x.device)[:, None], x, got @ rotation)
+
+        assert exact.shape[0] == n
+        return Stored(cast(keys, 0), cast(values, 1), exact)
+
+    def bytes_per_token(self, head_dim: int) -> float:
+        return 2 * (head_dim * self.bits / 8 + 2)
