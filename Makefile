@@ -5,6 +5,7 @@ VENV ?= .venv
 # The CPU build for machines without CUDA; set TORCH=torch on a machine with a GPU.
 TORCH ?= torch==2.13.0
 TRANSFORMERS ?= transformers>=5.17
+EXTRAS ?= demo,eval,dev,lm-eval
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
@@ -20,7 +21,7 @@ $(VENV)/.base: pyproject.toml
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.base
-	@$(PIP) -e ".[demo,eval,dev]"
+	@$(PIP) -e ".[$(EXTRAS)]"
 	@touch $@
 
 demo: $(VENV)/.base  ## a real model, a real long text, a question
@@ -30,7 +31,8 @@ test: $(VENV)/.dev  ## the whole test suite
 	@$(BIN)/python -m pytest
 
 test-oldest:  ## integration tests against the oldest supported transformers
-	@$(MAKE) --no-print-directory $(VENV)-oldest/.dev VENV=$(VENV)-oldest TRANSFORMERS=transformers==5.17.0
+	@$(MAKE) --no-print-directory $(VENV)-oldest/.dev VENV=$(VENV)-oldest \
+		TRANSFORMERS=transformers==5.17.0 EXTRAS=demo,dev
 	@$(VENV)-oldest/bin/python -m pytest tests/integration
 
 lint: $(VENV)/.dev  ## style, types
