@@ -50,7 +50,9 @@ def methods(budget: float, head_dim: int) -> dict[str, tuple[Maker, float | None
     for name, options in OURS.items():
 
         def fill(model: Any, recording: Recording, options: Any = options) -> Any:
-            settings = {"budget": budget, "dense_below": 0, "sparse_queries": EVERY_QUERY} | options
+            # Without the floor under the budget, so that all methods read the same share.
+            settings = {"budget": budget, "min_tokens": 1, "dense_below": 0, "sparse_queries": EVERY_QUERY}
+            settings |= options
             return recording.fill(selfindex.SelfIndexCache(model, **settings))
 
         share = "" if "budget" in options else f" {100 * budget:g} %"

@@ -100,6 +100,8 @@ def draw(result: dict[str, Any], target: Path) -> None:
                         fontsize=7, color=colour,
                     )  # fmt: skip
         axis.set_xscale("log", base=2)
+        axis.set_xticks([8, 16, 32, 64, 128, 256], ["8", "16", "32", "64", "128", "256"])
+        axis.set_xlim(8, 560)
         axis.set_yscale("log")
         axis.set_xlabel(f"{label} (dense: {4 * result['head_dim']})")
         axis.grid(alpha=0.25)
@@ -112,10 +114,19 @@ def draw(result: dict[str, Any], target: Path) -> None:
     figure.savefig(target, dpi=130)
 
 
+def setting(result: dict[str, Any]) -> str:
+    """Command, date and machine of a result."""
+    found = result["environment"]
+    machine = found["gpu"] or f"{found['cpus']} CPU cores"
+    return (
+        f"`{found['command']}`, {found['date']}, {machine}, torch {found['torch']}, "
+        f"transformers {found['transformers']}."
+    )
+
+
 def main() -> None:
     """Write the page and the figure."""
-    result = json.loads((RESULTS / "compare-smollm2.json").read_text())
-    found = result["environment"]
+    results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("compare-*.json"))]
     lines = ["# Quality", ""]
     lines += paragraph(
         "Written by `python -m evals.quality` from evals/results/ and evals/notes.md.",
@@ -123,22 +134,26 @@ def main() -> None:
     )
     lines += ["## Beside other caches", ""]
     lines += paragraph(
-        f"`{found['command']}`, {found['date']}, {found['gpu'] or str(found['cpus']) + ' CPU cores'}, torch",
-        f"{found['torch']}, transformers {found['transformers']}. {result['model']}, texts:",
-        f"{', '.join(result['texts'])}; 256 tokens of each, teacher-forced, after a prefix of the rest;",
-        "brackets are 95 % bootstrap intervals over tokens. Sparse methods read the same share of the",
-        "tokens, and all keep 16 sinks and 64 recent tokens in full precision (KIVI its own 128).",
-        "Bytes are per token and KV head, scales and index included;",
-        '"read" is what one decode step reads of them.',
+        "SmolLM2-135M-Instruct (d = 64), teacher-forced over the last tokens of each text; brackets are 95 %",
+        "bootstrap intervals over tokens. Sparse methods read the same share of the tokens, and all keep 16",
+        "sinks and 64 recent tokens in full precision (KIVI its own 128). Bytes are per token and KV head,",
+        'scales and index included; "read" is what one decode step reads of them. The methods, with their',
+        "sources: evals/rivals/.",
     )
-    for length in result["lengths"]:
-        lines += table(result, length)
+    for result in results:
+        for length in result["lengths"]:
+            lines += table(result, length)
+            lines += paragraph(f"Texts: {', '.join(result['texts'])}. {setting(result)}")
     lines += [f"![Fidelity against bytes held and read]({FIGURE})", ""]
-    if result["needles"]:
-        lines += needle_table(result["needles"])
+    lines += ["![KL against the budget, four texts](figures/fidelity.png)", ""]
+    for result in results:
+        if result["needles"]:
+            lines += needle_table(result["needles"])
+            lines += paragraph(f"Texts: {', '.join(result['texts'])}. {setting(result)}")
     lines += (ROOT / "evals" / "notes.md").read_text().splitlines()
     (ROOT / "docs" / "quality.md").write_text("\n".join(lines).rstrip() + "\n")
-    draw(result, ROOT / "docs" / FIGURE)
+    together = dict(results[0], lengths={n: rows for r in results for n, rows in r["lengths"].items()})
+    draw(together, ROOT / "docs" / FIGURE)
 
 
 if __name__ == "__main__":
