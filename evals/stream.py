@@ -1,0 +1,94 @@
+"""Does quality drift when almost everything is written to the cache during decoding?
+
+A short prompt, then a long text fed a few tokens at a time, as decoding or speculative decoding
+would: pages are encoded as they leave the recent window, statistics come from the first page.
+Per stretch of the text: KL to the dense model, top-1 agreement, bytes and tokens read.
+
+    python -m evals.stream --texts manual kjv --prompt 200 --tokens 4000
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+import selfindex
+
+from .environment import describe
+from .fidelity import compare
+from .models import load_model
+from .stats import bootstrap
+from .texts import load_text
+
+
+@torch.inference_mode()
+def stream(model: Any, cache: Any, ids: Tensor, prompt: int, step: int) -> Tensor:
+    """Log-probabilities [tokens, vocabulary] after every token of ids [1, n] past the prompt."""
+    model(ids[:, :prompt], past_key_values=cache, logits_to_keep=1)
+    found = []
+    for part in ids[:, prompt:].split(step, 1):
+        found.append(model(part, past_key_values=cache).logits[0].float().log_softmax(-1).cpu())
+    return torch.cat(found)
+
+
+def main() -> None:
+    """Parse the command line, run, print and write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--model", default="smollm2", help="smollm2, gemma3-270m, or a model path")
+    parser.add_argument("--texts", nargs="+", default=["manual", "kjv"])
+    parser.add_argument("--prompt", type=int, default=200)
+    parser.add_argument("--tokens", type=int, default=4000)
+    parser.add_argument("--step", type=int, default=8, help="tokens fed at a time")
+    parser.add_argument("--stretch", type=int, default=500, help="tokens averaged in a row of the table")
+    parser.add_argument("--start", type=int, default=20000, help="first character of the text to use")
+    parser.add_argument("--budget", type=float, default=0.05)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    args = parser.parse_args()
+    model, tokenizer = load_model(args.model)
+    model.to(args.device)
+    runs, ratios = [], []
+    for text in args.texts:
+        content = load_text(text)[args.start : args.start + 12 * (args.prompt + args.tokens)]
+        ids = tokenizer(content, return_tensors="pt", add_special_tokens=False).input_ids
+        ids = ids[:, : args.prompt + args.tokens].to(args.device)
+        dense = stream(model, DynamicCache(config=model.config), ids, args.prompt, args.step)
+        cache = selfindex.SelfIndexCache(model, budget=args.budget, dense_below=0, sparse_queries=args.step)
+        ours = stream(model, cache, ids, args.prompt, args.step)
+        targets = torch.cat((ids[0, args.prompt + 1 :], ids[0, -1:])).cpu()
+        parts = [
+            compare(d, o, t)
+            for d, o, t in zip(dense.split(250), ours.split(250), targets.split(250), strict=True)
+        ]
+        runs.append({key: np.concatenate([part[key] for part in parts]) for key in ("kl", "top1")})
+        ratios.append(cache.report().ratio)
+        print(f"{text}: {ratios[-1]:.2f} times smaller than 16 bit at the end", flush=True)
+    rows = []
+    for first in range(0, args.tokens, args.stretch):
+        part = slice(first, first + args.stretch)
+        row = {key: bootstrap([run[key][part] for run in runs]) for key in ("kl", "top1")}
+        rows.append({"from": args.prompt + first, "to": args.prompt + first + args.stretch} | row)
+        print(rows[-1], flush=True)
+    if args.output:
+        report = {
+            "environment": describe("stream"),
+            "model": args.model,
+            "texts": [Path(t).stem for t in args.texts],
+            "prompt": args.prompt,
+            "step": args.step,
+            "budget": args.budget,
+            "ratio": ratios,
+            "rows": rows,
+        }
+        args.output.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
