@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -22,6 +23,7 @@ from ...store import LayerStore
 from .attention import NewKeys, prepare
 from .masks import new_columns
 from .models import plan_layers
+from .saving import load, read_options, save
 
 
 class SelfIndexLayer(CacheLayerMixin):
@@ -359,6 +361,29 @@ class SelfIndexCache(Cache):
                 )
             balance[layer.layer_idx] = layer.store.constants[0]
         return BalanceProfile(balance)
+
+    def save(self, model: PreTrainedModel, path: str | Path) -> None:
+        """Write what the cache holds to a safetensors file, to go on from it in another process.
+
+        Raises:
+            StateError: the cache is empty, or the model has sliding-window layers.
+            OSError: the file cannot be written; an older file of that name is untouched then.
+        """
+        self.check_module(next(iter(model.modules())))
+        save(self, model, path)
+
+    @classmethod
+    def load(cls, model: PreTrainedModel, path: str | Path) -> SelfIndexCache:
+        """A cache as `save` left it, with the options it had.
+
+        `batch_repeat_interleave(n)` then gives n requests the same prefix; its pages are shared.
+
+        Raises:
+            FormatError: the file is missing, damaged, newer, or of another model or dtype.
+        """
+        cache = cls(model, read_options(path, model))
+        load(cache, model, path)
+        return cache
 
     def report(self) -> Report:
         """Memory by kind, ratio to 16-bit keys and values, tokens read by the last step."""

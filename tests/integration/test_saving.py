@@ -1,0 +1,156 @@
+"""A saved prefix goes on as if it had never left, and a wrong file is refused."""
+
+import json
+
+import pytest
+import torch
+from decoded_cache import small_cache
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tiny_models import forward, make_model, pair, prompt
+
+from selfindex import FormatError, SelfIndexCache, StateError
+
+
+def filled(model, tokens=61, batch=1, **options):
+    cache = small_cache(model, budget=9, **options)
+    forward(model, prompt(tokens, batch=batch), cache)
+    return cache
+
+
+def rewrite(path, change=None, **metadata):
+    """Write a file again with other metadata, or with changed tensors."""
+    with safe_open(path, framework="pt") as file:
+        meta = file.metadata()
+    tensors = load_file(path)
+    if change:
+        change(tensors)
+    save_file(tensors, path, metadata=meta | metadata)
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "qwen3"])
+@pytest.mark.parametrize("preset", ["balanced", "paper"])
+@pytest.mark.parametrize("tokens", [61, 7])
+def test_a_loaded_prefix_goes_on_like_the_original(family, preset, tokens, tmp_path):
+    _, ours = pair(family)
+    cache = filled(ours, tokens, batch=2, preset=preset)
+    cache.save(ours, tmp_path / "prefix")
+    loaded = SelfIndexCache.load(ours, tmp_path / "prefix")
+    assert loaded.config == cache.config
+    for new in (1, 3, 20, 1):
+        ids = prompt(new, batch=2, seed=new)
+        assert torch.equal(forward(ours, ids, loaded), forward(ours, ids, cache))
+    assert loaded.get_seq_length() == cache.get_seq_length() == tokens + 25
+    # What is stored is the same; growing one step at a time may have left other slack.
+    one, other = (x.report().memory for x in (loaded, cache))
+    assert (one.index, one.payload, one.full_precision) == (other.index, other.payload, other.full_precision)
+
+
+def test_padding_is_remembered(tmp_path):
+    _, ours = pair("llama")
+    mask = torch.ones(2, 40, dtype=torch.long)
+    mask[1, :15] = 0
+    cache = small_cache(ours, budget=9)
+    forward(ours, prompt(40, batch=2), cache, mask)
+    cache.save(ours, tmp_path / "prefix")
+    loaded = SelfIndexCache.load(ours, tmp_path / "prefix")
+    longer = torch.cat((mask, mask.new_ones(2, 1)), 1)
+    got, wanted = (forward(ours, prompt(1, batch=2), c, longer) for c in (loaded, cache))
+    assert torch.equal(got, wanted)
+
+
+def test_many_requests_share_a_loaded_prefix(tmp_path):
+    _, ours = pair("llama")
+    filled(ours).save(ours, tmp_path / "prefix")
+    shared = SelfIndexCache.load(ours, tmp_path / "prefix")
+    pages = shared.compressed_layers[0].store.pool.used
+    shared.batch_repeat_interleave(5)
+    assert shared.compressed_layers[0].store.pool.used == pages
+    ids = prompt(4, batch=5)
+    together = forward(ours, ids, shared)
+    for b in range(5):
+        alone = SelfIndexCache.load(ours, tmp_path / "prefix")
+        torch.testing.assert_close(forward(ours, ids[b : b + 1], alone)[0], together[b], atol=1e-4, rtol=1e-4)
+
+
+def test_shared_pages_are_written_once(tmp_path):
+    _, ours = pair("llama")
+    cache = filled(ours)
+    cache.batch_repeat_interleave(3)
+    cache.save(ours, tmp_path / "prefix")
+    assert load_file(tmp_path / "prefix")["layers.0.index"].shape[0] == 6
+    loaded = SelfIndexCache.load(ours, tmp_path / "prefix")
+    assert loaded.compressed_layers[0].store.pool.used == 6
+    loaded.crop(-50)
+    assert loaded.compressed_layers[0].store.pool.used == 1
+
+
+def test_another_dtype_is_refused(tmp_path):
+    model = make_model("llama")
+    filled(model).save(model, tmp_path / "prefix")
+    with pytest.raises(FormatError, match=r"holds torch\.float32 tokens"):
+        SelfIndexCache.load(model.bfloat16(), tmp_path / "prefix")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:-100]), "cannot read"),
+        (lambda path: path.write_bytes(b"not a cache"), "cannot read"),
+        (lambda path: path.unlink(), "cannot read"),
+        (lambda path: rewrite(path, version="2"), "version 2"),
+        (lambda path: rewrite(path, format="selfindex-profile"), "is not a file of"),
+        (lambda path: rewrite(path, model="0"), "another model"),
+        (lambda path: rewrite(path, header="{"), "header of"),
+        (lambda path: rewrite(path, header=json.dumps({"options": {}})), "header of"),
+        (
+            lambda path: rewrite(path, lambda t: t["layers.1.index"][0].add_(1)),
+            r"layers\.1\.index is missing",
+        ),
+        (lambda path: rewrite(path, lambda t: t.pop("layers.0.keys")), r"layers\.0\.keys is missing"),
+        (lambda path: rewrite(path, lambda t: t.update(more=torch.ones(1))), "more is missing"),
+    ],
+)
+def test_a_wrong_file_is_refused(damage, message, tmp_path):
+    _, ours = pair("llama")
+    filled(ours).save(ours, tmp_path / "prefix")
+    damage(tmp_path / "prefix")
+    with pytest.raises(FormatError, match=message):
+        SelfIndexCache.load(ours, tmp_path / "prefix")
+
+
+def test_a_file_of_another_model_is_refused(tmp_path):
+    filled(pair("llama")[1]).save(pair("llama")[1], tmp_path / "prefix")
+    with pytest.raises(FormatError, match="another model"):
+        SelfIndexCache.load(make_model("llama", num_hidden_layers=1), tmp_path / "prefix")
+    with pytest.raises(FormatError, match="another model"):
+        SelfIndexCache.load(
+            make_model("llama", seed=0, initializer_range=0.05, head_dim=96), tmp_path / "prefix"
+        )
+
+
+def test_what_cannot_be_saved(tmp_path):
+    _, ours = pair("llama")
+    with pytest.raises(StateError, match="empty"):
+        small_cache(ours).save(ours, tmp_path / "prefix")
+    with pytest.raises(StateError, match="another model"):
+        filled(ours).save(pair("qwen3")[1], tmp_path / "prefix")
+    hybrid = pair("gemma3")[1]
+    with pytest.raises(StateError, match="sliding-window"):
+        filled(hybrid).save(hybrid, tmp_path / "prefix")
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
+    _, ours = pair("llama")
+    path = tmp_path / "prefix"
+    filled(ours).save(ours, path)
+    before = path.read_bytes()
+
+    def full(*args, **kwargs):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("selfindex.integrations.transformers.saving.save_file", full)
+    with pytest.raises(OSError, match="no space"):
+        filled(ours, 30).save(ours, path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
