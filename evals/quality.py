@@ -6,6 +6,7 @@ No options: `python -m evals.quality`.
 from __future__ import annotations
 
 import json
+import math
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,16 @@ def interval(values: list[float], digits: int = 3) -> str:
     """Estimate and 95 % interval."""
     middle, low, high = (number(x + 0.0, digits) for x in values)
     return f"{middle} [{low}, {high}]"
+
+
+def wilson(hits: int, total: int) -> list[float]:
+    """Share and its 95 % Wilson score interval, for independent tries."""
+    if total == 0:
+        return [0.0, 0.0, 1.0]
+    share, z = hits / total, 1.96
+    centre = (share + z * z / (2 * total)) / (1 + z * z / total)
+    half = z / (1 + z * z / total) * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
+    return [share, max(0.0, centre - half), min(1.0, centre + half)]
 
 
 def paragraph(*parts: str) -> list[str]:
@@ -73,12 +84,12 @@ def needle_table(found: dict[str, Any]) -> list[str]:
             "compression, every query selecting its own tokens.",
             f"Of {found['asked']} needles the dense cache finds {total}; of those:",
         ),
-        "| method | found | share |",
+        "| method | found | share, 95 % Wilson interval |",
         "|---|---|---|",
     ]
     rows = {name: row for name, row in found.items() if isinstance(row, dict)}
     for name, row in sorted(rows.items(), key=lambda item: -item[1]["found"]):
-        lines.append(f"| {name} | {row['found']} of {total} | {interval(row['share'], 2)} |")
+        lines.append(f"| {name} | {row['found']} of {total} | {interval(wilson(row['found'], total), 2)} |")
     return [*lines, ""]
 
 
