@@ -20,6 +20,12 @@ def _seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _reference(monkeypatch):
+    """The specification serves all tests but tests/cpu, which compare the compiled operators with it."""
+    monkeypatch.setenv("SELFINDEX_CPU", "reference")
+
+
 @pytest.fixture
 def llama():
     """(untouched model, equal model prepared for the cache)."""

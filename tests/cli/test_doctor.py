@@ -81,4 +81,10 @@ def test_doctor_says_why_the_kernels_do_not_run(monkeypatch):
 
     monkeypatch.setattr(doctor.torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(doctor, "capability", too_old)
-    assert doctor._backends() == [("cpu", "plain PyTorch"), ("cuda:0", "plain PyTorch: it is too old")]
+    assert doctor._backends()[1] == ("cuda:0", "plain PyTorch: it is too old")
+
+
+def test_doctor_names_the_cpu_backend(monkeypatch):
+    assert doctor._backends()[0] == ("cpu", "plain PyTorch: SELFINDEX_CPU=reference")
+    monkeypatch.setattr(doctor, "instruction_set", lambda: "avx2")
+    assert doctor._backends()[0][1].startswith("compiled operators, avx2")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..codec import PageFormat
-from . import cuda, reference
+from . import cpu, cuda, reference
 
 
 @torch.library.custom_op("selfindex::encode", mutates_args=())
@@ -175,4 +175,5 @@ def _(query: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
     return _fake_part(query)
 
 
+cpu.register(sys.modules[__name__])
 cuda.register(sys.modules[__name__])

@@ -12,6 +12,7 @@ from rich import box
 from rich.table import Table
 
 from .. import __version__
+from ..backends.cpu.loader import NativeUnavailable, instruction_set
 from ..backends.cuda.loader import KernelsUnavailable, capability
 from ..codec.rotation import HEAD_DIMS
 from ..config import PRESETS
@@ -64,12 +65,19 @@ def _parts() -> Table:
 
 def _backends() -> list[tuple[str, str]]:
     """Which implementation of the operators serves each device, and why."""
-    found = [("cpu", "plain PyTorch")]
+    found = [("cpu", _cpu_backend())]
     for i in range(torch.cuda.device_count()):
         reason = _no_kernels(torch.device("cuda", i))
         kernels = "CUDA kernels (balanced preset; plain PyTorch for the rest)"
         found.append((f"cuda:{i}", kernels if reason is None else f"plain PyTorch: {reason}"))
     return found
+
+
+def _cpu_backend() -> str:
+    try:
+        return f"compiled operators, {instruction_set()} (balanced preset; plain PyTorch for the rest)"
+    except NativeUnavailable as error:
+        return f"plain PyTorch: {error}"
 
 
 def _no_kernels(device: torch.device) -> str | None:

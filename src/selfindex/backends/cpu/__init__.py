@@ -1,0 +1,5 @@
+"""The compiled CPU backend: the index as a byte shuffle."""
+
+from .register import register
+
+__all__ = ["register"]

@@ -1,0 +1,69 @@
+// The inner loops, compiled once per instruction set; `kernels_named` finds them at run time.
+#pragma once
+
+#include <cstdint>
+
+namespace selfindex {
+
+constexpr int kMaxDim = 256;
+constexpr int kGroupEntries = 16;
+// Table entries are kTableZero + round(entry / step), at most 127, so that the entries of two
+// groups add up in a byte.
+constexpr int kTableLevels = 63;
+constexpr int kTableZero = 64;
+// Integer steps of one unit of the 8-level quantiser (docs/format.md).
+constexpr int kUnits = 53;
+constexpr int kTile = 16;
+
+// Channels padded to whole steps of the decoder. Padding channels hold arbitrary bytes.
+inline int padded(int dim) { return (dim + 31) / 32 * 32; }
+
+struct Kernels {
+  const char* name;
+
+  // sums[r][t] = sum of table entries of token t in the tables of row r.
+  // codes [tokens][bytes], tables [rows][2 * bytes][16], sums [rows][stride], stride >= tokens.
+  void (*lookup)(const uint8_t* codes, int tokens, int bytes, const uint8_t* tables, int rows,
+                 int16_t* sums, int64_t stride);
+
+  // logits[t] = (sums[t] - zero) * gain[t] * factor + offset; returns the largest.
+  float (*to_logits)(const int16_t* sums, const float* gain, int n, int zero, float factor,
+                     float offset, float* logits);
+
+  // x[i] = exp(factor * x[i] - shift); returns the sum. Arguments of exp are at most 0.
+  float (*exponentiate)(float* x, int64_t n, float factor, float shift);
+
+  // votes[i] = sum over rows r of weight[r] * x[r][i].
+  void (*weigh)(const float* x, int64_t stride, const float* weight, int rows, int64_t n,
+                float* votes);
+
+  // maxima[i] = the largest of scores[i + j * parts], j < size.
+  void (*maxima)(const float* scores, int64_t size, int64_t parts, float* maxima);
+
+  // Indices of the scores that are at least `threshold`, ascending, to `found` [n]; returns how many.
+  int64_t (*reaching)(const float* scores, int64_t n, float threshold, int32_t* found);
+
+  // dots[r] = row[r] . mean, int8 mean [dim], rows [rows][dim].
+  void (*mean_dots)(const int8_t* mean, const float* row, int rows, int dim, float* dots);
+
+  // y = x @ matrix, x and y [rows][dim], matrix [dim][dim].
+  void (*rotate)(const float* x, const float* matrix, int rows, int dim, float* y);
+
+  // Levels of n tokens from 2-bit codes and, unless null, sign bits: levels [n][width], width
+  // a multiple of 32. magnitudes[16] holds the level of code c at c and 4 c.
+  void (*expand)(const uint8_t* const* crumbs, const uint8_t* const* signs, int n, int width,
+                 const int8_t* magnitudes, int8_t* levels);
+
+  // dots[r][t] = row[r] . levels[t]; rows int16 [rows][width], dots int32 [rows][kTile].
+  void (*level_dots)(const int8_t* levels, int n, int width, const int16_t* row, int rows,
+                     int32_t* dots);
+
+  // sums[r] += sum over t of weight[r][t] * levels[t]; weight rows are `stride` apart.
+  void (*accumulate)(const int8_t* levels, int n, int width, const float* weight, int64_t stride,
+                     int rows, float* sums);
+};
+
+// The named instruction set ("generic", "avx2", "avx512"), null where it cannot run here.
+const Kernels* kernels_named(const char* name);
+
+}  // namespace selfindex

@@ -1,0 +1,72 @@
+// AVX2, FMA.
+#include <immintrin.h>
+
+#include "kernels.h"
+
+namespace selfindex {
+namespace avx2 {
+namespace {
+
+constexpr int kLanes = 8;
+struct Lanes {
+  static __m256 floats(const int8_t* from) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from)));
+  }
+  static __m256 floats(const int16_t* from) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(_mm_loadu_si128((const __m128i*)from)));
+  }
+  static unsigned at_least(const float* from, float threshold) {
+    return (unsigned)_mm256_movemask_ps(
+        _mm256_cmp_ps(_mm256_loadu_ps(from), _mm256_set1_ps(threshold), _CMP_GE_OQ));
+  }
+};
+#include "kernels_body.h"
+#include "decode_avx2.h"
+
+struct Vec {
+  using Reg = __m256i;
+  static constexpr int kLanes128 = 2;
+  static Reg zero() { return _mm256_setzero_si256(); }
+  static Reg load(const void* from) { return _mm256_load_si256((const Reg*)from); }
+  static void store(void* to, Reg x) { _mm256_store_si256((Reg*)to, x); }
+  // 8 bytes of two neighbouring tokens in each lane; lanes are 16 tokens apart.
+  static Reg load_pairs(const uint8_t* from, int64_t token) {
+    return _mm256_setr_epi64x(word(from), word(from + token), word(from + 16 * token),
+                              word(from + 17 * token));
+  }
+  static long long word(const uint8_t* from) {
+    long long x;
+    __builtin_memcpy(&x, from, 8);
+    return x;
+  }
+  static Reg spread128(const void* from) {
+    return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)from));
+  }
+  static Reg low_nibbles(Reg x) { return _mm256_and_si256(x, _mm256_set1_epi8(15)); }
+  static Reg high_nibbles(Reg x) { return low_nibbles(_mm256_srli_epi16(x, 4)); }
+  static Reg shuffle(Reg table, Reg code) { return _mm256_shuffle_epi8(table, code); }
+  static Reg add8(Reg a, Reg b) { return _mm256_add_epi8(a, b); }
+  static Reg add16(Reg a, Reg b) { return _mm256_add_epi16(a, b); }
+  static Reg sub16(Reg a, Reg b) { return _mm256_sub_epi16(a, b); }
+  static Reg shift_right16(Reg x) { return _mm256_srli_epi16(x, 8); }
+  static Reg shift_left16(Reg x) { return _mm256_slli_epi16(x, 8); }
+  static Reg unpack_low8(Reg a, Reg b) { return _mm256_unpacklo_epi8(a, b); }
+  static Reg unpack_high8(Reg a, Reg b) { return _mm256_unpackhi_epi8(a, b); }
+  static Reg unpack_low16(Reg a, Reg b) { return _mm256_unpacklo_epi16(a, b); }
+  static Reg unpack_high16(Reg a, Reg b) { return _mm256_unpackhi_epi16(a, b); }
+  // Lane i of `low` and of `high` hold tokens 16 i and 16 i + 8 onwards.
+  static void store_lanes(int16_t* to, Reg low, Reg high) {
+    _mm256_storeu_si256((Reg*)to, _mm256_permute2x128_si256(low, high, 0x20));
+    _mm256_storeu_si256((Reg*)(to + 16), _mm256_permute2x128_si256(low, high, 0x31));
+  }
+};
+#include "lookup_shuffle.h"
+
+}  // namespace
+
+extern const Kernels kernels;
+const Kernels kernels = {"avx2", lookup, to_logits, exponentiate, weigh,      maxima,     reaching,
+                         mean_dots, rotate, expand, level_dots, accumulate};
+
+}  // namespace avx2
+}  // namespace selfindex

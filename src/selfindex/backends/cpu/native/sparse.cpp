@@ -1,0 +1,225 @@
+// Score every token from the index, select the best, attend to those.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "arena.h"
+#include "attend.h"
+#include "operators.h"
+#include "parallel.h"
+#include "select.h"
+
+namespace selfindex {
+namespace {
+
+constexpr float kNone = -std::numeric_limits<float>::infinity();
+constexpr float kSignGain = 0.9f, kSharpness = 0.5f;
+// Pages scored and tokens attended by one task: enough work to be worth a task, little enough
+// to spread a short cache over threads.
+constexpr int64_t kTaskSlots = 2048, kTaskTokens = 192;
+// Logits of as many queries at a time as fit this many bytes, at least of one.
+constexpr int64_t kMostBytes = 32 << 20;
+
+// One new query of one KV head: the unit that selects.
+struct Unit {
+  Rows rows;
+  int64_t query;  // which of the new ones
+  int64_t budget;
+  float* logits;  // [rows][slots], then votes in the first row
+  float* tops;    // [tasks][rows], of the logits
+  float* masses;  // [tasks][rows], sums of exponentials
+  int32_t* slots;
+  int64_t selected;
+  std::vector<float> weights;  // of the votes of each query head
+  std::vector<Part> parts;
+};
+
+class SparseDecode {
+ public:
+  SparseDecode(const Kernels& kernels, const Cache& cache, const Queries& queries,
+               const int32_t* budgets, int64_t width, int32_t* chosen)
+      : kernels_(kernels), cache_(cache), queries_(queries), width_(width), chosen_(chosen),
+        groups_(static_cast<int>(queries.groups)), slots_(cache.slots()),
+        task_pages_(std::max<int64_t>(1, kTaskSlots / cache.layout.page)),
+        ranges_((cache.pages + task_pages_ - 1) / task_pages_),
+        selectors_(std::max(1, queries.threads)), scratch_(std::max(1, queries.threads)) {
+    for (int64_t b = 0; b < cache.batch; b++)
+      budgets_.push_back(std::max<int64_t>(0, std::min({int64_t{budgets[b]}, width, cache.tokens(b)})));
+  }
+
+  void run() {
+    const int64_t all = cache_.batch * cache_.layout.heads * queries_.queries;
+    const int64_t bytes = std::max<int64_t>(1, 4 * groups_ * slots_);
+    const int64_t at_once = std::max<int64_t>(1, kMostBytes / bytes);
+    for (int64_t first = 0; first < all; first += at_once)
+      wave(first, std::min(all, first + at_once));
+  }
+
+ private:
+  void wave(int64_t first, int64_t last) {
+    thread_local Arena arena;
+    units_.assign(last - first, Unit{});
+    for (int64_t i = first; i < last; i++) place(units_[i - first], i);
+    arena.lay_out([&] {
+      for (Unit& unit : units_) allocate(unit, arena);
+      for (AttendScratch& scratch : scratch_) scratch.allocate(arena, groups_, kTaskTokens);
+    });
+    const int64_t units = last - first;
+    each(units, [&](int64_t i, int) { units_[i].rows.prepare(kernels_, cache_); });
+    each(units * ranges_, [&](int64_t i, int) { score(units_[i / ranges_], i % ranges_); });
+    each(units * ranges_, [&](int64_t i, int) { normalise(units_[i / ranges_], i % ranges_); });
+    each(units, [&](int64_t i, int worker) { select(units_[i], selectors_[worker]); });
+    const int64_t shares = (width_ + kTaskTokens - 1) / kTaskTokens;
+    each(units * shares, [&](int64_t i, int worker) {
+      Unit& unit = units_[i / shares];
+      const int64_t from = i % shares * kTaskTokens;
+      if (from < unit.selected)
+        attend(kernels_, cache_, unit.rows, unit.slots + from,
+               std::min(kTaskTokens, unit.selected - from), scratch_[worker],
+               unit.parts[i % shares]);
+    });
+    each(units, [&](int64_t i, int) { finish(units_[i]); });
+  }
+
+  template <class Work>
+  void each(int64_t count, const Work& work) {
+    parallel_for(queries_.threads, count, work);
+  }
+
+  void place(Unit& unit, int64_t i) const {
+    const int64_t t = queries_.queries, head = i / t;
+    unit.query = i % t;
+    unit.rows.row = head / cache_.layout.heads;
+    unit.rows.head = head % cache_.layout.heads;
+    unit.rows.count = groups_;
+    unit.rows.stride = t * cache_.layout.dim;
+    unit.rows.query = queries_.query + first_row(unit) * cache_.layout.dim;
+    unit.budget = budgets_[unit.rows.row];
+    unit.parts.resize((unit.budget + kTaskTokens - 1) / kTaskTokens);
+  }
+
+  // Of the unit's first query head, in rows of queries and outputs; the next is `queries` further.
+  int64_t first_row(const Unit& unit) const {
+    return (unit.rows.row * cache_.layout.heads + unit.rows.head) * groups_ * queries_.queries +
+           unit.query;
+  }
+
+  void allocate(Unit& unit, Arena& arena) const {
+    unit.rows.allocate(arena, cache_, true);
+    unit.logits = arena.take<float>(groups_ * slots_);
+    unit.tops = arena.take<float>(ranges_ * groups_);
+    unit.masses = arena.take<float>(ranges_ * groups_);
+    unit.slots = arena.take<int32_t>(unit.budget + 1);
+    for (Part& part : unit.parts) part.allocate(arena, unit.rows);
+  }
+
+  void score(Unit& unit, int64_t range) const {
+    const Layout& layout = cache_.layout;
+    Rows& rows = unit.rows;
+    const float* scales = scale_values();
+    const int zero = kTableZero * layout.dim / 4;
+    const int64_t first = range * task_pages_, last = std::min(cache_.pages, first + task_pages_);
+    float* top = unit.tops + range * groups_;
+    std::fill(top, top + groups_, kNone);
+    rows.page_offsets(kernels_, cache_, first, last);
+    // Of one page; pages of more tokens are done in pieces.
+    constexpr int kPiece = 512;
+    alignas(64) int16_t sums[4 * kPiece];
+    float gain[kPiece];
+    for (int64_t page = first; page < last; page++) {
+      const int live = cache_.count(rows.row, page);
+      for (int r = 0; r < groups_; r++) {
+        float* at = unit.logits + r * slots_ + page * layout.page;
+        std::fill(at + live, at + layout.page, kNone);
+      }
+      if (!live) continue;
+      const uint8_t* index = cache_.index_of(rows.row, page, rows.head);
+      const float base = float_at(index + layout.key_base) * (kSignGain * cache_.scaling);
+      for (int start = 0; start < live; start += kPiece) {
+        const int n = std::min(kPiece, live - start);
+        for (int t = 0; t < n; t++) gain[t] = scales[index[layout.key_scale + start + t]] * base;
+        for (int r = 0; r < groups_; r += 4) {
+          const int some = std::min(4, groups_ - r);
+          kernels_.lookup(index + layout.codes + int64_t{start} * (layout.dim / 8), n,
+                          layout.dim / 8, rows.tables + int64_t{r} * layout.dim / 4 * kGroupEntries,
+                          some, sums, kPiece);
+          for (int k = 0; k < some; k++) {
+            const float offset = rows.offsets[page * groups_ + r + k] * cache_.scaling;
+            float* logits = unit.logits + (r + k) * slots_ + page * layout.page + start;
+            top[r + k] = std::max(top[r + k],
+                                  kernels_.to_logits(sums + k * kPiece, gain, n, zero,
+                                                     rows.table_step[r + k], offset, logits));
+          }
+        }
+      }
+    }
+  }
+
+  // Logits to exponentials, whose largest of the whole row is 1.
+  void normalise(Unit& unit, int64_t range) const {
+    const int64_t first = range * task_pages_ * cache_.layout.page;
+    const int64_t n = std::min(slots_, first + task_pages_ * cache_.layout.page) - first;
+    for (int r = 0; r < groups_; r++) {
+      float top = kNone;
+      for (int64_t other = 0; other < ranges_; other++)
+        top = std::max(top, unit.tops[other * groups_ + r]);
+      if (top == kNone) top = 0;
+      unit.masses[range * groups_ + r] = kernels_.exponentiate(
+          unit.logits + r * slots_ + first, n, kSharpness, kSharpness * top);
+    }
+  }
+
+  void select(Unit& unit, SelectScratch& scratch) const {
+    const Layout& layout = cache_.layout;
+    if (unit.budget == 0) {
+      unit.selected = 0;
+      return;
+    }
+    std::vector<float>& weight = unit.weights;
+    weight.assign(groups_, 0.0f);
+    for (int64_t range = 0; range < ranges_; range++)
+      for (int r = 0; r < groups_; r++) weight[r] += unit.masses[range * groups_ + r];
+    for (float& w : weight) w = 1 / std::max(w, 1e-30f);
+    float* votes = unit.logits;
+    kernels_.weigh(unit.logits, slots_, weight.data(), groups_, slots_, votes);
+    for (int64_t page = 0; page < cache_.pages; page++)
+      std::fill(votes + page * layout.page + cache_.count(unit.rows.row, page),
+                votes + (page + 1) * layout.page, kNone);
+    unit.selected = top_k(kernels_, votes, slots_, unit.budget, unit.slots, scratch);
+  }
+
+  void finish(Unit& unit) const {
+    const int64_t row = first_row(unit), shares = (unit.selected + kTaskTokens - 1) / kTaskTokens;
+    merge(kernels_, cache_, unit.rows, unit.parts.data(), shares,
+          queries_.output + row * cache_.layout.dim, unit.rows.stride, queries_.lse + row,
+          queries_.queries);
+    if (!chosen_) return;
+    const int64_t place = (unit.rows.row * cache_.layout.heads + unit.rows.head) * queries_.queries +
+                          unit.query;
+    int32_t* to = chosen_ + place * width_;
+    std::fill(std::copy(unit.slots, unit.slots + unit.selected, to), to + width_, -1);
+  }
+
+  const Kernels& kernels_;
+  const Cache& cache_;
+  const Queries& queries_;
+  const int64_t width_;
+  int32_t* const chosen_;
+  const int groups_;
+  const int64_t slots_, task_pages_, ranges_;
+  std::vector<SelectScratch> selectors_;
+  std::vector<AttendScratch> scratch_;
+  std::vector<int64_t> budgets_;
+  std::vector<Unit> units_;
+};
+
+}  // namespace
+
+void sparse_decode(const Kernels& kernels, const Cache& cache, const Queries& queries,
+                   const int32_t* budgets, int64_t width, int32_t* chosen) {
+  cache.check();
+  SparseDecode(kernels, cache, queries, budgets, width, chosen).run();
+}
+
+}  // namespace selfindex

@@ -1,0 +1,63 @@
+"""Compiled `dense_attend` against the reference."""
+
+import pytest
+import torch
+from encoded_cache import make_cache, relative_error
+from hypothesis import given
+from hypothesis import strategies as st
+
+from selfindex.backends import ops, reference
+from selfindex.backends.cpu.operators import dense_attend
+
+
+def check(cache, error=2e-4):
+    output, lse = dense_attend(*cache.dense_arguments())
+    wanted, wanted_lse = reference.dense_attend(*cache.dense_arguments())
+    assert relative_error(output, wanted) < error
+    torch.testing.assert_close(lse, wanted_lse, atol=5e-4, rtol=5e-5)
+
+
+@pytest.mark.parametrize("dim", [64, 80, 96, 128, 192, 256])
+@pytest.mark.parametrize(
+    ("heads", "groups", "bits", "page", "queries"),
+    [(2, 3, 2, 128, 1), (1, 16, 3, 8, 2), (2, 1, 3, 40, 1), (1, 2, 2, 128, 20)],
+)
+def test_dense_agrees_with_the_reference(isa, dim, heads, groups, bits, page, queries):
+    check(make_cache([1000, 128, 1], dim, heads, groups, bits, page, queries, short=(2,)))
+
+
+@given(
+    rows=st.lists(st.integers(0, 600), min_size=1, max_size=4),
+    page=st.sampled_from([8, 40, 128]),
+    queries=st.integers(1, 5),
+    short=st.lists(st.integers(0, 4), max_size=2),
+)
+def test_ragged_rows(rows, page, queries, short, monkeypatch_module):
+    check(make_cache(rows if any(rows) else [5], page=page, queries=queries, short=short))
+
+
+@pytest.fixture
+def monkeypatch_module(monkeypatch, request):
+    request.getfixturevalue("_reference")
+    monkeypatch.delenv("SELFINDEX_CPU")
+
+
+def test_selecting_everything_is_dense_attention(isa):
+    cache = make_cache([1000, 128, 1], dim=96, short=(2,))
+    output, lse, _ = cache.decode(cache.tokens)
+    wanted = dense_attend(*cache.dense_arguments())
+    torch.testing.assert_close(output, wanted[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(lse, wanted[1], atol=1e-5, rtol=1e-5)
+
+
+def test_many_queries_run_the_reference(isa):
+    cache = make_cache([300], groups=2, queries=40)
+    got, wanted = ops.dense_attend(*cache.dense_arguments()), reference.dense_attend(*cache.dense_arguments())
+    assert torch.equal(got[0], wanted[0])
+
+
+def test_logits_far_apart(isa):
+    cache = make_cache([400])
+    cache.query *= 40
+    # Logits of a thousand, with 15 bits of the query.
+    check(cache, error=1e-2)
