@@ -13,6 +13,7 @@ from rich.padding import Padding
 from rich.panel import Panel
 from rich.table import Table
 
+from ..backends.cpu.loader import NativeUnavailable, instruction_set
 from .console import budget_text
 
 if TYPE_CHECKING:
@@ -93,7 +94,10 @@ def _speed(answer: Reply) -> str:
 def _backend(device: str) -> str:
     if torch.device(device).type == "cuda":
         return "selfindex doctor says which kernels run on this GPU"
-    return "on a CPU the cache computes in plain PyTorch and saves memory, not time"
+    try:
+        return f"the CPU's operators are compiled ({instruction_set()})"
+    except NativeUnavailable:
+        return "the compiled operators are missing, PyTorch's save memory but not time: selfindex doctor"
 
 
 def _notes(result: Result) -> str:
