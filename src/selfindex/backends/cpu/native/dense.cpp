@@ -55,22 +55,26 @@ void dense_attend(const Kernels& kernels, const Cache& cache, const Queries& que
     }
     for (AttendScratch& some : scratch) some.allocate(arena, rows, kTaskTokens);
   });
-  parallel_for(queries.threads, units_count, [&](int64_t i, int) {
-    units[i].rows.prepare(kernels, cache);
-    units[i].rows.page_offsets(kernels, cache, 0, cache.pages);
-  });
-  parallel_for(queries.threads, units_count * shares, [&](int64_t i, int worker) {
-    Unit& unit = units[i / shares];
-    const int64_t from = i % shares * kTaskTokens;
-    if (from < unit.tokens)
-      attend(kernels, cache, unit.rows, slots[unit.rows.row].data() + from,
-             std::min(kTaskTokens, unit.tokens - from), scratch[worker], unit.parts[i % shares]);
-  });
-  parallel_for(queries.threads, units_count, [&](int64_t i, int) {
-    Unit& unit = units[i];
-    merge(kernels, cache, unit.rows, unit.parts.data(), unit.parts.size(),
-          queries.output + i * rows * layout.dim, layout.dim, queries.lse + i * rows, 1);
-  });
+  run_phases(queries.threads, units_count,
+             {{1,
+               [&](int64_t u, int64_t, int) {
+                 units[u].rows.prepare(kernels, cache);
+                 units[u].rows.page_offsets(kernels, cache, 0, cache.pages);
+               }},
+              {shares,
+               [&](int64_t u, int64_t i, int worker) {
+                 Unit& unit = units[u];
+                 const int64_t from = i * kTaskTokens;
+                 if (from < unit.tokens)
+                   attend(kernels, cache, unit.rows, slots[unit.rows.row].data() + from,
+                          std::min(kTaskTokens, unit.tokens - from), scratch[worker],
+                          unit.parts[i]);
+               }},
+              {1, [&](int64_t u, int64_t, int) {
+                 const Unit& unit = units[u];
+                 merge(kernels, cache, unit.rows, unit.parts.data(), unit.parts.size(),
+                       queries.output + u * rows * layout.dim, layout.dim, queries.lse + u * rows, 1);
+               }}});
 }
 
 }  // namespace selfindex

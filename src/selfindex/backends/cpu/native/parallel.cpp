@@ -2,12 +2,15 @@
 
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <atomic>
 #include <thread>
 #include <vector>
 
 namespace selfindex {
 namespace {
+
+constexpr int kSpins = 1000;  // reads of a counter before a waiting thread lets others run
 
 struct Loop {
   Task task;
@@ -59,6 +62,30 @@ void run_tasks(int threads, int64_t count, Task task, void* context) {
   }
   loop.work();
   for (std::thread& helper : helpers) helper.join();
+}
+
+void run_phases(int threads, int64_t units, std::vector<Phase> phases) {
+  // An empty phase would let the one after it start before the one before it is done.
+  phases.erase(std::remove_if(phases.begin(), phases.end(),
+                              [](const Phase& phase) { return phase.tasks == 0; }),
+               phases.end());
+  int64_t total = 0;
+  for (const Phase& phase : phases) total += units * phase.tasks;
+  std::vector<std::atomic<int64_t>> done(phases.size() * units);
+  parallel_for(threads, total, [&](int64_t i, int worker) {
+    size_t at = 0;
+    for (; i >= units * phases[at].tasks; at++) i -= units * phases[at].tasks;
+    const Phase& phase = phases[at];
+    const int64_t unit = i / phase.tasks;
+    // Tasks are handed out in order, so what this waits for is done or in the hands of a thread.
+    if (at) {
+      const std::atomic<int64_t>& before = done[(at - 1) * units + unit];
+      for (int spins = 0; before.load(std::memory_order_acquire) < phases[at - 1].tasks; spins++)
+        if (spins > kSpins) std::this_thread::yield();
+    }
+    phase.work(unit, i % phase.tasks, worker);
+    done[at * units + unit].fetch_add(1, std::memory_order_release);
+  });
 }
 
 }  // namespace selfindex

@@ -2,6 +2,8 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
+#include <vector>
 
 namespace selfindex {
 
@@ -21,5 +23,16 @@ void parallel_for(int threads, int64_t count, const Work& work) {
       },
       const_cast<Work*>(&work));
 }
+
+// One step of the work on a unit: `tasks` independent tasks.
+struct Phase {
+  int64_t tasks;
+  std::function<void(int64_t unit, int64_t task, int worker)> work;
+};
+
+// Runs all phases on every unit, each when the unit's phase before it is done. One loop for all of
+// them: a barrier after each phase costs microseconds, and milliseconds where another process has
+// taken the processor of a thread.
+void run_phases(int threads, int64_t units, std::vector<Phase> phases);
 
 }  // namespace selfindex

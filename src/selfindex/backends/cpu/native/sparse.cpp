@@ -14,6 +14,7 @@ namespace selfindex {
 namespace {
 
 constexpr float kNone = -std::numeric_limits<float>::infinity();
+constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 constexpr float kSignGain = 0.9f, kSharpness = 0.5f;
 // Pages scored and tokens attended by one task: enough work to be worth a task, little enough
 // to spread a short cache over threads.
@@ -31,6 +32,7 @@ struct Unit {
   float* masses;  // [tasks][rows], sums of exponentials
   int32_t* slots;
   int64_t selected;
+  bool broken;  // a query is not a number
   std::vector<float> weights;  // of the votes of each query head
   std::vector<Part> parts;
 };
@@ -66,25 +68,22 @@ class SparseDecode {
       for (AttendScratch& scratch : scratch_) scratch.allocate(arena, groups_, kTaskTokens);
     });
     const int64_t units = last - first;
-    each(units, [&](int64_t i, int) { units_[i].rows.prepare(kernels_, cache_); });
-    each(units * ranges_, [&](int64_t i, int) { score(units_[i / ranges_], i % ranges_); });
-    each(units * ranges_, [&](int64_t i, int) { normalise(units_[i / ranges_], i % ranges_); });
-    each(units, [&](int64_t i, int worker) { select(units_[i], selectors_[worker]); });
     const int64_t shares = (width_ + kTaskTokens - 1) / kTaskTokens;
-    each(units * shares, [&](int64_t i, int worker) {
-      Unit& unit = units_[i / shares];
-      const int64_t from = i % shares * kTaskTokens;
-      if (from < unit.selected)
-        attend(kernels_, cache_, unit.rows, unit.slots + from,
-               std::min(kTaskTokens, unit.selected - from), scratch_[worker],
-               unit.parts[i % shares]);
-    });
-    each(units, [&](int64_t i, int) { finish(units_[i]); });
+    run_phases(
+        queries_.threads, units,
+        {{1, [&](int64_t u, int64_t, int) { units_[u].rows.prepare(kernels_, cache_); }},
+         {ranges_, [&](int64_t u, int64_t range, int) { score(units_[u], range); }},
+         {ranges_, [&](int64_t u, int64_t range, int) { normalise(units_[u], range); }},
+         {1, [&](int64_t u, int64_t, int worker) { select(units_[u], selectors_[worker]); }},
+         {shares, [&](int64_t u, int64_t i, int worker) { attend_share(units_[u], i, worker); }},
+         {1, [&](int64_t u, int64_t, int) { finish(units_[u]); }}});
   }
 
-  template <class Work>
-  void each(int64_t count, const Work& work) {
-    parallel_for(queries_.threads, count, work);
+  void attend_share(Unit& unit, int64_t share, int worker) {
+    const int64_t from = share * kTaskTokens;
+    if (from < unit.selected)
+      attend(kernels_, cache_, unit.rows, unit.slots + from,
+             std::min(kTaskTokens, unit.selected - from), scratch_[worker], unit.parts[share]);
   }
 
   void place(Unit& unit, int64_t i) const {
@@ -180,6 +179,8 @@ class SparseDecode {
     weight.assign(groups_, 0.0f);
     for (int64_t range = 0; range < ranges_; range++)
       for (int r = 0; r < groups_; r++) weight[r] += unit.masses[range * groups_ + r];
+    // Votes that are not numbers select nothing; a zero as the result would hide them.
+    unit.broken = std::any_of(weight.begin(), weight.end(), [](float w) { return std::isnan(w); });
     for (float& w : weight) w = 1 / std::max(w, 1e-30f);
     float* votes = unit.logits;
     kernels_.weigh(unit.logits, slots_, weight.data(), groups_, slots_, votes);
@@ -191,9 +192,14 @@ class SparseDecode {
 
   void finish(Unit& unit) const {
     const int64_t row = first_row(unit), shares = (unit.selected + kTaskTokens - 1) / kTaskTokens;
-    merge(kernels_, cache_, unit.rows, unit.parts.data(), shares,
-          queries_.output + row * cache_.layout.dim, unit.rows.stride, queries_.lse + row,
-          queries_.queries);
+    float* output = queries_.output + row * cache_.layout.dim;
+    merge(kernels_, cache_, unit.rows, unit.parts.data(), shares, output, unit.rows.stride,
+          queries_.lse + row, queries_.queries);
+    if (unit.broken)
+      for (int r = 0; r < groups_; r++) {
+        std::fill_n(output + r * unit.rows.stride, cache_.layout.dim, kNan);
+        queries_.lse[row + r * queries_.queries] = kNan;
+      }
     if (!chosen_) return;
     const int64_t place = (unit.rows.row * cache_.layout.heads + unit.rows.head) * queries_.queries +
                           unit.query;
