@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: demo test test-oldest lint format clean
 
-$(VENV)/.base: pyproject.toml
+$(VENV)/.base: pyproject.toml CMakeLists.txt $(wildcard src/selfindex/backends/cpu/native/*)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing selfindex into $(VENV) (a minute or two the first time)"
 	@$(PIP) "$(TORCH)" 
