@@ -165,6 +165,23 @@ def encode_section(result: dict[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
+def cpu_section(result: dict[str, Any]) -> list[str]:
+    """A decode step's attention on a CPU."""
+    found = result["environment"]
+    lines = ["## On a CPU"]
+    lines += paragraph(
+        f"`python benchmarks/cpu_decode.py --output FILE`, {found['date']}, {found['processor']},",
+        f"{found['threads']} threads, {found['instruction_set']}, torch {found['torch']}.",
+        "One row, 32 query heads, 8 KV heads, 5 % budget (at least 128 tokens). Microseconds; SDPA is the",
+        "better of grouped heads and of query heads as rows of their KV head.",
+    )
+    lines += head("head_dim", "dtype", "tokens", "SDPA", "sparse", "times as fast")
+    for each in result["results"]:
+        times = f"{each['dense']:.0f}", f"{each['sparse']:.0f}", f"{each['ratio']:.1f}"
+        lines.append(row(each["dim"], each["dtype"], f"{each['length'] // 1024}k", *times))
+    return [*lines, ""]
+
+
 def draw(result: dict[str, Any], target: Path) -> None:
     """Speed over dense against the length, one line a batch size."""
     figure, axis = plt.subplots(figsize=(6.4, 3.6))
@@ -197,6 +214,7 @@ def main() -> None:
     lines += decode_section(decode)
     lines += end_section(load("end_to_end-h100.json"))
     lines += encode_section(load("encode-h100.json"))
+    lines += cpu_section(load("cpu_decode.json"))
     lines += (ROOT / "benchmarks" / "notes.md").read_text().splitlines()
     (ROOT / "docs" / "performance.md").write_text("\n".join(lines).rstrip() + "\n")
     draw(decode, ROOT / "docs" / FIGURE)
