@@ -15,8 +15,7 @@ struct WindowParams {
   float scale;                           // softmax scaling * log2(e)
 };
 
-// Few blocks run at small batches: enough threads that all of a window is loaded at once.
-constexpr int WINDOW_THREADS = 512, WINDOW_WARPS = WINDOW_THREADS / 32;
+constexpr int WINDOW_THREADS = 256, WINDOW_WARPS = WINDOW_THREADS / 32;
 constexpr int VECTORS = D / 32;                                  // of 4 channels, a lane: i * 32 + sub * 4
 constexpr int AT_ONCE = D == 64 ? 8 : D == 256 ? 1 : 4;          // heads whose query fits the registers
 constexpr int ROW_THREADS = D / 4;                               // threads that read a token's value
@@ -55,9 +54,9 @@ __device__ __forceinline__ void store_output(void* to, i64 at, float x) {
 #endif
 }
 
-extern "C" __global__ void __launch_bounds__(WINDOW_THREADS, 1) window(const __grid_constant__ WindowParams p) {
+extern "C" __global__ void __launch_bounds__(WINDOW_THREADS, 2) window(const __grid_constant__ WindowParams p) {
   extern __shared__ __align__(16) float logits[];                // [G][room]; then probabilities
-  float (*parts)[VALUE_HEADS][D] = (float (*)[VALUE_HEADS][D])(logits + (G * p.room + 3) / 4 * 4);   // [TURNS]
+  __shared__ __align__(16) float parts[TURNS][VALUE_HEADS][D];
   __shared__ float raw_weight[G], part_weight[G];
   const int row = blockIdx.x, b = row / p.heads, h = row % p.heads;
   const int tid = threadIdx.x, lane = tid & 31, w = tid >> 5, sub = lane & 7;
@@ -76,7 +75,7 @@ extern "C" __global__ void __launch_bounds__(WINDOW_THREADS, 1) window(const __g
 #pragma unroll
       for (int i = 0; i < VECTORS; i++)
         q[g][i] = load4(p.query, b * p.query_row + (i64)(h * G + min(first + g, G - 1)) * p.query_head + i * 32 + sub * 4);
-#pragma unroll D == 256 ? 2 : 4
+#pragma unroll 2
     for (int start = w * 4; start < tokens; start += WINDOW_WARPS * 4) {
       const int t = start + (lane >> 3);
       const i64 at = base + (i64)min(t, held) * D + sub * 4;
@@ -120,7 +119,7 @@ extern "C" __global__ void __launch_bounds__(WINDOW_THREADS, 1) window(const __g
       float4 sum[VALUE_HEADS];
 #pragma unroll
       for (int g = 0; g < VALUE_HEADS; g++) sum[g] = make_float4(0.f, 0.f, 0.f, 0.f);
-#pragma unroll 16
+#pragma unroll 8
       for (int t = turn; t < tokens; t += TURNS) {
         const float4 v = load4(p.values, base + (i64)t * D + c);
 #pragma unroll
