@@ -10,7 +10,7 @@ from encoded_cache import make_cache
 
 from selfindex.backends import ops, reference
 from selfindex.backends.cpu import loader
-from selfindex.backends.cpu.register import announce
+from selfindex.backends.fallback import announce
 
 
 @pytest.fixture(autouse=True)

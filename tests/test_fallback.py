@@ -1,0 +1,60 @@
+"""Who serves a call: the fast implementation, or the reference with one announcement."""
+
+import warnings
+
+import pytest
+from test_ops import arguments  # noqa: F401
+
+from selfindex.backends import reference
+from selfindex.backends.cuda import decode, dense, encode, window
+from selfindex.backends.cuda import register as register_cuda
+from selfindex.backends.cuda.loader import KernelsUnavailable
+from selfindex.backends.fallback import announce
+
+MODULES = {"encode": encode, "sparse_decode": decode, "dense_attend": dense, "window_attend": window}
+
+
+class Recorder:
+    """Stands for the module `ops`: keeps what is registered."""
+
+    def __init__(self):
+        self.found = {}
+
+    def __getattr__(self, name):
+        recorder = self
+
+        class Operator:
+            def register_kernel(self, device, function):
+                recorder.found[name] = function
+
+        return Operator()
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_the_cuda_operators_are_wired(name, arguments, monkeypatch):  # noqa: F811
+    announce.cache_clear()
+    given = arguments[name]
+    calls = []
+
+    def kernel(*received):
+        calls.append(received)
+        if len(calls) > 1:
+            raise KernelsUnavailable("it is too old")
+        return "kernel"
+
+    monkeypatch.setattr(MODULES[name], name, kernel)
+    monkeypatch.setattr(MODULES[name], "supported", lambda *chosen: True)
+    monkeypatch.setattr(reference, name, lambda *received: "reference")
+    recorder = Recorder()
+    register_cuda(recorder)
+    run = recorder.found[name]
+    assert run(*given) == "kernel"
+    assert all(one is other for one, other in zip(calls[0], given, strict=True))
+    with pytest.warns(RuntimeWarning, match="on the GPU: it is too old"):
+        assert run(*given) == "reference"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert run(*given) == "reference", "said once"
+    monkeypatch.setattr(MODULES[name], "supported", lambda *chosen: False)
+    assert run(*given) == "reference"
+    assert len(calls) == 3
