@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import inspect
 import logging
 import warnings
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import transformers
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, modeling_gguf_pytorch_utils
 
+from ..integrations.transformers.models import cache_argument
 from .console import CommandError
 
 SMOLLM2 = "smollm2"
@@ -37,8 +37,8 @@ class Loaded:
 
     @property
     def cache_argument(self) -> str:
-        """Name of the cache argument: transformers 5.24 renamed `past_key_values` to `cache`."""
-        return "cache" if "cache" in inspect.signature(self.model.forward).parameters else "past_key_values"
+        """See `cache_argument` of the integration."""
+        return cache_argument(self.model)
 
 
 def quiet() -> None:

@@ -12,7 +12,6 @@ continuation then attend through the cache, every one of them selecting its own 
 from __future__ import annotations
 
 import copy
-import inspect
 from itertools import groupby
 from typing import Any
 
@@ -25,6 +24,7 @@ from tqdm import tqdm
 from ..config import SelfIndexConfig
 from ..errors import ConfigError
 from .transformers import SelfIndexCache
+from .transformers.models import cache_argument
 
 Request = tuple[tuple[str, str], list[int], list[int]]
 
@@ -91,15 +91,13 @@ class SelfIndexLM(HFLM):
         return float(scores.gather(1, target).sum()), greedy
 
     def _forward(self, ids: Tensor, cache: SelfIndexCache, **options: Any) -> Tensor:
-        return self.model(input_ids=ids, **{self._argument: cache}, **options).logits
-
-    @property
-    def _argument(self) -> str:
-        return "cache" if "cache" in inspect.signature(self.model.forward).parameters else "past_key_values"
+        return self.model(input_ids=ids, **{cache_argument(self.model): cache}, **options).logits
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **kwargs: Any) -> Tensor:
         cache = SelfIndexCache(self.model, self.cache_config)
-        return super()._model_generate(context, max_length, stop, **{self._argument: cache}, **kwargs)
+        return super()._model_generate(
+            context, max_length, stop, **{cache_argument(self.model): cache}, **kwargs
+        )
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from functools import cache as once
 from typing import Any, cast
@@ -20,6 +19,7 @@ from transformers import (
 from ...errors import InputError
 from .cache import SelfIndexCache
 from .loop import DecodeLoop, ready, why_not
+from .models import cache_argument
 
 CHECK_EVERY = 8
 """Steps between two looks at whether all rows have ended: each look waits for the GPU."""
@@ -80,8 +80,7 @@ def generate(
         pad_token_id = own if own is not None else (ends[0] if ends else 0)
     stop = torch.tensor(ends, dtype=torch.long, device=input_ids.device)
     warpers = _warpers(temperature, top_k, top_p) if do_sample else None
-    names = inspect.signature(model.forward).parameters
-    argument = "cache" if "cache" in names else "past_key_values"
+    argument = cache_argument(model)
 
     def forward(ids: Tensor, mask: Tensor | None) -> Tensor:
         given: dict[str, Any] = {argument: cache, "attention_mask": mask, "logits_to_keep": 1}

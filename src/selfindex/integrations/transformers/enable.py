@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -10,7 +9,7 @@ from transformers import PreTrainedModel
 from ...config import SelfIndexConfig
 from .attention import prepare
 from .cache import SelfIndexCache
-from .models import plan_layers
+from .models import cache_argument, plan_layers
 
 
 class Enabled:
@@ -24,8 +23,7 @@ class Enabled:
         plan_layers(model, config)  # refuse early
         self.model, self.config = model, config
         self.cache: SelfIndexCache | None = None
-        names = inspect.signature(model.forward).parameters
-        self._name = "cache" if "cache" in names else "past_key_values"
+        self._name = cache_argument(model)
         self._restore = prepare(model)
         self._generate: Any = model.generate
         # On the instance, so that other models of the class are untouched.

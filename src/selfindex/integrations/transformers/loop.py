@@ -8,7 +8,6 @@ Between steps, once per page of tokens, the host encodes the page that left the 
 
 from __future__ import annotations
 
-import inspect
 from typing import Any, NoReturn, cast
 
 import torch
@@ -21,6 +20,7 @@ from ...errors import StateError
 from ...store import LayerStore
 from .attention import NewKeys
 from .cache import SelfIndexCache, SelfIndexLayer
+from .models import cache_argument
 
 
 def why_not(cache: SelfIndexCache) -> str | None:
@@ -154,8 +154,7 @@ class DecodeLoop:
         self._positions = torch.tensor(positions, dtype=torch.long, device=device)[:, None]
         self._layers = [_Layer(self, layer, pages) for layer in cache.compressed_layers]
         self._cache = Cache(layers=cast(list[Any], self._layers))
-        names = inspect.signature(model.forward).parameters
-        self._argument = "cache" if "cache" in names else "past_key_values"
+        self._argument = cache_argument(model)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._places: list[int] = []
         self.logits = torch.empty(0, device=device)

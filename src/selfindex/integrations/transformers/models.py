@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
@@ -13,6 +15,11 @@ TESTED = (
     "olmo3", "gemma3", "gemma3_text", "gpt_oss",
 )  # fmt: skip
 """`config.model_type` of families that the test suite runs."""
+
+
+def cache_argument(model: PreTrainedModel) -> str:
+    """Name of a model's cache argument: transformers 5.24 renamed `past_key_values` to `cache`."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def plan_layers(model: PreTrainedModel, config: SelfIndexConfig) -> tuple[Cache, list[int]]:
