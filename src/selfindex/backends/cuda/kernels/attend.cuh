@@ -47,6 +47,7 @@ struct AttendMemory {
   float top[ATTEND_WARPS][HEADS], total[ATTEND_WARPS][HEADS];
   int weight[ATTEND_WARPS][HEADS];
   __align__(16) u8 probability[ATTEND_WARPS][HEADS * 2][32];
+  uint4 query[G * 2 * FRAGMENT / 16];
   bool last;
 };
 
@@ -113,6 +114,7 @@ extern "C" __global__ void __launch_bounds__(256, D == 128 && G <= 4 && VALUE_BI
   }
   const int base = first + w * 32, valid = k - base;   // tokens of this warp
   const int slot = p.selected[(i64)row * p.width + min(base + lane, k - 1)], t = slot % PAGE;
+  for (int i = tid; i < G * 2 * FRAGMENT / 16; i += 256) m.query[i] = ((const uint4*)(p.qfrag + (i64)row * G * 2 * FRAGMENT))[i];
   const float* crec = p.crec + ((i64)row * p.pages + slot / PAGE) * (HEADS + 4);
   const float4 consts = *(const float4*)(crec + HEADS);
   const u8* index = p.index + (i64)__float_as_int(consts.z) * p.index_stride + (i64)h * INDEX_RECORD;
@@ -155,17 +157,18 @@ extern "C" __global__ void __launch_bounds__(256, D == 128 && G <= 4 && VALUE_BI
 #pragma unroll
     for (int quad = 0; quad < QUADS; quad++) logit[quad][i] = offsets[(i64)page * (HEADS + 4) + quad * 4 + j];
   }
+  __syncthreads();
 #pragma unroll
   for (int quad = 0; quad < QUADS; quad++) {
     const int column = quad * 4 + (g >> 1), head = quad * 4 + j;
-    const u64 query = (u64)(p.qfrag + (((i64)row * G + min(column, G - 1)) * 2 + (g & 1)) * FRAGMENT + j * CHUNK);
+    const uint4* query = m.query + ((min(column, G - 1) * 2 + (g & 1)) * FRAGMENT + j * CHUNK) / 16;
     int s0[4] = {0, 0, 0, 0}, s1[4] = {0, 0, 0, 0};
 #pragma unroll
     for (int x = 0; x < WORDS; x++) {
       u32 spread[4];
 #pragma unroll
       for (int i = 0; i < 4; i++) spread[i] = spread_signs(signs[i][x / 2], x & 1);
-      const uint4 q = *(const uint4*)(query + x * 16);
+      const uint4 q = query[x];
 #pragma unroll
       for (int odd = 0; odd < 2; odd++) {
         u32 a[4][2];
@@ -297,9 +300,11 @@ extern "C" __global__ void __launch_bounds__(256, D == 128 && G <= 4 && VALUE_BI
     part_out[tid * (D + 4) + D + 1] = total;
   }
   const int splits = (k + ATTEND_TOKENS - 1) / ATTEND_TOKENS;
-  __threadfence();
   __syncthreads();
-  if (tid == 0) m.last = atomicAdd(&p.counter[row], 1) == splits - 1;
+  if (tid == 0) {   // after the barrier, one thread's fence covers the block's stores
+    __threadfence();
+    m.last = atomicAdd(&p.counter[row], 1) == splits - 1;
+  }
   __syncthreads();
   if (!m.last) return;
   __threadfence();
