@@ -9,9 +9,6 @@ constexpr int VALUE_WORDS = D / 16, VALUE_PASSES = (VALUE_WORDS + 7) / 8;   // 1
 constexpr u32 LEVELS = 13u | 40u << 8 | 71u << 16 | 114u << 24;
 constexpr u32 NEGATIVE = 0xF3u | 0xD8u << 8 | 0xB9u << 16 | 0x8Eu << 24;    // -13, -40, -71, -114
 
-__device__ __forceinline__ void mma_keys(int* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
-      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1)); }
 __device__ __forceinline__ void mma_values(int* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
 #if VALUE_BITS == 3
   asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.u8.s32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
@@ -103,7 +100,7 @@ extern "C" __global__ void __launch_bounds__(256, D == 128 && G <= 4 && VALUE_BI
   const int row = blockIdx.y, h = row % p.heads;
   if (!OWN_SUMS) for (int i = tid; i < G * (D + 8); i += 256) (&m.sums[0][0][0])[i] = 0;
   wait_previous();
-  const int k = p.rowinfo[row * 2 + 1], first = blockIdx.x * ATTEND_TOKENS;
+  const int k = p.take[row], first = blockIdx.x * ATTEND_TOKENS;
   if (first >= k) {
     if (k == 0 && blockIdx.x == 0) {   // nothing to attend to
       const i64 out_row = (i64)(row / p.heads) * p.heads * G + h * G;
@@ -147,7 +144,7 @@ extern "C" __global__ void __launch_bounds__(256, D == 128 && G <= 4 && VALUE_BI
     for (int pass = 0; pass < VALUE_PASSES; pass++) value_signs[pass][i] = ((const u16*)from)[min(pass * 8 + g, VALUE_WORDS - 1)];
   }
 #endif
-  const float key_scale = scale_of(index[KEY_SCALES + t]) * consts.x;
+  const float key_scale = scale_of(index[KEY_SCALES + t]) * consts.x * LEVEL_UNIT;
   const float value_log = lg2(fmaxf(scale_of(payload[VALUE_SCALES + t]) * consts.y, 1e-30f));
   const float* offsets = p.crec + (i64)row * p.pages * (HEADS + 4);
   float logit[QUADS][4];
@@ -179,12 +176,12 @@ extern "C" __global__ void __launch_bounds__(256, D == 128 && G <= 4 && VALUE_BI
           a[i][1] = prmt(NEGATIVE, LEVELS, at >> 16);
         }
         const u32 b0 = odd ? q.z : q.x, b1 = odd ? q.w : q.y;
-        mma_keys(s0, a[0][0], a[1][0], a[0][1], a[1][1], b0, b1);
-        mma_keys(s1, a[2][0], a[3][0], a[2][1], a[3][1], b0, b1);
+        mma_signed(s0, a[0][0], a[1][0], a[0][1], a[1][1], b0, b1);
+        mma_signed(s1, a[2][0], a[3][0], a[2][1], a[3][1], b0, b1);
       }
     }
     const int product[4] = {s0[0] * 128 + s0[1], s0[2] * 128 + s0[3], s1[0] * 128 + s1[1], s1[2] * 128 + s1[3]};
-    const float gain = head < G ? p.qmeta[((i64)row * G + head) * 2] * p.scale : 0.f;
+    const float gain = head < G ? p.qstep[(i64)row * G + head] * p.scale : 0.f;
     float top = FAR;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
