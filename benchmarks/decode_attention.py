@@ -31,7 +31,7 @@ BUDGET = 0.05
 FLUSH = 256 << 20
 """Bytes of input that one replay goes through at least (several times the L2 cache), sets permitting."""
 MOST_SETS = 8
-STAGES = ("prepare", "decode", "attend")
+STAGES = ("decode", "attend")
 BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 
 
@@ -167,14 +167,14 @@ def table(rows: list[dict[str, Any]], bandwidth: float, fmt: PageFormat) -> str:
     lines = [f"copy {bandwidth:.2f} TB/s; microseconds", ""]
     lines.append(
         f"{'batch':>5} {'length':>7} {'dense':>8} {'best':>6} {'sparse':>8} {'ratio':>6}  "
-        f"{'prepare':>7} {'decode':>7} {'attend':>7}  index TB/s"
+        f"{'decode':>7} {'attend':>7}  index TB/s"
     )
     for row in rows:
         stages, ratio = row["sparse"], row["ratio"]
         read = row["batch"] * row["length"] / PAGE * fmt.index_bytes
         lines.append(
             f"{row['batch']:>5} {row['length']:>7} {row['dense_best']:>8.1f} {row['dense_kernel']:>6} "
-            f"{stages['call']:>8.1f} {ratio:>5.1f}x  {stages['prepare']:>7.1f} {stages['decode']:>7.1f} "
+            f"{stages['call']:>8.1f} {ratio:>5.1f}x  {stages['decode']:>7.1f} "
             f"{stages['attend']:>7.1f}  {read / stages['decode'] / 1e6:.2f}"
         )
     for batch in sorted({row["batch"] for row in rows}):

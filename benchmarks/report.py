@@ -66,7 +66,7 @@ def decode_section(result: dict[str, Any]) -> list[str]:
         f"in the call. A device copy moved {result['copy_tb_per_s']:.2f} TB/s.",
     )
     plane = PageFormat.parse(result["format"]).index_bytes
-    lines += head("batch x length", "dense", "sparse", "ratio", "prepare query", "score + select",
+    lines += head("batch x length", "dense", "sparse", "ratio", "score + select",
                   "index, TB/s", "attend")  # fmt: skip
     for found in result["results"]:
         stages, batch, length = found["sparse"], found["batch"], found["length"]
@@ -76,7 +76,6 @@ def decode_section(result: dict[str, Any]) -> list[str]:
                 f"{found['dense_best']:.0f} ({found['dense_kernel']})",
                 f"{stages['call']:.0f}",
                 f"{found['ratio']:.2f}",
-                f"{stages['prepare']:.1f}",
                 f"{stages['decode']:.1f}",
                 f"{batch * length / PAGE * plane / stages['decode'] / 1e6:.2f}",
                 f"{stages['attend']:.1f}",

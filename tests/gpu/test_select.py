@@ -14,8 +14,8 @@ def reference_slots(keys, budgets, width):
     return top_k(scores.view(keys.shape[0], 1, 1, -1), budgets, width)[:, 0, 0]
 
 
-@pytest.mark.parametrize("cluster", [1, 2, 8, 16])
-@pytest.mark.parametrize("distinct", [1, 7, 300, 16383])
+@pytest.mark.parametrize("cluster", [1, 2, 6, 8, 16])
+@pytest.mark.parametrize("distinct", [1, 7, 300, 2047])
 @pytest.mark.parametrize("n", [128, 4096, 33 * 128])
 def test_exactly_the_reference_set_in_order(cluster, distinct, n):
     if cluster > 1 and torch.cuda.get_device_capability()[0] < 9:

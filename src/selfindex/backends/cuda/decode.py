@@ -1,4 +1,4 @@
-"""`sparse_decode` on a GPU: query preparation, score + select, attention; three launches.
+"""`sparse_decode` on a GPU: score + select, attention; two launches.
 
 Nothing is read back: lengths, budgets and selections stay on the device, so that a call can be
 captured in a CUDA graph. The shapes of its launches depend on the block table's width and on
@@ -20,10 +20,14 @@ from .launch import Kernel
 from .loader import INPUT_TYPES, load
 
 HEAD_DIMS, PAGE_SIZE, MAX_GROUPS = (64, 96, 128, 256), 128, 16
-PLANES, STAGES = 6, 2
-"""As in the kernels' common.cuh and ring.cuh."""
+STAGES, SELECT_BYTES = 2, 17 * 1024
+"""As in the kernels' ring.cuh and select.cuh."""
+WARPS, CLUSTERS = (8, 16), (1, 2, 4, 8, 16)
+"""Warps of a block and blocks of a row that the score + select kernel may be launched with."""
 ATTEND_TOKENS = 256
 """Selected tokens a block of the attention kernel takes."""
+MOST_BLOCKS = 1 << 24
+"""A block number and a page's count share 32 bits in the score kernel."""
 LOG2_E = 1.4426950408889634
 
 
@@ -41,8 +45,8 @@ class Params(ctypes.Structure):
         ("index_stride", _long),
         ("payload", _pointer),
         ("payload_stride", _long),
-        *((name, ctypes.c_void_p) for name in ("table", "counts", "budgets", "scratch", "rowinfo", "qfrag")),
-        *((name, ctypes.c_void_p) for name in ("qnat", "planes", "qmeta", "crec", "selected", "counter")),
+        *((name, ctypes.c_void_p) for name in ("table", "counts", "budgets", "scratch", "take", "qfrag")),
+        *((name, ctypes.c_void_p) for name in ("qstep", "crec", "selected", "counter")),
         *((name, ctypes.c_void_p) for name in ("parts", "out", "lse")),
         *((name, ctypes.c_int) for name in ("heads", "pages", "width", "splits", "cluster", "cta_pages")),
         ("shared_keys", ctypes.c_int),
@@ -57,7 +61,7 @@ class Plan:
     Attributes:
         cluster: blocks a row; warps: warps a block; pages: pages a block, at most.
         shared: bytes of dynamic shared memory of a block.
-        shared_keys: selection keys have shared memory of their own.
+        shared_keys: selection keys lie in shared memory, codes do not.
         scratch: bytes of device memory a block needs for codes that shared memory does not hold.
     """
 
@@ -69,8 +73,10 @@ class Plan:
     scratch: int
 
 
-SELECT_COST, PAGE_COST, BYTES_PER_US = 12.0, 1.5, 2.4e6
-"""Rough microseconds of a block's selection and of a warp's page, and memory bandwidth, on an H100."""
+BLOCK_COST, WARP_COST, PAGE_COST, BYTES_PER_US = 8.0, 0.1, 1.1, 2.4e6
+CLUSTER_COST, CLUSTER_BLOCK_COST = 2.0, 0.15
+"""Rough microseconds of a block, each of its warps and a warp's further pages, memory bandwidth, and
+microseconds of a cluster and each of its blocks, on an H100."""
 
 
 def plan(
@@ -93,7 +99,7 @@ def plan(
     """
     slot, chunk = STAGES * (-(-record // 128) * 128), 528 * quads
     found: list[tuple[float, int, Plan]] = []
-    for cluster in (1, 2, 4, 8, 16) if clusters else (1,):
+    for cluster in CLUSTERS if clusters else (1,):
         if cluster > 1 and cluster * 4 > pages:
             continue
         share = -(-pages // cluster)
@@ -101,15 +107,18 @@ def plan(
             ring = warps * slot
             places = (
                 (0.0, ring + share * chunk, False, 0),
-                (2.0, ring + share * 2 * PAGE_SIZE, True, share * chunk),
+                (2.0, max(ring, SELECT_BYTES + share * 2 * PAGE_SIZE), True, share * chunk),
                 (10.0, ring, False, share * chunk),
             )
             for extra, shared, shared_keys, scratch in places:
                 together = min(rows, at_once(warps, cluster, shared)) if shared <= limit else 0
                 if together:
                     reading = together * pages * record / BYTES_PER_US
-                    working = -(-share // warps) * PAGE_COST
-                    cost = -(-rows // together) * (SELECT_COST + extra + max(reading, working))
+                    working = (-(-share // warps) - 1) * PAGE_COST
+                    fixed = BLOCK_COST + WARP_COST * warps + extra
+                    if cluster > 1:
+                        fixed += CLUSTER_COST + CLUSTER_BLOCK_COST * cluster
+                    cost = -(-rows // together) * (fixed + max(reading, working))
                     choice = Plan(cluster, warps, share, shared, shared_keys, scratch)
                     found.append((cost, len(found), choice))
     return min(found)[2]
@@ -126,6 +135,7 @@ def supported(query: Tensor, index_pool: Tensor, block_table: Tensor, width: int
         and query.dtype in INPUT_TYPES
         and query.stride(3) == 1
         and index_pool.is_contiguous()
+        and index_pool.shape[0] <= MOST_BLOCKS
         and width > 0
         and min(block_table.shape) > 0
     )
@@ -191,11 +201,9 @@ class Decode:
         self.modern = properties.major >= 9
         splits = -(-width // ATTEND_TOKENS)
         sizes = {
-            "rowinfo": 8 * rows,
+            "take": 4 * rows,
             "qfrag": rows * groups * 2 * 4 * (128 if dim == 96 else dim),
-            "qnat": rows * groups * 2 * dim,
-            "planes": rows * groups * PLANES * dim // 8,
-            "qmeta": rows * groups * 8,
+            "qstep": rows * groups * 4,
             "crec": rows * pages * (4 * quads + 4) * 4,
             "selected": rows * width * 4,
             "counter": rows * 4,
@@ -251,10 +259,10 @@ class Decode:
         self._selected = starts["selected"], (batch, heads, 1, width)
 
     def _plan(self, rows: int, pages: int, record: int, quads: int, sms: int) -> Plan:
-        key = (self.kernels["prepare"], rows, pages)
+        key = (self.kernels["attend"], rows, pages)
         if key not in _plans:
             known = {
-                warps: self.kernels[f"decode{warps}"] for warps in (8, 16) if f"decode{warps}" in self.kernels
+                warps: self.kernels[f"decode{warps}"] for warps in WARPS if f"decode{warps}" in self.kernels
             }
             limits = {warps: kernel.room for warps, kernel in known.items()}
 
@@ -271,13 +279,10 @@ class Decode:
         size = 4 * self.rows * self.params.width
         return self.workspace[start : start + size].view(torch.int32).view(shape)
 
-    def run(self, stages: tuple[str, ...] = ("prepare", "decode", "attend")) -> tuple[Tensor, Tensor]:
+    def run(self, stages: tuple[str, ...] = ("decode", "attend")) -> tuple[Tensor, Tensor]:
         """Launch the kernels; `stages` leaves some out, for timing them one by one."""
         plan, arguments = self.plan, [self.params]
         with torch.cuda.device(self.output.device):
-            if "prepare" in stages:
-                threads = 128 if self.groups < 4 else 32 * self.groups
-                self.kernels["prepare"]((self.rows, 1), threads, arguments)
             if "decode" in stages:
                 self.kernels[f"decode{plan.warps}"](
                     (self.rows * plan.cluster, 1),
@@ -296,12 +301,13 @@ def select_keys(keys: Tensor, budgets: Tensor, width: int, cluster: int) -> Tens
     """Run the selection alone on given keys, for tests.
 
     Args:
-        keys: int16 [rows, n], 0 (no token) to 16383; n a multiple of 128.
+        keys: int16 [rows, n], 0 (no token) to 2047; n a multiple of 128.
         budgets: int32 [rows]; cluster: blocks a row.
     Returns:
         int32 [rows, width], undefined past a row's budget.
     """
     kernels = load("decode", keys.device, 128, 4, 2, torch.bfloat16)
+    keys = keys.clone()  # the kernel overwrites them
     selected = torch.full((keys.shape[0], width), -1, dtype=torch.int32, device=keys.device)
     values: list[Any] = [
         ctypes.c_void_p(keys.data_ptr()),

@@ -9,9 +9,6 @@ constexpr int VALUE_WORDS = D / 16, VALUE_PASSES = (VALUE_WORDS + 7) / 8;   // 1
 constexpr u32 LEVELS = 13u | 40u << 8 | 71u << 16 | 114u << 24;
 constexpr u32 NEGATIVE = 0xF3u | 0xD8u << 8 | 0xB9u << 16 | 0x8Eu << 24;    // -13, -40, -71, -114
 
-__device__ __forceinline__ void mma_keys(int* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
-      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1)); }
 __device__ __forceinline__ void mma_values(int* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
 #if VALUE_BITS == 3
   asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.u8.s32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
@@ -47,6 +44,7 @@ struct AttendMemory {
   float top[ATTEND_WARPS][HEADS], total[ATTEND_WARPS][HEADS];
   int weight[ATTEND_WARPS][HEADS];
   __align__(16) u8 probability[ATTEND_WARPS][HEADS * 2][32];
+  uint4 query[G * 2 * FRAGMENT / 16];
   bool last;
 };
 
@@ -102,7 +100,7 @@ extern "C" __global__ void __launch_bounds__(256, D == 128 && G <= 4 && VALUE_BI
   const int row = blockIdx.y, h = row % p.heads;
   if (!OWN_SUMS) for (int i = tid; i < G * (D + 8); i += 256) (&m.sums[0][0][0])[i] = 0;
   wait_previous();
-  const int k = p.rowinfo[row * 2 + 1], first = blockIdx.x * ATTEND_TOKENS;
+  const int k = p.take[row], first = blockIdx.x * ATTEND_TOKENS;
   if (first >= k) {
     if (k == 0 && blockIdx.x == 0) {   // nothing to attend to
       const i64 out_row = (i64)(row / p.heads) * p.heads * G + h * G;
@@ -113,6 +111,7 @@ extern "C" __global__ void __launch_bounds__(256, D == 128 && G <= 4 && VALUE_BI
   }
   const int base = first + w * 32, valid = k - base;   // tokens of this warp
   const int slot = p.selected[(i64)row * p.width + min(base + lane, k - 1)], t = slot % PAGE;
+  for (int i = tid; i < G * 2 * FRAGMENT / 16; i += 256) m.query[i] = ((const uint4*)(p.qfrag + (i64)row * G * 2 * FRAGMENT))[i];
   const float* crec = p.crec + ((i64)row * p.pages + slot / PAGE) * (HEADS + 4);
   const float4 consts = *(const float4*)(crec + HEADS);
   const u8* index = p.index + (i64)__float_as_int(consts.z) * p.index_stride + (i64)h * INDEX_RECORD;
@@ -145,7 +144,7 @@ extern "C" __global__ void __launch_bounds__(256, D == 128 && G <= 4 && VALUE_BI
     for (int pass = 0; pass < VALUE_PASSES; pass++) value_signs[pass][i] = ((const u16*)from)[min(pass * 8 + g, VALUE_WORDS - 1)];
   }
 #endif
-  const float key_scale = scale_of(index[KEY_SCALES + t]) * consts.x;
+  const float key_scale = scale_of(index[KEY_SCALES + t]) * consts.x * LEVEL_UNIT;
   const float value_log = lg2(fmaxf(scale_of(payload[VALUE_SCALES + t]) * consts.y, 1e-30f));
   const float* offsets = p.crec + (i64)row * p.pages * (HEADS + 4);
   float logit[QUADS][4];
@@ -155,17 +154,18 @@ extern "C" __global__ void __launch_bounds__(256, D == 128 && G <= 4 && VALUE_BI
 #pragma unroll
     for (int quad = 0; quad < QUADS; quad++) logit[quad][i] = offsets[(i64)page * (HEADS + 4) + quad * 4 + j];
   }
+  __syncthreads();
 #pragma unroll
   for (int quad = 0; quad < QUADS; quad++) {
     const int column = quad * 4 + (g >> 1), head = quad * 4 + j;
-    const u64 query = (u64)(p.qfrag + (((i64)row * G + min(column, G - 1)) * 2 + (g & 1)) * FRAGMENT + j * CHUNK);
+    const uint4* query = m.query + ((min(column, G - 1) * 2 + (g & 1)) * FRAGMENT + j * CHUNK) / 16;
     int s0[4] = {0, 0, 0, 0}, s1[4] = {0, 0, 0, 0};
 #pragma unroll
     for (int x = 0; x < WORDS; x++) {
       u32 spread[4];
 #pragma unroll
       for (int i = 0; i < 4; i++) spread[i] = spread_signs(signs[i][x / 2], x & 1);
-      const uint4 q = *(const uint4*)(query + x * 16);
+      const uint4 q = query[x];
 #pragma unroll
       for (int odd = 0; odd < 2; odd++) {
         u32 a[4][2];
@@ -176,12 +176,12 @@ extern "C" __global__ void __launch_bounds__(256, D == 128 && G <= 4 && VALUE_BI
           a[i][1] = prmt(NEGATIVE, LEVELS, at >> 16);
         }
         const u32 b0 = odd ? q.z : q.x, b1 = odd ? q.w : q.y;
-        mma_keys(s0, a[0][0], a[1][0], a[0][1], a[1][1], b0, b1);
-        mma_keys(s1, a[2][0], a[3][0], a[2][1], a[3][1], b0, b1);
+        mma_signed(s0, a[0][0], a[1][0], a[0][1], a[1][1], b0, b1);
+        mma_signed(s1, a[2][0], a[3][0], a[2][1], a[3][1], b0, b1);
       }
     }
     const int product[4] = {s0[0] * 128 + s0[1], s0[2] * 128 + s0[3], s1[0] * 128 + s1[1], s1[2] * 128 + s1[3]};
-    const float gain = head < G ? p.qmeta[((i64)row * G + head) * 2] * p.scale : 0.f;
+    const float gain = head < G ? p.qstep[(i64)row * G + head] * p.scale : 0.f;
     float top = FAR;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
@@ -297,9 +297,11 @@ extern "C" __global__ void __launch_bounds__(256, D == 128 && G <= 4 && VALUE_BI
     part_out[tid * (D + 4) + D + 1] = total;
   }
   const int splits = (k + ATTEND_TOKENS - 1) / ATTEND_TOKENS;
-  __threadfence();
   __syncthreads();
-  if (tid == 0) m.last = atomicAdd(&p.counter[row], 1) == splits - 1;
+  if (tid == 0) {   // after the barrier, one thread's fence covers the block's stores
+    __threadfence();
+    m.last = atomicAdd(&p.counter[row], 1) == splits - 1;
+  }
   __syncthreads();
   if (!m.last) return;
   __threadfence();

@@ -29,7 +29,9 @@ constexpr int WORDS = D == 64 ? 1 : D == 256 ? 4 : 2;   // 16-channel magnitude 
 constexpr int CHUNK = 16 * WORDS;
 constexpr int FRAGMENT = 4 * CHUNK;                     // bytes; channels D.. are zero
 
-constexpr int PLANES = 6;            // bits of the query in the score
+// The query in the score: 9 hi + lo, both digits -4 .. 4, kept as bit planes "digit > m" and
+// "digit < -m", m < CHAIN.
+constexpr int CHAIN = 4, RADIX = 2 * CHAIN + 1, COARSE = (RADIX * RADIX - 1) / 2;
 constexpr float LEVEL_UNIT = 1.f / 53.f;                // levels 13, 40, 71, 114
 constexpr float QUERY_RANGE = 16256.f;                  // 127 * 128: two signed bytes
 constexpr float FAR = -1e30f;                           // logit of what does not exist
@@ -47,11 +49,9 @@ struct Params {
   const int* counts;          // [B, M]
   const int* budgets;         // [B]
   u8* scratch;                // score codes that do not fit shared memory, or null
-  int* rowinfo;               // [rows, 2]: pages in use, tokens to select
+  int* take;                  // [rows]: tokens to select
   u8* qfrag;                  // [rows, G, 2, FRAGMENT] query bytes in the attention's order
-  u8* qnat;                   // [rows, G, 2, D] the same in channel order
-  u32* planes;                // [rows, G, PLANES, R] bit planes of the 6-bit query
-  float* qmeta;               // [rows, G, 2]: step of the 15-bit query, sum of the 6-bit one
+  float* qstep;               // [rows, G]: step of the 15-bit query
   float* crec;                // [rows, M, HEADS + 4]: q.mean a head; key base, value base, block
   int* selected;              // [rows, width] ascending slots
   int* counter;               // [rows]
@@ -59,7 +59,7 @@ struct Params {
   float* out;                 // [B, H * G, 1, D]
   float* lse;                 // [B, H * G, 1]
   int heads, pages, width, splits, cluster, cta_pages;
-  int shared_keys;            // selection keys of a block lie in shared memory of their own
+  int shared_keys;            // selection keys of a block lie in shared memory, codes do not
   float scale;                // softmax scaling * log2(e)
 };
 
@@ -67,6 +67,10 @@ __device__ __forceinline__ u32 prmt(u32 a, u32 b, u32 s) {
   u32 d; asm("prmt.b32 %0,%1,%2,%3;" : "=r"(d) : "r"(a), "r"(b), "r"(s)); return d; }
 __device__ __forceinline__ float ex2(float x) { float y; asm("ex2.approx.ftz.f32 %0,%1;" : "=f"(y) : "f"(x)); return y; }
 __device__ __forceinline__ float lg2(float x) { float y; asm("lg2.approx.ftz.f32 %0,%1;" : "=f"(y) : "f"(x)); return y; }
+// Store to device memory what should stay in the L2 cache until it is read.
+__device__ __forceinline__ void store_kept(void* p, u32 v, u64 policy) {
+  asm volatile("st.global.L2::cache_hint.u32 [%0],%1,%2;" ::"l"(p), "r"(v), "l"(policy) : "memory"); }
+__device__ __forceinline__ u64 keep_policy() { u64 p; asm("createpolicy.fractional.L2::evict_last.b64 %0,1.0;" : "=l"(p)); return p; }
 __device__ __forceinline__ float half_to_float(u32 h) {
   float f; asm("{.reg .b16 t; cvt.u16.u32 t,%1; cvt.f32.f16 %0,t;}" : "=f"(f) : "r"(h)); return f; }
 __device__ __forceinline__ u32 float_to_half(float f) {
@@ -75,6 +79,20 @@ __device__ __forceinline__ u32 halves(float lo, float hi) {
   u32 d; asm("cvt.rn.f16x2.f32 %0,%1,%2;" : "=r"(d) : "f"(hi), "f"(lo)); return d; }
 __device__ __forceinline__ float scale_of(u32 code) { return half_to_float(code << 6); }   // E4M4
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+
+// Pairs of halves.
+__device__ __forceinline__ u32 multiply2(u32 a, u32 b) { u32 d; asm("mul.rn.f16x2 %0,%1,%2;" : "=r"(d) : "r"(a), "r"(b)); return d; }
+__device__ __forceinline__ u32 add2(u32 a, u32 b) { u32 d; asm("add.rn.f16x2 %0,%1,%2;" : "=r"(d) : "r"(a), "r"(b)); return d; }
+__device__ __forceinline__ u32 max2(u32 a, u32 b) { u32 d; asm("max.f16x2 %0,%1,%2;" : "=r"(d) : "r"(a), "r"(b)); return d; }
+__device__ __forceinline__ u32 ex2_2(u32 a) { u32 d; asm volatile("ex2.approx.f16x2 %0,%1;" : "=r"(d) : "r"(a)); return d; }
+// Pairs of bfloat16.
+__device__ __forceinline__ u32 bfloat_pair(float x) { u32 d; asm("cvt.rn.bf16x2.f32 %0,%1,%1;" : "=r"(d) : "f"(x)); return d; }
+__device__ __forceinline__ u32 multiply_add_bfloat2(u32 a, u32 b, u32 c) {
+  u32 d; asm("fma.rn.bf16x2 %0,%1,%2,%3;" : "=r"(d) : "r"(a), "r"(b), "r"(c)); return d; }
+
+__device__ __forceinline__ void mma_signed(int* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1)); }
 
 __device__ __forceinline__ float warp_sum(float x) {
 #pragma unroll

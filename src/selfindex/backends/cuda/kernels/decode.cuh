@@ -1,7 +1,7 @@
 // Score and select, one cluster a row (sequence x KV head), each block a contiguous run of pages:
-//   mass[t] = sum over the group's heads of softmax(logit)[t];  key = 14-bit float of the mass
+//   mass[t] = sum over the group's heads of softmax(logit)[t];  key = 11-bit float of the mass
 // Codes stay in shared memory, or in scratch memory (the L2 cache) where they do not fit. Keys lie
-// over the codes of their page, or in shared memory of their own.
+// over the codes of their page, or in shared memory where the ring was.
 template <int WARPS> __device__ __forceinline__ void decode_row(const Params& p) {
   extern __shared__ __align__(128) u8 memory[];
   constexpr int THREADS = WARPS * 32, RING = WARPS * STAGES * SLOT;
@@ -9,16 +9,16 @@ template <int WARPS> __device__ __forceinline__ void decode_row(const Params& p)
   __shared__ float2 block_totals[HEADS];
   __shared__ float shift[HEADS];
   __shared__ __align__(8) u64 barriers[WARPS * STAGES];
-  __shared__ __align__(16) u32 query[QUADS * MEAN_WORDS * 32 * 12];
-  static_assert(sizeof(SelectMemory<WARPS>) <= RING, "the selection reuses the ring");
+  __shared__ QueryMemory query;
+  static_assert(sizeof(SelectMemory<WARPS>) <= SELECT_BYTES && SELECT_BYTES <= RING, "the selection reuses the ring");
   const int rank = cluster_rank(), size = p.cluster, row = blockIdx.x / size;
   const int tid = threadIdx.x, lane = tid & 31, w = tid >> 5;
-  wait_previous();
-  const int used = p.rowinfo[row * 2], k = p.rowinfo[row * 2 + 1];
-  if (k == 0) { allow_next(); return; }   // the same for all blocks of the cluster
+  prepare_row<WARPS>(p, row, query, rank == 0);
+  const int used = query.used;
+  if (query.take == 0) { allow_next(); return; }   // the same for all blocks of the cluster
   const int share = (used + size - 1) / size, first = min(rank * share, used), last = min(first + share, used), pages = last - first;
   u8* chunks = p.scratch ? p.scratch + (i64)blockIdx.x * p.cta_pages * CHUNK_BYTES : memory + RING;
-  score_pages<WARPS>(p, row, first, last, memory, chunks, totals, barriers, query);
+  const bool ragged = score_pages<WARPS>(p, row, first, last, memory, chunks, totals, barriers, query);
   __syncthreads();
   SelectMemory<WARPS>& m = *(SelectMemory<WARPS>*)memory;
   for (int head = w; head < HEADS; head += WARPS) {   // lane = warp
@@ -35,18 +35,20 @@ template <int WARPS> __device__ __forceinline__ void decode_row(const Params& p)
       part = __uint_as_float(load_remote(&block_totals[head].y, lane));
     }
     const float best = warp_max(own), total = warp_sum(part * ex2(own - best));
-    // Codes and totals both carry 2^TOP; read as float32, a code's exponent is 112 too small.
+    // Codes and totals both carry 2^TOP; read as bfloat16, a code's exponent is 112 too small.
     if (lane == 0) shift[head] = head < G ? 112.f - best - lg2(fmaxf(total, 1e-30f)) : -1000.f;
   }
   __syncthreads();
   const int* counts = p.counts + (i64)(row / p.heads) * p.pages;
-  u8* keys = p.shared_keys ? memory + RING : chunks;
+  u8* keys = p.shared_keys ? memory + SELECT_BYTES : chunks;
   const int key_stride = p.shared_keys ? 2 * PAGE : CHUNK_BYTES;
+  // A lane's tokens are 4 lane + (i ^ order): the permutes put their keys in order.
+  const int order = mix(lane & 7);
+  const u32 keys01 = order == 0 ? 0x3210 : order == 1 ? 0x1032 : order == 2 ? 0x7654 : 0x5476, keys23 = keys01 ^ 0x4444;
 #pragma unroll QUADS == 1 ? 4 : 1
   for (int page = w; page < pages; page += WARPS) {
-    u8* chunk = chunks + (i64)page * CHUNK_BYTES;
-    const int present = counts[first + page];
-    float mass[4] = {0.f, 0.f, 0.f, 0.f};
+    const u8* chunk = chunks + (i64)page * CHUNK_BYTES;
+    u32 mass[2] = {0x22802280, 0x22802280};   // 2^-58: the smallest key is 1
 #pragma unroll
     for (int quad = 0; quad < QUADS; quad++) {
       const uint4 v = *(const uint4*)(chunk + quad * 512 + lane * 16);
@@ -56,44 +58,48 @@ template <int WARPS> __device__ __forceinline__ void decode_row(const Params& p)
 #pragma unroll
       for (int j = 0; j < 4; j++) {
         if (quad * 4 + j >= G) break;
-        const float factor = ex2(tops[j] + shift[quad * 4 + j]);
-        mass[0] = fmaf(__uint_as_float(words[j] << 20 & 0x0ff00000), factor, mass[0]);
-        mass[1] = fmaf(__uint_as_float(words[j] << 12 & 0x0ff00000), factor, mass[1]);
-        mass[2] = fmaf(__uint_as_float(words[j] << 4 & 0x0ff00000), factor, mass[2]);
-        mass[3] = fmaf(__uint_as_float(words[j] >> 4 & 0x0ff00000), factor, mass[3]);
+        const u32 factor = bfloat_pair(ex2(tops[j] + shift[quad * 4 + j]));
+        mass[0] = multiply_add_bfloat2(words[j] & CODE_PAIR, factor, mass[0]);
+        mass[1] = multiply_add_bfloat2(__funnelshift_r(words[j], words[j], 8) & CODE_PAIR, factor, mass[1]);
       }
     }
     __syncwarp();   // keys overwrite the codes of their own page
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      const int token = (lane >> 3) * 32 + i * 8 + (lane & 7);
-      int key = (int)(__float_as_uint(mass[i]) >> 15) - (68 << 8);   // exponents 2^-59 .. 2^4
-      key = min(max(key, 1), BINS * FINE - 1);
-      if (token >= present) key = 0;
-      else atomicAdd(&m.histogram[key / FINE], 1u);
-      ((u16*)(keys + page * key_stride))[token] = (u16)key;
+    // 6 exponent and 5 mantissa bits of the mass, 2^-58 .. 2^6.
+    const u32 a = (mass[0] >> 2 & 0x3fff3fff) - 2207 * 0x10001, b = (mass[1] >> 2 & 0x3fff3fff) - 2207 * 0x10001;
+    uint2 pair = make_uint2(prmt(a, b, keys01), prmt(a, b, keys23));
+    if (ragged) {
+      const int present = counts[first + page] - lane * 4;   // of this lane's tokens
+      if (present < 4) pair.y &= present == 3 ? 0xffff : 0;
+      if (present < 2) pair.x &= present == 1 ? 0xffff : 0;
     }
+    *(uint2*)(keys + (i64)page * key_stride + lane * 8) = pair;
+    // Bin 0 counts what does not exist; nobody reads it.
+    atomicAdd(&m.histogram[pair.x & 0xffff], 1u);
+    atomicAdd(&m.histogram[pair.x >> 16], 1u);
+    atomicAdd(&m.histogram[pair.y & 0xffff], 1u);
+    atomicAdd(&m.histogram[pair.y >> 16], 1u);
   }
   __syncthreads();
-  select_keys<WARPS>(m, keys, key_stride, pages * PAGE, (i64)first * PAGE, k, rank, size, p.selected + (i64)row * p.width);
+  if (tid == 0) m.histogram[0] = 0;
+  select_keys<WARPS>(m, keys, key_stride, pages, (i64)first * PAGE, query.take, rank, size, p.selected + (i64)row * p.width);
 }
 
-extern "C" __global__ void __launch_bounds__(256, D == 256 || G > 8 ? 1 : 2) decode8(const __grid_constant__ Params p) { decode_row<8>(p); }
-#if G <= 8 && D < 256   // larger ones do not fit the registers of 512 threads
+extern "C" __global__ void __launch_bounds__(256, D == 256 || G > 4 ? 1 : 2) decode8(const __grid_constant__ Params p) { decode_row<8>(p); }
+#if G <= 4 && D < 256   // more heads do not fit the registers of 512 threads
 extern "C" __global__ void __launch_bounds__(512, 1) decode16(const __grid_constant__ Params p) { decode_row<16>(p); }
 #endif
 
-// The selection alone, for its test: keys u16 [rows, n], n a multiple of 128 -> selected [rows, width].
-extern "C" __global__ void __launch_bounds__(256, 1) select_test(const u16* keys, int n, const int* budgets, int width, int size, int* selected) {
+// The selection alone, for its test: keys u16 [rows, n], n a multiple of 128, overwritten -> selected [rows, width].
+extern "C" __global__ void __launch_bounds__(256, 1) select_test(u16* keys, int n, const int* budgets, int width, int size, int* selected) {
   extern __shared__ __align__(128) u8 memory[];
   SelectMemory<8>& m = *(SelectMemory<8>*)memory;
   const int rank = cluster_rank(), row = blockIdx.x / size, k = budgets[row];
   if (k == 0) return;
   const int pages = n / PAGE, share = (pages + size - 1) / size, first = min(rank * share, pages), last = min(first + share, pages);
-  const u16* own = keys + (i64)row * n + first * PAGE;
+  u16* own = keys + (i64)row * n + first * PAGE;
   for (int i = threadIdx.x; i < BINS; i += 256) m.histogram[i] = 0;
   __syncthreads();
-  for (int i = threadIdx.x; i < (last - first) * PAGE; i += 256) if (own[i]) atomicAdd(&m.histogram[own[i] / FINE], 1u);
+  for (int i = threadIdx.x; i < (last - first) * PAGE; i += 256) if (own[i]) atomicAdd(&m.histogram[own[i]], 1u);
   __syncthreads();
-  select_keys<8>(m, (const u8*)own, PAGE * 2, (last - first) * PAGE, (i64)first * PAGE, k, rank, size, selected + (i64)row * width);
+  select_keys<8>(m, (u8*)own, PAGE * 2, last - first, (i64)first * PAGE, k, rank, size, selected + (i64)row * width);
 }

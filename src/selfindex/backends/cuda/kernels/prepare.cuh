@@ -1,73 +1,94 @@
-// Query preparation, one block a KV head, one warp a query head:
+// Query preparation, by every block for its own row, a warp a query head:
 //   q~ = R (q / s),   v = round(16256 q~ / max |q~|) = 128 hi + lo  (two signed bytes),
-//   6-bit query for the score as bit planes; pages in use and tokens to select of the row.
-extern "C" __global__ void __launch_bounds__(G < 4 ? 128 : 32 * G) prepare(const __grid_constant__ Params p) {
-  __shared__ float line[G * LINE];
-  __shared__ int most[2];   // pages in use, tokens
-  const int row = blockIdx.x, b = row / p.heads, h = row % p.heads;
-  const int lane = threadIdx.x & 31, g = threadIdx.x >> 5;
-  if (threadIdx.x == 0) most[0] = most[1] = 0;
-  __syncthreads();
-  allow_next();
-  // The query's loads are issued before the page counts', so that their latencies overlap.
-  const int own = min(g, G - 1);
-  const i64 at = b * p.query_row + (i64)(h * G + own) * p.query_head;
-  const float* balance = p.balance + b * p.balance_row + h * D;
-  float x[R], divisor[R];
-#pragma unroll
-  for (int r = 0; r < R; r++) {
-    x[r] = load_input(p.query, at + r * 32 + lane);
-    divisor[r] = balance[r * 32 + lane];
-  }
-  const int budget = p.budgets[b];
+//   a coarser query of 81 levels for the score as bit planes; pages in use and tokens to select of the row.
+struct QueryMemory {
+  // Query bytes in channel order, zero (as all below) for heads that only fill up a quad; rows
+  // padded so that the eight a warp reads at once lie in different banks.
+  __align__(16) u8 natural[HEADS][2][D + 16];
+  u32 planes[HEADS][2][2 * CHAIN * R + 4];   // [digit][CHAIN, 2 signs, R] bit planes, likewise
+  float step[HEADS];             // of the 15-bit query
+  int sum[HEADS];                // of 9 |hi| + |lo|
+  int used, tokens, take;        // pages in use, tokens in them, tokens to select
+};
+
+__device__ __forceinline__ void count_tokens(const Params& p, int b, QueryMemory& m, int first, int threads) {
   int used = 0, tokens = 0;
 #pragma unroll 8
-  for (int i = threadIdx.x; i < p.pages; i += blockDim.x) {
+  for (int i = threadIdx.x - first; i < p.pages; i += threads) {
     const int n = p.counts[(i64)b * p.pages + i];
     used = n > 0 ? i + 1 : used;
     tokens += max(n, 0);
   }
   used = __reduce_max_sync(~0u, used);
   tokens = warp_sum(tokens);
-  if (lane == 0) { atomicMax(&most[0], used); atomicAdd(&most[1], tokens); }
-  if (g < G) {
-    float top = 0.f;
+  if ((threadIdx.x & 31) == 0) { atomicMax(&m.used, used); atomicAdd(&m.tokens, tokens); }
+}
+
+// line: 2 D floats of this warp's own shared memory, for the head dimensions whose rotation needs them.
+__device__ __forceinline__ void prepare_head(const Params& p, int row, int g, QueryMemory& m, float* line, bool publish) {
+  const int b = row / p.heads, h = row % p.heads, lane = threadIdx.x & 31;
+  const i64 at = b * p.query_row + (i64)(h * G + g) * p.query_head;
+  const float* balance = p.balance + b * p.balance_row + h * D;
+  float x[R], divisor[R], top = 0.f;
 #pragma unroll
-    for (int r = 0; r < R; r++) x[r] *= sign_of(r * 32 + lane, 1) * rotation_gain() / divisor[r];
-    rotate(x, lane, line + g * (LINE > 1 ? LINE : 0));
-#pragma unroll
-    for (int r = 0; r < R; r++) top = fmaxf(top, fabsf(x[r]));
-    top = fmaxf(warp_max(top), 1e-30f);
-    const float inverse = QUERY_RANGE / top;
-    const i64 head = (i64)row * G + g;
-    u8* frag = p.qfrag + head * 2 * FRAGMENT;
-    u8* natural = p.qnat + head * 2 * D;
-    if (D == 96) for (int i = lane; i < CHUNK; i += 32) frag[3 * CHUNK + i] = frag[FRAGMENT + 3 * CHUNK + i] = 0;
-    int sum = 0;
-#pragma unroll
-    for (int r = 0; r < R; r++) {
-      const int c = r * 32 + lane, v = __float2int_rn(x[r] * inverse), hi = (v + 64) >> 7, lo = v - (hi << 7);
-      const int j = c / CHUNK, word = c % CHUNK / 16, rest = c % 16;
-      const int place = (((j * WORDS + word) * 2 + (rest & 1)) * 2 + (rest >> 3)) * 4 + ((rest & 7) >> 1);
-      frag[place] = (u8)hi;
-      frag[FRAGMENT + place] = (u8)lo;
-      natural[c] = (u8)hi;
-      natural[D + c] = (u8)lo;
-      const int coarse = min((v + (1 << (14 - PLANES))) >> (15 - PLANES), (1 << (PLANES - 1)) - 1);
-      sum += coarse;
-#pragma unroll
-      for (int i = 0; i < PLANES; i++) {
-        const u32 bits = __ballot_sync(~0u, coarse >> i & 1);
-        if (lane == 0) p.planes[(head * PLANES + i) * R + r] = bits;
-      }
-    }
-    sum = warp_sum(sum);
-    if (lane == 0) { p.qmeta[head * 2] = top / QUERY_RANGE; p.qmeta[head * 2 + 1] = (float)sum; }
+  for (int r = 0; r < R; r++) {
+    x[r] = load_input(p.query, at + r * 32 + lane);
+    divisor[r] = balance[r * 32 + lane];
   }
+#pragma unroll
+  for (int r = 0; r < R; r++) x[r] *= sign_of(r * 32 + lane, 1) * rotation_gain() / divisor[r];
+  rotate(x, lane, line);
+#pragma unroll
+  for (int r = 0; r < R; r++) top = fmaxf(top, fabsf(x[r]));
+  top = fmaxf(warp_max(top), 1e-30f);
+  const float inverse = QUERY_RANGE / top;
+  u8* frag = p.qfrag + ((i64)row * G + g) * 2 * FRAGMENT;
+  if (D == 96 && publish) for (int i = lane; i < CHUNK; i += 32) frag[3 * CHUNK + i] = frag[FRAGMENT + 3 * CHUNK + i] = 0;
+  int sum = 0;
+#pragma unroll
+  for (int r = 0; r < R; r++) {
+    const int c = r * 32 + lane, v = __float2int_rn(x[r] * inverse), hi = (v + 64) >> 7, lo = v - (hi << 7);
+    const int j = c / CHUNK, word = c % CHUNK / 16, rest = c % 16;
+    const int place = (((j * WORDS + word) * 2 + (rest & 1)) * 2 + (rest >> 3)) * 4 + ((rest & 7) >> 1);
+    if (publish) { frag[place] = (u8)hi; frag[FRAGMENT + place] = (u8)lo; }
+    m.natural[g][0][c] = (u8)hi;
+    m.natural[g][1][c] = (u8)lo;
+    const int coarse = __float2int_rn((float)v * (COARSE / QUERY_RANGE));
+    const int upper = (coarse + COARSE) / RADIX - CHAIN, digits[2] = {upper, coarse - RADIX * upper};
+    sum += RADIX * abs(digits[0]) + abs(digits[1]);
+#pragma unroll
+    for (int i = 0; i < 4 * CHAIN; i++) {
+      const int digit = digits[i / (2 * CHAIN)], plane = i / 2 % CHAIN;
+      const u32 bits = __ballot_sync(~0u, i & 1 ? digit < -plane : digit > plane);
+      if (lane == i) m.planes[g][i / (2 * CHAIN)][i % (2 * CHAIN) * R + r] = bits;
+    }
+  }
+  sum = warp_sum(sum);
+  if (lane == 0) {
+    m.step[g] = top / QUERY_RANGE;
+    m.sum[g] = sum;
+    if (publish) p.qstep[(i64)row * G + g] = top / QUERY_RANGE;
+  }
+}
+
+// Everything in QueryMemory; one block of a row publishes what the attention needs of it.
+template <int WARPS> __device__ __forceinline__ void prepare_row(const Params& p, int row, QueryMemory& m, bool publish) {
+  __shared__ float lines[LINE > 1 ? WARPS * LINE : 1];
+  const int b = row / p.heads, w = threadIdx.x >> 5;
+  if (G < HEADS) for (int i = threadIdx.x; i < (int)(sizeof(QueryMemory) / 4); i += WARPS * 32) ((u32*)&m)[i] = 0;
+  if (G < HEADS) __syncthreads();
+  if (threadIdx.x == 0) m.used = m.tokens = 0;
+  __syncthreads();
+  wait_previous();
+  const int budget = p.budgets[b];
+  for (int g = w; g < G; g += WARPS) prepare_head(p, row, g, m, lines + w * (LINE > 1 ? LINE : 0), publish);
+  // The other warps count meanwhile, if there are any.
+  if (G >= WARPS) count_tokens(p, b, m, 0, WARPS * 32);
+  else if (w >= G) count_tokens(p, b, m, G * 32, (WARPS - G) * 32);
   __syncthreads();
   if (threadIdx.x == 0) {
-    p.rowinfo[row * 2] = most[0];
-    p.rowinfo[row * 2 + 1] = max(0, min(min(budget, p.width), most[1]));
-    p.counter[row] = 0;
+    m.take = max(0, min(min(budget, p.width), m.tokens));
+    if (publish) { p.take[row] = m.take; p.counter[row] = 0; }
   }
+  __syncthreads();
 }

@@ -1,182 +1,217 @@
 // Estimated attention of every token of a block's pages, from the index alone, a warp a page:
 //   logit[head, t] = scale_t a sum_c (+-1)_tc q~_c + q~.mean,      a = SIGN_GAIN
-// The sum over channels is a binary matrix product (and + population count) of the sign codes with
-// the bit planes of the 6-bit query, two columns a head, three products a column. Probabilities
-// are kept as 8-bit floats (5 exponent, 3 mantissa bits) relative to their page's maximum.
+// The sum over channels is a binary matrix product (and + population count): the sign codes meet the
+// planes of positive digits, their complement those of negative ones, in one product of twice the
+// depth. All planes of a digit add up in one accumulator; a head's digits are neighbouring columns.
+// Probabilities are kept as 8-bit floats (5 exponent, 3 mantissa bits) relative to their page's
+// maximum.
 //
-// Codes of a page (chunk): [QUADS][4 rounds][32 lanes] words, lane = g * 4 + head of the quad, byte i
-// = token 32 round + 8 i + g; then the page maximum of each head, float32, log2 units.
+// Codes of a page (chunk): [QUADS][4 rounds][32 lanes] words, lane = g * 4 + head of the quad; then
+// the page maximum of each head, float32, log2 units. Code i of a word belongs to token
+// 32 round + 4 g + (i ^ mix(g)): so the rows of a product lie in different banks, and a lane's
+// scales in one word. Codes 0 and 1 are at bits 4 and 20, codes 2 and 3 at bits 12 and 28 (wrapped):
+// two at a time become bfloat16 by a mask.
 constexpr int CHUNK_BYTES = 528 * QUADS;
 constexpr int CHUNK_MAXIMA = 512 * QUADS;
 constexpr int STEPS = (D + 127) / 128;     // binary products of 128 channels
-static_assert(PLANES == 6, "three planes a column");
-constexpr int LOW = PLANES / 2;            // planes a column: 2 head = upper half, 2 head + 1 = lower
-constexpr int MEAN_WORDS = (D / 4 + 31) / 32;
-constexpr float TOP = 15.f;                // log2 of a page's largest code
+constexpr int MEAN_WORDS = D / 16;         // words of the page mean a lane holds
+constexpr float TOP = 11.f;                // log2 of a page's largest code: 16 of them add up in half precision
+constexpr u32 FAR_HALF = 0xF753F753;       // -30000, twice: a token that does not exist
+constexpr u32 CODE_PAIR = 0x0ff00ff0;
+constexpr int FLOAT_BIAS = 0x4B400000;     // 1.5 * 2^23: an integer added to these bits is added to the float
 
-__device__ __forceinline__ void binary_mma(int* c, u32 a0, u32 a1, u32 b) {
-  asm("mma.sync.aligned.m16n8k128.row.col.s32.b1.b1.s32.and.popc {%0,%1,%2,%3},{%4,%5},{%6},{%0,%1,%2,%3};"
-      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3]) : "r"(a0), "r"(a1), "r"(b)); }
+__device__ __forceinline__ int mix(int g) { return g >> 1 & 3; }
 
-// Sign words of the four tokens 32 round + 8 i + g, channels 128 step + 32 j ...
-__device__ __forceinline__ void load_signs(u32* a, const u8* record, int round, int step, int lane) {
-#if D == 128
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3},[%4];"
-               : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3]) : "r"(shared_address(record + round * 512 + lane * 16)));
+__device__ __forceinline__ void binary_mma(int* d, u32 a0, u32 a1, u32 positive, u32 negative, const int* c) {
+  asm("mma.sync.aligned.m16n8k256.row.col.s32.b1.b1.s32.and.popc {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%10,%11,%12,%13};"
+      : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+      : "r"(a0), "r"(a1), "r"(~a0), "r"(~a1), "r"(positive), "r"(negative), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3])); }
+
+__device__ __forceinline__ u32 load_shared(u32 at) { u32 v; asm volatile("ld.shared.u32 %0,[%1];" : "=r"(v) : "r"(at)); return v; }
+__device__ __forceinline__ void load_shared2(u32* to, u32 at) { asm volatile("ld.shared.v2.u32 {%0,%1},[%2];" : "=r"(to[0]), "=r"(to[1]) : "r"(at)); }
+__device__ __forceinline__ void load_shared4(u32* to, u32 at) {
+  asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3},[%4];" : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(at)); }
+
+// Sign words of tokens 2 t and 2 t + 1 of a lane in this round, channels 128 step + 32 j .... Pairs,
+// not four at once, so that a word and its complement meet in one run of registers without copies.
+__device__ __forceinline__ int sign_place(int lane) {
+#if D == 128   // of a row that this lane points at
+  return (4 * (lane & 7) + ((lane >> 3 & 1) ^ mix(lane & 7))) * CODE;
 #else
-  const int g = lane >> 2, j = lane & 3;   // words past the head meet zero planes
-#pragma unroll
-  for (int i = 0; i < 4; i++) a[i] = *(const u32*)(record + (round * 32 + i * 8 + g) * CODE + step * 16 + j * 4);
+  return 4 * (lane >> 2) * CODE + (lane & 3) * 4;
 #endif
+}
+__device__ __forceinline__ void load_signs(u32* a, u32 signs, int order, int round, int step, int t) {
+#if D == 128
+  // The second pair's tokens are those of the first, exclusive-or 2: 32 bytes further or back.
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1},[%2];" : "=r"(a[0]), "=r"(a[1]) : "r"((signs ^ t * 2 * CODE) + round * 32 * CODE));
+#else
+#pragma unroll
+  for (int i = 0; i < 2; i++)   // words past the head meet zero planes
+    a[i] = load_shared(signs + ((2 * t + i) ^ order) * CODE + round * 32 * CODE + step * 16);
+#endif
+}
+
+__device__ __forceinline__ void load_mean_words(u32* to, u32 at) {
+#pragma unroll
+  for (int i = 0; i < MEAN_WORDS; i += D == 96 ? 2 : 4) D == 96 ? load_shared2(to + i, at + i * 4) : load_shared4(to + i, at + i * 4);
 }
 
 // What a lane needs of the query, for one quad of heads.
 struct QueryPart {
-  u32 plane[STEPS][LOW];
-  float sum, gain;
+  u32 plane[STEPS][CHAIN][2];
+  int start[4];   // of the accumulators
+  float gain;
+
+  __device__ __forceinline__ void load(const Params& p, const QueryMemory& query, int quad, int lane) {
+    const int g = lane >> 2, j = lane & 3, column = quad * 4 + (g >> 1), head = quad * 4 + j;
+#pragma unroll
+    for (int s = 0; s < STEPS; s++)
+#pragma unroll
+      for (int i = 0; i < 2 * CHAIN; i++) plane[s][i / 2][i & 1] = s * 4 + j < R ? query.planes[column][g & 1][i * R + s * 4 + j] : 0;
+    gain = query.step[head] * p.scale * SELECT_SHARPNESS;
+    // Zero that the compiler does not know: it would set the registers anew for every product.
+    start[0] = start[2] = p.cluster >> 16;
+    start[1] = start[3] = FLOAT_BIAS - query.sum[head] / 2;
+  }
 };
 
+// Returns whether any of the warp's pages is not full.
 template <int WARPS>
-__device__ __forceinline__ void score_pages(const Params& p, int row, int first, int last, u8* ring_memory,
-                                            u8* chunks, float2 (*totals)[HEADS], u64* barriers, u32* query) {
-  const int b = row / p.heads, h = row % p.heads, lane = threadIdx.x & 31, w = threadIdx.x >> 5;
+__device__ __forceinline__ bool score_pages(const Params& p, int row, int first, int last, u8* ring_memory,
+                                            u8* chunks, float2 (*totals)[HEADS], u64* barriers, const QueryMemory& query) {
+  // Read through a shuffle, the lane and what follows from it stay in registers.
+  const int b = row / p.heads, h = row % p.heads, lane = __shfl_sync(~0u, threadIdx.x, threadIdx.x) & 31, w = threadIdx.x >> 5;
   const int g = lane >> 2, j = lane & 3;
   const int* table = p.table + (i64)b * p.pages;
   const int* counts = p.counts + (i64)b * p.pages;
   const u8* index = p.index + (i64)h * INDEX_RECORD;
-  const auto record_of = [&](int page, int block) { return page < last ? index + (i64)block * p.index_stride : nullptr; };
-  const int edge = max(last - 1, 0);
+  const int mine = max(0, (last - first - w + WARPS - 1) / WARPS);   // pages of this warp: first + w + n WARPS
+  // Lane l holds block and count (upper 8 bits) of page n = 32 i + l, and of the 32 after those.
+  const auto at = [&](int n) { return min(first + w + n * WARPS, max(last - 1, 0)); };
+  const auto entry = [&](int n) { return (u32)table[at(n)] | (u32)counts[at(n)] << 24; };
+  u32 entries = entry(lane), next_entries = entry(32 + lane);
+  const u32 stride = (u32)p.index_stride;
   Ring ring;
   ring.open(ring_memory + w * STAGES * SLOT, barriers + w * STAGES, lane);
-  // Blocks of this page and of the next STAGES: their loads are ahead of the copies that need them.
-  int blocks[STAGES + 1], count = counts[min(first + w, edge)];
+  u32 flight[STAGES];   // entries of the pages in flight
 #pragma unroll
-  for (int s = 0; s <= STAGES; s++) blocks[s] = table[min(first + w + s * WARPS, edge)];
-#pragma unroll
-  for (int s = 0; s < STAGES; s++) ring.fetch(s, record_of(first + w + s * WARPS, blocks[s]), lane);
-  // Query words for q.mean: [quad][word][lane][head of the quad, hi and lo; rows padded to 12].
-  for (int i = threadIdx.x; i < QUADS * MEAN_WORDS * 32 * 8; i += WARPS * 32) {
-    const int part = i & 7, l = i >> 3 & 31, word = (i >> 8) % MEAN_WORDS * 32 + l, quad = (i >> 8) / MEAN_WORDS;
-    const int head = quad * 4 + (part >> 1);
-    u32 v = 0;
-    if (head < G && word < D / 4) v = ((const u32*)(p.qnat + ((i64)row * G + head) * 2 * D + (part & 1) * D))[word];
-    query[((i >> 8) * 32 + l) * 12 + part] = v;
+  for (int s = 0; s < STAGES; s++) {
+    flight[s] = __shfl_sync(~0u, entries, s);
+    ring.fetch(s, s < mine, index + (u64)(flight[s] & 0xffffff) * stride, lane);
   }
-  QueryPart part[QUADS];
+  QueryPart part;
   float best[QUADS], total[QUADS];
 #pragma unroll
-  for (int quad = 0; quad < QUADS; quad++) {
-    const int column = quad * 4 + (g >> 1);
+  for (int quad = 0; quad < QUADS; quad++) { best[quad] = FAR; total[quad] = 0.f; }
+  // Several quads do not fit the registers together: they are read again for every page.
+  if (QUADS == 1) part.load(p, query, 0, lane);
+  const int order = mix(g);
+  const u32 scales01 = 0x4040 | order | (1 ^ order) << 8, scales23 = scales01 ^ 0x0202;
+  const u32 sign_at = sign_place(lane), scale_at = KEY_SCALES + g * 4, mean_at = MEAN + j * MEAN_WORDS * 4;
+  const u32 natural = shared_address(&query.natural[g >> 1][g & 1][0]) + j * MEAN_WORDS * 4;
+  const u32 constant_at = CONSTS + (lane == 5 ? 8 : 4);
+  u8* chunk = chunks + (i64)w * CHUNK_BYTES + lane * 4;
+  float* crec = p.crec + ((i64)row * p.pages + first + w) * (HEADS + 4) + (lane < 4 ? lane : HEADS + lane - 4);
+  const u64 policy = keep_policy();
+  bool ragged = false;
+  for (int n = 0; n < mine; n++) {
+    const int here = flight[0] & 0xffffff, tokens = flight[0] >> 24;
+    ragged |= tokens < PAGE;
+    const int ahead = n + STAGES;
+    if ((ahead & 31) == 0) {
+      entries = next_entries;
+      if (ahead + 32 < mine) next_entries = entry(ahead + 32 + lane);
+    }
 #pragma unroll
-    for (int s = 0; s < STEPS; s++)
-#pragma unroll
-      for (int m = 0; m < LOW; m++) {
-        const int plane = g & 1 ? LOW - 1 - m : PLANES - 1 - m, word = s * 4 + j;
-        part[quad].plane[s][m] = column < G && word < R ? p.planes[(((i64)row * G + column) * PLANES + plane) * R + word] : 0;
-      }
-    const int head = quad * 4 + j;
-    part[quad].gain = head < G ? p.qmeta[((i64)row * G + head) * 2] * p.scale * SELECT_SHARPNESS : 0.f;
-    part[quad].sum = head < G ? p.qmeta[((i64)row * G + head) * 2 + 1] : 0.f;
-    best[quad] = FAR;
-    total[quad] = 0.f;
-  }
-  __syncthreads();
-  for (int page = first + w; page < last; page += WARPS) {
-    const int present = count, here = blocks[0], later = blocks[STAGES];
-    count = counts[min(page + WARPS, edge)];
-#pragma unroll
-    for (int s = 0; s < STAGES; s++) blocks[s] = blocks[s + 1];
-    blocks[STAGES] = table[min(page + (STAGES + 1) * WARPS, edge)];
-    const u8* record = ring.wait();
-    const float mean_step = *(const float*)(record + CONSTS), base = *(const float*)(record + CONSTS + 4);
-    u8* chunk = chunks + (i64)(page - first) * CHUNK_BYTES;
-    float* crec = p.crec + ((i64)row * p.pages + page) * (HEADS + 4);
-    if (lane == 0)
-      *(float4*)(crec + HEADS) = make_float4(base * LEVEL_UNIT, *(const float*)(record + CONSTS + 8), __int_as_float(here), 0.f);
+    for (int s = 0; s + 1 < STAGES; s++) flight[s] = flight[s + 1];
+    flight[STAGES - 1] = __shfl_sync(~0u, entries, ahead);
+    const u32 record = ring.wait();
+    u32 constants[2], mean[MEAN_WORDS];
+    load_shared2(constants, record + CONSTS);
+    const float mean_step = __uint_as_float(constants[0]), key_base = __uint_as_float(constants[1]);
+    const float own_constant = __uint_as_float(load_shared(record + constant_at));   // lane 4: key base, lane 5: value base
+    load_mean_words(mean, record + mean_at);
 #pragma unroll
     for (int quad = 0; quad < QUADS; quad++) {
-      // q.mean of four heads; the transposing reduction leaves head j in lanes with lane % 4 == j.
-      int d[4] = {0, 0, 0, 0};
+      if (QUADS > 1) part.load(p, query, quad, lane);
+      // q.mean: all rows of a product are the same, so that every lane finds head j in its columns.
+      // Rows 0 .. 7 take words 0 and 2 of four, rows 8 .. 15 words 1 and 3: no copies of registers.
+      int f[2][4] = {{0, 0, 0, 0}, {0, 0, 0, 0}};
+      u32 q[MEAN_WORDS];
+      load_mean_words(q, natural + quad * 4 * 2 * (D + 16));
 #pragma unroll
-      for (int word = 0; word < MEAN_WORDS; word++) {
-        const int m = word * 32 + lane < D / 4 ? *(const int*)(record + MEAN + (word * 32 + lane) * 4) : 0;
-        const int4* q = (const int4*)&query[((quad * MEAN_WORDS + word) * 32 + lane) * 12];
-        const int4 q0 = q[0], q1 = q[1];
-        d[0] += __dp4a(m, q0.y, __dp4a(m, q0.x, 0) * 128);
-        d[1] += __dp4a(m, q0.w, __dp4a(m, q0.z, 0) * 128);
-        d[2] += __dp4a(m, q1.y, __dp4a(m, q1.x, 0) * 128);
-        d[3] += __dp4a(m, q1.w, __dp4a(m, q1.z, 0) * 128);
+      for (int i = 0; i + 4 <= MEAN_WORDS; i += 4) {
+        mma_signed(f[0], mean[i], mean[i + 1], mean[i + 2], mean[i + 3], q[i], q[i + 2]);
+        mma_signed(f[1], mean[i], mean[i + 1], mean[i + 2], mean[i + 3], q[i + 1], q[i + 3]);
       }
-      int e0 = lane & 1 ? d[0] : d[1], e1 = lane & 1 ? d[2] : d[3];
-      e0 = __shfl_xor_sync(~0u, e0, 1) + (lane & 1 ? d[1] : d[0]);
-      e1 = __shfl_xor_sync(~0u, e1, 1) + (lane & 1 ? d[3] : d[2]);
-      int f = __shfl_xor_sync(~0u, lane & 2 ? e0 : e1, 2) + (lane & 2 ? e1 : e0);
-      f += __shfl_xor_sync(~0u, f, 4);
-      f += __shfl_xor_sync(~0u, f, 8);
-      f += __shfl_xor_sync(~0u, f, 16);
-      const float offset = (float)f * (mean_step * part[quad].gain);
-      // sum_c (+-1) q = 2 s - sum q; the integer s is read as a float through its bias 1.5 * 2^23.
-      const float unit = part[quad].gain * (float)(1 << (15 - PLANES)) * SIGN_GAIN * base;
-      const float slope = 2.f * unit, shift = fmaf(-12582912.f, slope, -unit * part[quad].sum);
-      float logit[16], top = FAR;
+      if (MEAN_WORDS % 4) mma_signed(f[0], mean[MEAN_WORDS - 2], 0, mean[MEAN_WORDS - 1], 0, q[MEAN_WORDS - 2], q[MEAN_WORDS - 1]);
+      const float offset = (float)((f[0][0] + f[1][2]) * 128 + f[0][1] + f[1][3]) * (mean_step * part.gain);
+      // With s what the products count: sum_c (+-1) q = 2 s - sum_c (9 |hi| + |lo|), of which half is
+      // in the start of s. The clamp keeps logits, which are halves, below 30000. Without its last two
+      // bits the slope takes the bias away exactly.
+      const float unit = fminf(part.gain * (QUERY_RANGE / COARSE * SIGN_GAIN) * key_base, 12000.f / (COARSE * D));
+      const float slope = __uint_as_float(__float_as_uint(2.f * unit) & ~3u), shift = -12582912.f * slope;
+      u32 logit[8], top = FAR_HALF;
 #pragma unroll
       for (int round = 0; round < 4; round++) {
-        int n[2][LOW][4];
+        int s[2][4];
 #pragma unroll
-        for (int i = 0; i < 2 * LOW * 4; i++) (&n[0][0][0])[i] = 0;
+        for (int step = 0; step < STEPS; step++)
 #pragma unroll
-        for (int s = 0; s < STEPS; s++) {
-          u32 a[4];
-          load_signs(a, record, round, s, lane);
+          for (int t = 0; t < 2; t++) {
+            u32 a[2];
+            load_signs(a, record + sign_at, order, round, step, t);
 #pragma unroll
-          for (int t = 0; t < 2; t++)
-#pragma unroll
-            for (int m = 0; m < LOW; m++) binary_mma(n[t][m], a[2 * t], a[2 * t + 1], part[quad].plane[s][m]);
-        }
-#pragma unroll
-        for (int t = 0; t < 2; t++)
-#pragma unroll
-          for (int i = 0; i < 2; i++) {
-            // Two's complement: the top plane of the upper half counts negative.
-            const int upper = n[t][2][2 * i] + 2 * n[t][1][2 * i] - 4 * n[t][0][2 * i];
-            const int lower = n[t][2][2 * i + 1] + 2 * n[t][1][2 * i + 1] + 4 * n[t][0][2 * i + 1];
-            const int s = upper * 8 + lower + 0x4B400000;
-            const int token = round * 32 + (2 * t + i) * 8 + g;
-            logit[round * 4 + 2 * t + i] = scale_of(record[KEY_SCALES + token]) * fmaf(__int_as_float(s), slope, shift);
+            for (int m = 0; m < CHAIN; m++)
+              binary_mma(s[t], a[0], a[1], part.plane[step][m][0], part.plane[step][m][1], step + m ? s[t] : part.start);
           }
-      }
-      if (present < PAGE) {
+        const u32 scales = load_shared(record + scale_at + round * 32);
 #pragma unroll
-        for (int i = 0; i < 16; i++) if ((i >> 2) * 32 + (i & 3) * 8 + g >= present) logit[i] = FAR;
+        for (int t = 0; t < 2; t++) {
+          const float x = fmaf(__int_as_float(s[t][0] * RADIX + s[t][1]), slope, shift);
+          const float y = fmaf(__int_as_float(s[t][2] * RADIX + s[t][3]), slope, shift);
+          logit[2 * round + t] = multiply2(halves(x, y), prmt(scales, 0, t ? scales23 : scales01) << 6);   // E4M4
+        }
+      }
+      if (tokens < PAGE) {
+#pragma unroll
+        for (int i = 0; i < 16; i++)
+          if ((i >> 2) * 32 + 4 * g + ((i & 3) ^ order) >= tokens) logit[i / 2] = prmt(logit[i / 2], FAR_HALF, i & 1 ? 0x5410 : 0x3254);
       }
 #pragma unroll
-      for (int i = 0; i < 16; i++) top = fmaxf(top, logit[i]);
-      top = fmaxf(top, __shfl_xor_sync(~0u, top, 4));
-      top = fmaxf(top, __shfl_xor_sync(~0u, top, 8));
-      top = fmaxf(top, __shfl_xor_sync(~0u, top, 16));
-      const float lift = TOP - top;
-      float sum = 0.f;
+      for (int i = 0; i < 8; i++) top = max2(top, logit[i]);
+#pragma unroll
+      for (int m = 4; m < 32; m <<= 1) top = max2(top, __shfl_xor_sync(~0u, top, m));
+      top = max2(top, prmt(top, top, 0x1032));
+      const u32 lift_half = float_to_half(TOP - half_to_float(top & 0xffff)), lift = lift_half | lift_half << 16;
+      u32 e[8], sums = 0;
+#pragma unroll
+      for (int i = 0; i < 8; i++) { e[i] = ex2_2(add2(logit[i], lift)); sums = add2(sums, e[i]); }
 #pragma unroll
       for (int round = 0; round < 4; round++) {
-        float e[4];
-#pragma unroll
-        for (int i = 0; i < 4; i++) { e[i] = ex2(logit[round * 4 + i] + lift); sum += e[i]; }
-        // Bits 7..14 of the halves: dropping the sign leaves 5 exponent and 3 mantissa bits a byte.
-        ((u32*)chunk)[quad * 128 + round * 32 + lane] = prmt(halves(e[0], e[1]) << 1, halves(e[2], e[3]) << 1, 0x7531);
+        // Bits 7..14 of the halves: dropping the sign leaves 5 exponent and 3 mantissa bits a code.
+        const u32 others = __funnelshift_l(e[2 * round + 1], e[2 * round + 1], 5);
+        const u32 codes = (e[2 * round] >> 3 & CODE_PAIR) | (others & ~CODE_PAIR);
+        u8* to = chunk + quad * 512 + round * 128;
+        if (p.scratch) store_kept(to, codes, policy);
+        else *(u32*)to = codes;
       }
-      if (present > 0) {
-        const float page_top = top + offset, both = fmaxf(best[quad], page_top);
-        total[quad] = fmaf(sum, ex2(page_top - both), total[quad] * ex2(best[quad] - both));
-        best[quad] = both;
-      }
-      if (lane < 4) {
-        ((float*)(chunk + CHUNK_MAXIMA))[quad * 4 + lane] = top + offset;
-        crec[quad * 4 + lane] = offset * (1.f / SELECT_SHARPNESS);   // the attention wants the logit itself
-      }
+      const float page_top = TOP - half_to_float(lift_half) + offset;
+      // A page without tokens is so far below any other that it does not count.
+      const float both = fmaxf(best[quad], page_top), sum = half_to_float(sums & 0xffff) + half_to_float(sums >> 16);
+      total[quad] = fmaf(sum, ex2(page_top - both), total[quad] * ex2(best[quad] - both));
+      best[quad] = both;
+      if (lane < 4) *(float*)(chunk + CHUNK_MAXIMA + quad * 16) = page_top;
+      // The attention wants the logit itself, not the flatter vote.
+      const float own = lane < 4 ? offset * (1.f / SELECT_SHARPNESS) : lane == 6 ? __int_as_float(here) : own_constant;
+      if (lane < (quad ? 4 : 7)) crec[quad * 4] = own;
     }
     __syncwarp();
-    ring.fetch(ring.stage, record_of(page + STAGES * WARPS, later), lane);
+    ring.fetch(ring.stage, ahead < mine, index + (u64)(flight[STAGES - 1] & 0xffffff) * stride, lane);
     ring.next();
+    chunk += (i64)WARPS * CHUNK_BYTES;
+    crec += WARPS * (HEADS + 4);
   }
 #pragma unroll
   for (int quad = 0; quad < QUADS; quad++) {
@@ -184,4 +219,5 @@ __device__ __forceinline__ void score_pages(const Params& p, int row, int first,
     for (int m = 4; m < 32; m <<= 1) total[quad] += __shfl_xor_sync(~0u, total[quad], m);
     if (lane < 4) totals[w][quad * 4 + lane] = make_float2(best[quad], total[quad]);
   }
+  return ragged;
 }
