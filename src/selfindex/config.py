@@ -37,6 +37,9 @@ class SelfIndexConfig:
             prefill) attends to the whole decoded cache instead of selecting per query.
         profile: file with the model's balance (see `BalanceProfile`); without it, balance is
             measured on the first page that is encoded.
+        offloading: keep the payload plane (four fifths of the encoded bytes at head_dim 128) in pinned
+            host memory, where the GPU reads what it selected; the index stays on the GPU. On a CPU
+            everything is in host memory anyway, and the option changes no result. Needs Linux.
         allow_untested: accept a model family that is not in the tested list.
 
     Raises:
@@ -53,6 +56,7 @@ class SelfIndexConfig:
     dense_below: int = 1024
     sparse_queries: int = 8
     profile: str | Path | None = None
+    offloading: bool = False
     allow_untested: bool = False
 
     def __post_init__(self) -> None:
@@ -70,6 +74,8 @@ class SelfIndexConfig:
                 raise ConfigError(f"{name} must be an integer >= 0, got {value!r}")
         if not isinstance(self.page_size, int) or self.page_size < 8 or self.page_size % 8:
             raise ConfigError(f"page_size must be a positive multiple of 8, got {self.page_size!r}")
+        if not isinstance(self.offloading, bool):
+            raise ConfigError(f"offloading must be True or False, got {self.offloading!r}")
         if self.value_bits not in (2, 3):
             raise ConfigError(f"value_bits must be 2 or 3, got {self.value_bits!r}")
         if self.preset == "paper" and self.value_bits != 2:

@@ -81,6 +81,7 @@ class Report:
             return f"self-indexing KV cache ({self.preset}): empty"
         tokens, read = layers[0].tokens, [layer.read for layer in layers]
         mib = 1 / 2**20
+        held = [f"         {memory.host * mib:.2f} MiB of it in host memory"] if memory.host else []
         return "\n".join(
             [
                 f"self-indexing KV cache ({self.preset}): {tokens} tokens in {len(layers)} layers, "
@@ -90,6 +91,7 @@ class Report:
                 f"         index {memory.index * mib:.2f}, payload {memory.payload * mib:.2f}, "
                 f"full precision {memory.full_precision * mib:.2f}, "
                 f"statistics {memory.statistics * mib:.2f}, slack {memory.slack * mib:.2f} MiB",
+                *held,
                 f"read     {min(read)} to {max(read)} tokens per head in the last step "
                 f"({100 * self.read_fraction:.1f} %)",
             ]

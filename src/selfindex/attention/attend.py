@@ -7,7 +7,10 @@ from torch import Tensor
 
 from ..backends import ops
 from ..store import LayerStore
-from .partial import attend_raw, merge_parts
+from .partial import attend_raw, join_parts, merge_parts
+
+STAGED_PAGES = 1024
+"""Offloaded pages on the device at a time when many queries attend to all of them."""
 
 
 def attend(
@@ -55,17 +58,34 @@ def _raw_part(
 
 
 def _dense_part(store: LayerStore, query: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """Attention to all encoded tokens.
+
+    Every tile of queries reads all pages. One query does so in place; for more of them, pages in
+    host memory are copied to the device first, a bounded number at a time.
+    """
     table, counts = store.table.tensors()
-    return ops.dense_attend(
-        query,
-        store.pool.index,
-        store.pool.payload,
-        table,
-        counts,
-        store.constants,
-        scaling,
-        store.format.name,
-    )
+    if not store.pool.offloading or query.shape[2] == 1:
+        return _attend_to_all(store, query, store.pool.index, store.pool.payload, table, counts, scaling)
+    step, joined = max(1, STAGED_PAGES // store.batch), None
+    for first in range(0, table.shape[1], step):
+        index, payload, local = store.table.stage(first, first + step)
+        near = counts[:, first : first + step]
+        part = _attend_to_all(store, query, index, payload, local, near, scaling)
+        joined = part if joined is None else join_parts(joined, part)
+    assert joined is not None
+    return joined
+
+
+def _attend_to_all(
+    store: LayerStore,
+    query: Tensor,
+    index: Tensor,
+    payload: Tensor,
+    table: Tensor,
+    counts: Tensor,
+    scaling: float,
+) -> tuple[Tensor, Tensor]:
+    return ops.dense_attend(query, index, payload, table, counts, store.constants, scaling, store.format.name)
 
 
 def _sparse_part(

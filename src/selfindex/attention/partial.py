@@ -26,6 +26,15 @@ def softmax_part(logits: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     return output, (top + total.log()).squeeze(-1)
 
 
+def join_parts(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Attention over two disjoint sets of keys as one part; arguments as in `merge_parts`."""
+    total = torch.logaddexp(one[1], other[1])
+    # -inf minus -inf: rows without any key get weight 0, not NaN.
+    safe = total.clamp(min=-1e30)
+    weights = [(lse - safe).exp()[..., None] for _, lse in (one, other)]
+    return one[0] * weights[0] + other[0] * weights[1], total
+
+
 def merge_parts(parts: list[tuple[Tensor, Tensor]], sink_logit: Tensor | None = None) -> Tensor:
     """Combine attention over disjoint sets of keys into attention over their union.
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..attention.partial import attend_raw, merge_parts, softmax_part
+from ..attention.partial import attend_raw, join_parts, merge_parts, softmax_part
 from ..codec import Codec, PageFormat, codec_for
 from ..index.lut import lookup
 from ..index.select import sum_of_softmax, top_k
@@ -106,19 +106,18 @@ def dense_attend(
     fmt = codec.format
     mapped = codec.map_query(query.unflatten(1, (fmt.kv_heads, -1)).flatten(2, 3), constants)
     present = (torch.arange(fmt.page_size, device=query.device) < page_counts[..., None]).flatten(1)
-    output = query.new_zeros(mapped.shape, dtype=torch.float32)
-    total = query.new_full(mapped.shape[:-1], -torch.inf, dtype=torch.float32)
+    joined = (
+        query.new_zeros(mapped.shape, dtype=torch.float32),
+        query.new_full(mapped.shape[:-1], -torch.inf, dtype=torch.float32),
+    )
     for chunk in torch.arange(present.shape[1], device=query.device).split(DENSE_CHUNK):
         at = chunk.expand(query.shape[0], fmt.kv_heads, -1)
         keys, values = _read(codec, index_pool, payload_pool, block_table, at, constants)
         logits = mapped @ keys.transpose(-1, -2) * scaling
-        part, lse = softmax_part(logits.masked_fill(~present[:, None, None, chunk], -torch.inf), values)
-        both = torch.logaddexp(total, lse)
-        safe = both.clamp(min=-1e30)
-        output = output * (total - safe).exp()[..., None] + part * (lse - safe).exp()[..., None]
-        total = both
+        part = softmax_part(logits.masked_fill(~present[:, None, None, chunk], -torch.inf), values)
+        joined = join_parts(joined, part)
     groups = query.shape[1] // fmt.kv_heads
-    output = codec.unmap_output(output)
+    output, total = codec.unmap_output(joined[0]), joined[1]
     return output.unflatten(2, (groups, -1)).flatten(1, 2), total.unflatten(2, (groups, -1)).flatten(1, 2)
 
 

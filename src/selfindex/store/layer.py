@@ -64,7 +64,7 @@ class LayerStore:
         self.format = PageFormat(
             config.preset, like.shape[1], like.shape[3], config.page_size, config.value_bits
         )
-        self.pool = BlockPool(self.format, like.device)
+        self.pool = BlockPool(self.format, like.device, config.offloading)
         self.table = BlockTable(like.shape[0], self.pool)
         self.raw = RawTokens(like)
         self.constants: Tensor | None = None
@@ -322,4 +322,5 @@ class LayerStore:
             full_precision=full,
             statistics=constants + tables + self._query_square.nbytes,
             slack=allocated - index - payload - full,
+            host=pool.payload.nbytes if pool.offloading else 0,
         )

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..codec import PageFormat
+from .host import HostRows
 
 
 class BlockPool:
@@ -16,17 +18,40 @@ class BlockPool:
     Blocks are written once and then only read. A block may be in the tables of several rows
     (beams, shared prefixes); it is free again when the last of them lets go.
 
+    Args:
+        device: of both planes.
+        offloading: keep the payload plane in host memory, where the device reads it.
+
     Attributes:
         index: uint8 [capacity, format.index_bytes].
-        payload: uint8 [capacity, format.payload_bytes].
+        payload: uint8 [capacity, format.payload_bytes], a tensor of `device` wherever its bytes are.
     """
 
-    def __init__(self, fmt: PageFormat, device: torch.device) -> None:
+    def __init__(self, fmt: PageFormat, device: torch.device, offloading: bool = False) -> None:
         self.format = fmt
         self.index = torch.empty(0, fmt.index_bytes, dtype=torch.uint8, device=device)
+        self._host = HostRows(fmt.payload_bytes, device) if offloading else None
         self.payload = torch.empty(0, fmt.payload_bytes, dtype=torch.uint8, device=device)
         self._references: list[int] = []
         self._free: list[int] = []
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> BlockPool:
+        """A pool with the same pages under the same ids, in the same kind of memory."""
+        new = BlockPool(self.format, self.index.device, self.offloading)
+        memo[id(self)] = new
+        new._resize(self.capacity)
+        new.index.copy_(self.index)
+        everything = list(range(self.capacity))
+        if self._host is not None:
+            self._host.synchronize()
+        new._put_payload(everything, self.payload if self._host is None else self._host.host)
+        new._references, new._free = list(self._references), list(self._free)
+        return new
+
+    @property
+    def offloading(self) -> bool:
+        """Whether the payload plane is in host memory."""
+        return self._host is not None
 
     @property
     def capacity(self) -> int:
@@ -37,16 +62,28 @@ class BlockPool:
         return self.capacity - len(self._free)
 
     def add(self, index: Tensor, payload: Tensor) -> list[int]:
-        """Store encoded pages, one row each, with one reference. Returns their block ids."""
+        """Store encoded pages, one row each and of any device, with one reference.
+
+        Returns:
+            their block ids.
+        """
         count = index.shape[0]
         self.reserve(count)
         blocks = [self._free.pop() for _ in range(count)]
         at = torch.tensor(blocks, device=self.index.device)
-        self.index[at] = index
-        self.payload[at] = payload
+        self.index[at] = index.to(self.index.device)
+        self._put_payload(blocks, payload)
         for block in blocks:
             self._references[block] = 1
         return blocks
+
+    def read(self, blocks: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
+        """Copies of pages on a device: (index, payload), one row a block."""
+        at = torch.tensor(blocks, dtype=torch.long, device=self.index.device)
+        index = self.index[at].to(device)
+        if self._host is not None:
+            return index, self._host.read(blocks, device)
+        return index, self.payload[at].to(device)
 
     def retain(self, blocks: Iterable[int]) -> None:
         """Count one more table that holds these blocks."""
@@ -67,12 +104,30 @@ class BlockPool:
             return
         # A sixteenth more than needed: copying stays O(1) per page, slack stays under 6.25 %.
         old = self.capacity
-        spare = old // 16
-        capacity = old + missing + spare
-        index = self.index.new_empty(capacity, self.index.shape[1])
-        payload = self.payload.new_empty(capacity, self.payload.shape[1])
-        index[:old], payload[:old] = self.index, self.payload
-        self.index, self.payload = index, payload
-        self._references += [0] * (capacity - old)
+        self._resize(old + missing + old // 16)
+        self._references += [0] * (self.capacity - old)
         # Reversed, so that a fresh pool hands out ascending ids and a prompt's pages are one run.
-        self._free[:0] = range(capacity - 1, old - 1, -1)
+        self._free[:0] = range(self.capacity - 1, old - 1, -1)
+
+    def _resize(self, capacity: int) -> None:
+        """Room for `capacity` pages or a few more; those there are keep their bytes."""
+        old = self.capacity
+        if self._host is not None:
+            self._host.grow(capacity)
+            capacity = self._host.capacity
+        index = self.index.new_empty(capacity, self.index.shape[1])
+        index[:old] = self.index
+        if self._host is not None:
+            payload = self._host.data
+        else:
+            payload = self.payload.new_empty(capacity, self.payload.shape[1])
+            payload[:old] = self.payload
+        self.index, self.payload = index, payload
+
+    def _put_payload(self, blocks: list[int], payload: Tensor) -> None:
+        if self._host is not None:
+            self._host.write(blocks, payload)
+        else:
+            self.payload[torch.tensor(blocks, dtype=torch.long, device=self.payload.device)] = payload.to(
+                self.payload.device
+            )

@@ -17,15 +17,16 @@ NAMES = ("index", "payload", "keys", "values", "query_square", "constants")
 def export(store: LayerStore) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Everything a store holds: (tensors by name, JSON-able numbers).
 
-    Pages that several rows share are written once. Tensors are on the store's device.
+    Pages that several rows share are written once. They are in host memory, everything else is
+    on the store's device.
     """
     used = sorted({block for row in store.table.rows for block in row.blocks})
     place = {block: i for i, block in enumerate(used)}
-    at = torch.tensor(used, dtype=torch.long, device=store.pool.index.device)
+    index, payload = store.pool.read(used, torch.device("cpu"))
     width = store.raw.width
     tensors = {
-        "index": store.pool.index[at],
-        "payload": store.pool.payload[at],
+        "index": index,
+        "payload": payload,
         "keys": store.raw.keys[:, :, :width],
         "values": store.raw.values[:, :, :width],
         "query_square": store._query_square,

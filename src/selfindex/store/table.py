@@ -72,14 +72,25 @@ class BlockTable:
     def tensors(self) -> tuple[Tensor, Tensor]:
         """(block_table, page_counts), int32 [B, M]; missing pages are block 0 with count 0."""
         if self._tensors is None:
-            width = self.pages
-
-            def pad(values: list[int]) -> list[int]:
-                return values + [0] * (width - len(values))
-
-            device = self.pool.index.device
-            shape = (len(self.rows), width)
-            table = torch.tensor([pad(r.blocks) for r in self.rows], dtype=torch.int32, device=device)
-            counts = torch.tensor([pad(r.counts) for r in self.rows], dtype=torch.int32, device=device)
-            self._tensors = (table.view(shape), counts.view(shape))
+            blocks, counts = [row.blocks for row in self.rows], [row.counts for row in self.rows]
+            self._tensors = (self._tensor(blocks), self._tensor(counts))
         return self._tensors
+
+    def stage(self, first: int, last: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Copy pages `first` to `last` of every row into small pools of their own on the device.
+
+        Returns:
+            index and payload, uint8 [n, bytes], and the block table int32 [B, pages] into them.
+        """
+        rows = [row.blocks[first:last] for row in self.rows]
+        used = sorted({block for blocks in rows for block in blocks})
+        place = {block: i for i, block in enumerate(used)}
+        index, payload = self.pool.read(used, self.pool.index.device)
+        return index, payload, self._tensor([[place[block] for block in blocks] for blocks in rows])
+
+    def _tensor(self, rows: list[list[int]]) -> Tensor:
+        """int32 [B, longest row], padded with zeros."""
+        width = max(map(len, rows), default=0)
+        padded = [row + [0] * (width - len(row)) for row in rows]
+        found = torch.tensor(padded, dtype=torch.int32, device=self.pool.index.device)
+        return found.view(len(rows), width)

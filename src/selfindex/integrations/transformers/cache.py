@@ -156,7 +156,10 @@ class SelfIndexLayer(CacheLayerMixin):
         self.is_initialized = False
 
     def offload(self) -> None:
-        raise StateError("layer offloading is not supported by this cache; it is already compressed")
+        raise StateError(
+            "transformers' offloading of whole layers does not fit this cache; make it with "
+            "SelfIndexCache(model, offloading=True) to keep most of it in host memory"
+        )
 
     def prefetch(self) -> None:
         self.offload()
@@ -373,15 +376,16 @@ class SelfIndexCache(Cache):
         save(self, model, path)
 
     @classmethod
-    def load(cls, model: PreTrainedModel, path: str | Path) -> SelfIndexCache:
-        """A cache as `save` left it, with the options it had.
+    def load(cls, model: PreTrainedModel, path: str | Path, offloading: bool | None = None) -> SelfIndexCache:
+        """A cache as `save` left it, with the options it had; None keeps `offloading` as well.
 
         `batch_repeat_interleave(n)` then gives n requests the same prefix; its pages are shared.
 
         Raises:
             FormatError: the file is missing, damaged, newer, or of another model or dtype.
         """
-        cache = cls(model, read_options(path, model))
+        options = {} if offloading is None else {"offloading": offloading}
+        cache = cls(model, read_options(path, model), **options)
         load(cache, model, path)
         return cache
 

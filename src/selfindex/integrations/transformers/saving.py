@@ -103,7 +103,9 @@ def load(cache: SelfIndexCache, model: PreTrainedModel, path: str | Path) -> Non
     stores = {}
     for numbers in header["layers"]:
         start = f"layers.{numbers['layer']}."
-        own = {n.removeprefix(start): x.to(device) for n, x in tensors.items() if n.startswith(start)}
+        own = {n.removeprefix(start): x for n, x in tensors.items() if n.startswith(start)}
+        # Pages go straight to where the pool keeps them.
+        own = {n: x if n in ("index", "payload") else x.to(device) for n, x in own.items()}
         if own["keys"].dtype != dtype:
             raise FormatError(
                 f"{path} holds {own['keys'].dtype} tokens, the model computes in {dtype}; load the model in "
