@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import wraps
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -39,12 +39,40 @@ def _outside_inference_mode(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @dataclass(frozen=True)
-class _Plan:
+class _Row:
     """What one row's tokens become: (keys, values) [H, n, d] to encode and to keep raw."""
 
     encode: tuple[Tensor, Tensor]
     keep: tuple[Tensor, Tensor]
-    prompt_tokens: int = 0
+    prompt: Tensor | None = None
+    """Keys of the row's prompt, if its statistics come from them (paper preset)."""
+
+
+@dataclass(frozen=True)
+class _Statistics:
+    """What pages share and what it is measured from; fields as in `LayerStore`."""
+
+    constants: Tensor | None
+    query_square: Tensor
+    queries_seen: int
+    has_constants: list[bool]
+    prompt_tokens: list[int]
+
+
+@dataclass(frozen=True)
+class Change:
+    """New content of a store, worked out by `LayerStore.plan`, stored by `LayerStore.commit`.
+
+    Attributes:
+        pages: index and payload planes, and the rows that get them with the tokens of each page.
+        raw: rows, a first token, and the keys and values that rows hold from there on.
+        step: keys and values [B, H, 1, d] that every row appends.
+    """
+
+    statistics: _Statistics | None = None
+    pages: tuple[tuple[Tensor, Tensor, list[tuple[int, list[int]]]], ...] = ()
+    raw: tuple[tuple[slice, int, Tensor, Tensor], ...] = ()
+    step: tuple[Tensor, Tensor] | None = None
 
 
 class LayerStore:
@@ -93,11 +121,17 @@ class LayerStore:
         """Tokens of a row, encoded or not."""
         return self.encoded(row) + self.raw.lengths[row]
 
-    @_outside_inference_mode
     def append(
         self, keys: Tensor, values: Tensor, query: Tensor, valid: Tensor | None, scaling: float
     ) -> None:
-        """Add new tokens and encode what no longer fits the recent window.
+        """Add new tokens and encode what no longer fits the recent window: `plan` and `commit`."""
+        self.commit(self.plan(keys, values, query, valid, scaling))
+
+    @_outside_inference_mode
+    def plan(
+        self, keys: Tensor, values: Tensor, query: Tensor, valid: Tensor | None, scaling: float
+    ) -> Change:
+        """Work out how new tokens are stored; whatever this raises, the store holds what it held.
 
         Args:
             keys, values: [B, H, T, d]; query: [B, Hq, T, d], all post-RoPE.
@@ -105,25 +139,43 @@ class LayerStore:
             scaling: factor on q.k, for the paper preset's choice of full-precision tokens.
 
         Raises:
-            InputError: a key or value to be encoded is not finite. Nothing is stored then.
+            InputError: a key or value to be encoded is not finite.
         """
-        if self.constants is None and self.config.preset == "balanced":
-            self._observe(query, valid)
-        config = self.config
+        config, statistics = self.config, self._statistics()
+        if self.constants is None and config.preset == "balanced":
+            statistics = self._observe(statistics, query, valid)
         limit = config.sinks + config.recent + config.page_size
         if keys.shape[2] == 1 and valid is None and self.raw.width < limit - 1:
-            self.raw.append_step(keys, values)
-            return
-        plans = []
+            self.raw.reserve(self.raw.width + 1)
+            return Change(statistics, step=(keys, values))
+        rows = []
         for b in range(self.batch):
             new_k, new_v, new_q = keys[b], values[b], query[b]
             if valid is not None and not bool(valid[b].all()):
                 new_k, new_v, new_q = (x[:, valid[b]] for x in (new_k, new_v, new_q))
             if config.preset == "paper" and self.length(b) == 0 and new_k.shape[1] > config.sinks:
-                plans.append(self._plan_prompt(b, new_k, new_v, new_q, scaling))
+                rows.append(self._plan_prompt(new_k, new_v, new_q, scaling))
             else:
-                plans.append(self._plan_window(b, new_k, new_v))
-        self._store(plans)
+                rows.append(self._plan_window(b, new_k, new_v))
+        return self._encode_rows(rows, statistics)
+
+    @_outside_inference_mode
+    def commit(self, change: Change) -> None:
+        """Store what `plan` worked out. Writes in place: nothing here depends on what is written."""
+        for index, payload, owners in change.pages:
+            blocks = self.pool.add(index, payload)
+            for row, counts in owners:
+                self.table.append(row, blocks[: len(counts)], counts)
+                blocks = blocks[len(counts) :]
+        for rows, start, keys, values in change.raw:
+            self.raw.put(rows, start, keys, values)
+        if change.step is not None:
+            self.raw.append_step(*change.step)
+        if change.statistics is not None:
+            new = change.statistics
+            self.constants, self._has_constants = new.constants, new.has_constants
+            self._query_square, self._queries_seen = new.query_square, new.queries_seen
+            self._prompt_tokens = new.prompt_tokens
 
     @_outside_inference_mode
     def reserve(self, pages: int, raw_tokens: int) -> None:
@@ -132,53 +184,56 @@ class LayerStore:
         self.raw.reserve(raw_tokens)
 
     @_outside_inference_mode
-    def encode_overflow(self) -> None:
-        """Encode what no longer fits the recent window, after tokens were put into `raw`.
+    def plan_overflow(self) -> Change:
+        """Work out how to encode what no longer fits the recent window, after tokens were put into `raw`.
 
         Raises:
-            InputError: as `append`. Nothing is encoded then.
+            InputError: as `plan`.
         """
         equal = len(set(self.raw.lengths)) == 1
         if equal and self.config.preset == "balanced" and self.constants is not None:
-            self._encode_overflow_of_equal_rows()
-            return
+            return self._plan_overflow_of_equal_rows()
         none = self.raw.keys[0, :, :0]
-        self._store([self._plan_window(b, none, none) for b in range(self.batch)])
+        return self._encode_rows(
+            [self._plan_window(b, none, none) for b in range(self.batch)], self._statistics()
+        )
 
-    def _encode_overflow_of_equal_rows(self) -> None:
-        """All rows at once: what `_plan_window` and `_store` do one by one."""
+    def _plan_overflow_of_equal_rows(self) -> Change:
+        """All rows at once: what `_plan_window` and `_encode_rows` do one by one."""
         config, raw, held = self.config, self.raw, self.raw.lengths[0]
         first, pages = config.sinks, max(0, held - config.sinks - config.recent) // config.page_size
         last = first + pages * config.page_size
         if pages == 0:
-            return
+            return Change()
         keys, values = (
             x[:, :, first:last].unflatten(2, (pages, -1)).transpose(1, 2).flatten(0, 1)
             for x in (raw.keys, raw.values)
         )
         self._check_finite(keys, values)
         full = torch.full((self.batch * pages,), config.page_size, dtype=torch.int32, device=raw.keys.device)
-        blocks = self.pool.add(*self._encode_pages(keys, values, full, 0))
-        for b in range(self.batch):
-            self.table.append(b, blocks[b * pages : (b + 1) * pages], [config.page_size] * pages)
-        for x in (raw.keys, raw.values):
-            x[:, :, first : held - last + first] = x[:, :, last:held].clone()
-        raw.lengths = [held - last + first] * self.batch
+        planes = self._encode_pages(keys, values, full, cast(Tensor, self.constants))
+        self.pool.reserve(self.batch * pages)
+        owners = [(b, [config.page_size] * pages) for b in range(self.batch)]
+        kept = [x[:, :, last:held].clone() for x in (raw.keys, raw.values)]
+        return Change(pages=((*planes, owners),), raw=((slice(None), first, kept[0], kept[1]),))
 
-    def _store(self, plans: list[_Plan]) -> None:
-        config = self.config
-        self._fix_statistics([plan.encode[0] for plan in plans])
-        pages = [self._encode(b, *p.encode) if p.encode[0].shape[1] else None for b, p in enumerate(plans)]
-        # Nothing above changed what the rows hold, nothing below depends on the input's content.
-        for b, (plan, encoded) in enumerate(zip(plans, pages, strict=True)):
-            if encoded is not None:
-                tokens, page = plan.encode[0].shape[1], config.page_size
+    def _encode_rows(self, rows: list[_Row], statistics: _Statistics) -> Change:
+        statistics = self._fix_statistics(rows, statistics)
+        page, pages = self.config.page_size, []
+        for b, row in enumerate(rows):
+            tokens = row.encode[0].shape[1]
+            if tokens:
                 counts = [min(page, tokens - start) for start in range(0, tokens, page)]
-                self.table.append(b, self.pool.add(*encoded), counts)
-            self._prompt_tokens[b] = max(self._prompt_tokens[b], plan.prompt_tokens)
-            self.raw.put(b, 0, *plan.keep)
+                constants = cast(Tensor, statistics.constants)
+                own = constants if self.config.preset == "balanced" else constants[b : b + 1]
+                pages.append((*self._encode(*row.encode, own), [(b, counts)]))
+        # What can run out of memory comes before anything is written.
+        self.pool.reserve(sum(index.shape[0] for index, _, _ in pages))
+        self.raw.reserve(max(row.keep[0].shape[1] for row in rows))
+        raw = tuple((slice(b, b + 1), 0, row.keep[0], row.keep[1]) for b, row in enumerate(rows))
+        return Change(statistics, tuple(pages), raw)
 
-    def _plan_window(self, row: int, new_k: Tensor, new_v: Tensor) -> _Plan:
+    def _plan_window(self, row: int, new_k: Tensor, new_v: Tensor) -> _Row:
         """Whole pages leave the front of the window, right behind the sinks."""
         config, held = self.config, self.raw.lengths[row]
         k = torch.cat((self.raw.keys[row, :, :held], new_k), 1)
@@ -186,39 +241,52 @@ class LayerStore:
         beyond = max(0, k.shape[1] - config.sinks - config.recent)
         first, last = config.sinks, config.sinks + beyond // config.page_size * config.page_size
         kept = [torch.cat((x[:, :first], x[:, last:]), 1) for x in (k, v)]
-        return _Plan((k[:, first:last], v[:, first:last]), (kept[0], kept[1]))
+        return _Row((k[:, first:last], v[:, first:last]), (kept[0], kept[1]))
 
-    def _plan_prompt(self, row: int, k: Tensor, v: Tensor, q: Tensor, scaling: float) -> _Plan:
+    def _plan_prompt(self, k: Tensor, v: Tensor, q: Tensor, scaling: float) -> _Row:
         """Paper preset: pinned tokens stay in full precision, the rest of the prompt is encoded."""
         queries = q[:, -OBSERVED_QUERIES:].unflatten(0, (k.shape[0], -1))
         pinned = choose_pinned(k, queries, self.config.sinks, scaling)
         rest = torch.ones(k.shape[:2], dtype=torch.bool, device=k.device).scatter(1, pinned, False)
         shape = (k.shape[0], k.shape[1] - self.config.sinks, k.shape[2])
         at = pinned[..., None].expand(-1, -1, k.shape[2])
-        self._put_constants(row, prompt_statistics(k))
-        return _Plan(
-            (k[rest].view(shape), v[rest].view(shape)), (k.gather(1, at), v.gather(1, at)), k.shape[1]
+        return _Row((k[rest].view(shape), v[rest].view(shape)), (k.gather(1, at), v.gather(1, at)), k)
+
+    def _statistics(self) -> _Statistics:
+        return _Statistics(
+            self.constants,
+            self._query_square,
+            self._queries_seen,
+            list(self._has_constants),
+            list(self._prompt_tokens),
         )
 
-    def _fix_statistics(self, encode: list[Tensor]) -> None:
-        """Fix what pages share, from the first tokens [H, n, d] that rows encode; then never again."""
+    def _fix_statistics(self, rows: list[_Row], now: _Statistics) -> _Statistics:
+        """Fix what pages share, from the first tokens that rows encode; then never again."""
         if self.config.preset == "paper":
-            for b, keys in enumerate(encode):
-                if keys.shape[1] and not self._has_constants[b]:
-                    self._put_constants(b, prompt_statistics(keys))
-        elif self.constants is None:
-            first = [k[:, : self.config.page_size] for k in encode if k.shape[1]]
-            if first:
-                square = self._query_square / max(1, self._queries_seen)
-                self.constants = measure_balance(torch.stack(first), square)[None]
+            fresh = {}
+            for b, row in enumerate(rows):
+                if row.prompt is not None:
+                    fresh[b] = prompt_statistics(row.prompt)
+                    now.prompt_tokens[b] = max(now.prompt_tokens[b], row.prompt.shape[1])
+                elif row.encode[0].shape[1] and not now.has_constants[b]:
+                    fresh[b] = prompt_statistics(row.encode[0])
+            if not fresh:
+                return now
+            first = next(iter(fresh.values()))
+            constants = (
+                first.new_zeros(self.batch, *first.shape) if now.constants is None else now.constants.clone()
+            )
+            for b, own in fresh.items():
+                constants[b], now.has_constants[b] = own, True
+            return replace(now, constants=constants)
+        first_pages = [row.encode[0][:, : self.config.page_size] for row in rows if row.encode[0].shape[1]]
+        if now.constants is None and first_pages:
+            square = now.query_square / max(1, now.queries_seen)
+            return replace(now, constants=measure_balance(torch.stack(first_pages), square)[None])
+        return now
 
-    def _put_constants(self, row: int, constants: Tensor) -> None:
-        if self.constants is None:
-            self.constants = constants.new_zeros(self.batch, *constants.shape)
-        self.constants[row] = constants
-        self._has_constants[row] = True
-
-    def _encode(self, row: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    def _encode(self, keys: Tensor, values: Tensor, constants: Tensor) -> tuple[Tensor, Tensor]:
         """Encode tokens [H, n, d] of a row into pages, the last one possibly short."""
         self._check_finite(keys, values)
         page, n = self.config.page_size, keys.shape[1]
@@ -229,7 +297,7 @@ class LayerStore:
         ]
         counts = torch.full((padded[0].shape[0],), page, dtype=torch.int32, device=keys.device)
         counts[-1] -= missing
-        return self._encode_pages(padded[0], padded[1], counts, row)
+        return self._encode_pages(padded[0], padded[1], counts, constants)
 
     @staticmethod
     def _check_finite(keys: Tensor, values: Tensor) -> None:
@@ -239,21 +307,21 @@ class LayerStore:
                 "dtype (fp16 overflows in some models; use bf16) and its inputs"
             )
 
-    def _encode_pages(self, keys: Tensor, values: Tensor, counts: Tensor, row: int) -> tuple[Tensor, Tensor]:
-        """Encode pages [n, H, P, d] with `counts` tokens each; `row` has the paper's constants."""
-        assert self.constants is not None
-        constants = self.constants if self.config.preset == "balanced" else self.constants[row : row + 1]
+    def _encode_pages(
+        self, keys: Tensor, values: Tensor, counts: Tensor, constants: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Encode pages [n, H, P, d] with `counts` tokens each; constants [1, H, ...]."""
         planes = [
             ops.encode(k, v, c, constants, self.format.name)
             for k, v, c in zip(*(x.split(ENCODE_PAGES) for x in (keys, values, counts)), strict=True)
         ]
         return torch.cat([i for i, _ in planes]), torch.cat([p for _, p in planes])
 
-    def _observe(self, query: Tensor, valid: Tensor | None) -> None:
+    def _observe(self, now: _Statistics, query: Tensor, valid: Tensor | None) -> _Statistics:
         """Sum squares of the queries of the first page, which fix the balance with its keys."""
         room = self.config.sinks + self.config.page_size - max(map(self.length, range(self.batch)))
         if room <= 0:
-            return
+            return now
         square = query.float().square().unflatten(1, (self.format.kv_heads, -1)).mean(2)  # [B, H, T, d]
         if valid is None:
             square = square[:, :, :room]
@@ -262,8 +330,8 @@ class LayerStore:
             near = valid & (valid.cumsum(1) <= room)
             square = square * near[:, None, :, None]
             seen = int(near.sum())
-        self._query_square += square.sum((0, 2))
-        self._queries_seen += seen
+        total = now.query_square + square.sum((0, 2))
+        return replace(now, query_square=total, queries_seen=now.queries_seen + seen)
 
     def check_crop(self, lengths: list[int]) -> None:
         """Raise StateError where `crop` to these lengths is impossible; change nothing."""

@@ -39,7 +39,7 @@ class BlockPool:
         """A pool with the same pages under the same ids, in the same kind of memory."""
         new = BlockPool(self.format, self.index.device, self.offloading)
         memo[id(self)] = new
-        new._resize(self.capacity)
+        new.index, new.payload = new._resized(self.capacity)
         new.index.copy_(self.index)
         everything = list(range(self.capacity))
         if self._host is not None:
@@ -69,12 +69,14 @@ class BlockPool:
         """
         count = index.shape[0]
         self.reserve(count)
-        blocks = [self._free.pop() for _ in range(count)]
-        at = torch.tensor(blocks, device=self.index.device)
+        blocks = self._free[-count:][::-1] if count else []
+        at = torch.tensor(blocks, dtype=torch.long, device=self.index.device)
         self.index[at] = index.to(self.index.device)
         self._put_payload(blocks, payload)
+        # Taken once they are written: what failed before this line has cost nothing.
         for block in blocks:
             self._references[block] = 1
+        del self._free[len(self._free) - count :]
         return blocks
 
     def read(self, blocks: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -104,13 +106,15 @@ class BlockPool:
             return
         # A sixteenth more than needed: copying stays O(1) per page, slack stays under 6.25 %.
         old = self.capacity
-        self._resize(old + missing + old // 16)
-        self._references += [0] * (self.capacity - old)
+        index, payload = self._resized(old + missing + old // 16)
+        references = self._references + [0] * (index.shape[0] - old)
         # Reversed, so that a fresh pool hands out ascending ids and a prompt's pages are one run.
-        self._free[:0] = range(self.capacity - 1, old - 1, -1)
+        free = [*range(index.shape[0] - 1, old - 1, -1), *self._free]
+        # One statement: no interrupt comes in between.
+        self.index, self.payload, self._references, self._free = index, payload, references, free
 
-    def _resize(self, capacity: int) -> None:
-        """Room for `capacity` pages or a few more; those there are keep their bytes."""
+    def _resized(self, capacity: int) -> tuple[Tensor, Tensor]:
+        """Planes with room for `capacity` pages or a few more; those there are keep their bytes."""
         old = self.capacity
         if self._host is not None:
             self._host.grow(capacity)
@@ -122,7 +126,7 @@ class BlockPool:
         else:
             payload = self.payload.new_empty(capacity, self.payload.shape[1])
             payload[:old] = self.payload
-        self.index, self.payload = index, payload
+        return index, payload
 
     def _put_payload(self, blocks: list[int], payload: Tensor) -> None:
         if self._host is not None:

@@ -36,19 +36,22 @@ class RawTokens:
         if tokens <= self.capacity:
             return
         capacity = -(-tokens // STEP) * STEP
-        for name in ("keys", "values"):
-            old = getattr(self, name)
+        grown = []
+        for old in (self.keys, self.values):
             new = old.new_empty(*old.shape[:2], capacity, old.shape[-1])
             new[:, :, : old.shape[2]] = old
-            setattr(self, name, new)
+            grown.append(new)
+        # Together: memory may run out after the first.
+        self.keys, self.values = grown
 
-    def put(self, row: int, start: int, keys: Tensor, values: Tensor) -> None:
-        """Write tokens [H, n, d] at `start` and make them the last of the row."""
-        end = start + keys.shape[1]
+    def put(self, rows: slice, start: int, keys: Tensor, values: Tensor) -> None:
+        """Write tokens [H, n, d] or [rows, H, n, d] at `start` and make them the last of these rows."""
+        end = start + keys.shape[-2]
         self.reserve(end)
-        self.keys[row, :, start:end] = keys
-        self.values[row, :, start:end] = values
-        self.lengths[row] = end
+        self.keys[rows, :, start:end] = keys
+        self.values[rows, :, start:end] = values
+        chosen = range(*rows.indices(len(self.lengths)))
+        self.lengths = [end if b in chosen else n for b, n in enumerate(self.lengths)]
 
     def append_step(self, keys: Tensor, values: Tensor) -> None:
         """Append one token [B, H, 1, d] to every row."""

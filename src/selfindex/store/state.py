@@ -70,7 +70,7 @@ def restore(config: SelfIndexConfig, tensors: dict[str, Tensor], numbers: dict[s
             store.table.append(b, own, [int(n) for n in row["counts"]])
         store.pool.release(blocks)
         for b, held in enumerate(numbers["lengths"]):
-            store.raw.put(b, 0, tensors["keys"][b, :, :held], tensors["values"][b, :, :held])
+            store.raw.put(slice(b, b + 1), 0, tensors["keys"][b, :, :held], tensors["values"][b, :, :held])
         store._query_square = tensors["query_square"].clone()
         store._queries_seen = int(numbers["queries_seen"])
         store._prompt_tokens = [int(n) for n in numbers["prompt_tokens"]]

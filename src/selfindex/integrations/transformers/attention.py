@@ -24,6 +24,9 @@ NAMES = {
 """Dense implementation a model was loaded with -> the registered name that builds on it."""
 
 
+NO_GRADIENTS = "the cache is for inference: run the model under torch.no_grad() or inference_mode()"
+
+
 class NewKeys:
     """Stands in for the key tensor between the cache's `update` and the attention function.
 
@@ -99,9 +102,7 @@ def attention_forward(
     if not isinstance(key, NewKeys):
         return dense_attention(base, module, query, key, value, attention_mask, **kwargs)
     if torch.is_grad_enabled() and query.requires_grad:
-        raise InputError(
-            "the cache is for inference: run the model under torch.no_grad() or inference_mode()"
-        )
+        raise InputError(NO_GRADIENTS)
     for option in ("softcap", "sliding_window", "position_bias"):
         if kwargs.get(option) is not None:
             raise InputError(

@@ -6,7 +6,7 @@ import copy
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +15,13 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ...attention.attend import attend
 from ...codec import BalanceProfile
-from ...codec.rotation import HEAD_DIMS
 from ...config import SelfIndexConfig, check_budget
 from ...errors import InputError, StateError
 from ...report import LayerReport, Report
 from ...store import LayerStore
 from .attention import NewKeys, prepare
+from .guard import Guard, check_order, check_sliding_crop
+from .inputs import check_new_tokens, check_query
 from .masks import new_columns
 from .models import plan_layers
 from .saving import load, read_options, save
@@ -45,8 +46,6 @@ class SelfIndexLayer(CacheLayerMixin):
         self._pending: NewKeys | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        if key_states.shape[-1] not in HEAD_DIMS:
-            raise InputError(f"head_dim {key_states.shape[-1]} is not supported; supported are {HEAD_DIMS}")
         self.store = LayerStore(self._cache.config, key_states, self._balance)
         self.is_initialized = True
 
@@ -59,47 +58,15 @@ class SelfIndexLayer(CacheLayerMixin):
             InputError: wrong shape, dtype, device, batch size, or content.
             StateError: layers were called out of order.
         """
-        self._check(key_states, value_states)
-        self._cache.check_order(self, key_states.shape[2])
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        self._pending = NewKeys(self, key_states, value_states)
-        return self._pending, value_states
-
-    def _check(self, keys: Tensor, values: Tensor) -> None:
-        if keys.ndim != 4 or keys.shape != values.shape:
-            raise InputError(
-                "keys and values must both be [batch, heads, tokens, head_dim]; got "
-                f"{tuple(keys.shape)} and {tuple(values.shape)}"
-            )
-        if keys.dtype not in (torch.float32, torch.float16, torch.bfloat16) or keys.dtype != values.dtype:
-            raise InputError(
-                f"keys and values must share a dtype out of float32, float16, bfloat16; "
-                f"got {keys.dtype}, {values.dtype}"
-            )
-        if self.store is not None:
-            self._check_fit(keys, self.store.raw.keys)
-        if keys.shape[2] > 1 and not bool(torch.isfinite(keys).all() & torch.isfinite(values).all()):
-            raise InputError(
-                f"layer {self.layer_idx}: keys or values hold NaN or infinity. Check the model's dtype "
-                "(fp16 overflows in some models; use bf16) and its inputs"
-            )
-
-    @staticmethod
-    def _check_fit(keys: Tensor, held: Tensor) -> None:
-        if keys.shape[0] != held.shape[0]:
-            raise InputError(
-                f"the cache holds a batch of {held.shape[0]}, got {keys.shape[0]}; use one cache per "
-                "batch, or batch_select_indices / batch_repeat_interleave to change it"
-            )
-        for what in ("dtype", "device"):
-            if getattr(keys, what) != getattr(held, what):
-                raise InputError(f"the cache holds {what} {getattr(held, what)}, got {getattr(keys, what)}")
-        if keys.shape[1::2] != held.shape[1::2]:
-            raise InputError(
-                f"the cache holds {held.shape[1]} heads of {held.shape[3]}, "
-                f"got {keys.shape[1]} of {keys.shape[3]}"
-            )
+        with self._cache.guard.use():
+            held = self.store.raw.keys if self.store is not None and self.columns else None
+            check_new_tokens(key_states, value_states, held, self.layer_idx)
+            check_order(self._cache, self, key_states.shape[2])
+            if not self.columns:
+                # Also after a first step that failed.
+                self.lazy_initialization(key_states, value_states)
+            self._pending = NewKeys(self, key_states, value_states)
+            return self._pending, value_states
 
     def attend(
         self,
@@ -112,23 +79,28 @@ class SelfIndexLayer(CacheLayerMixin):
         dense: Callable[..., tuple[Tensor, Any]],
     ) -> Tensor:
         """Attend, then store the new tokens. Returns [B, T, Hq, d]; see `attention_forward`."""
-        self._cache.check_module(module)
-        if new is not self._pending or self.store is None:
-            raise StateError(f"layer {self.layer_idx}: attention ran twice, or on keys of an earlier step")
-        keys, values, store = new.new_keys, new.new_values, self.store
-        valid = self._cache.step_columns(self, mask, keys.shape[2])
-        encoded = any(store.encoded(b) for b in range(store.batch))
-        if self.columns == 0:
-            # Prefill is the model's own attention on its own tensors.
-            output = dense(query, keys, values, mask)[0]
-        elif not encoded and self._cache.columns is None:
-            held_k, held_v, _ = store.raw.held()
-            output = dense(query, torch.cat((held_k, keys), 2), torch.cat((held_v, values), 2), mask)[0]
-        else:
-            output, self.read = attend(store, query, keys, values, valid, scaling, sink_logit)
-            output = output.transpose(1, 2).contiguous()
-        self.commit(query, keys, values, valid, scaling)
-        return output
+        cache = self._cache
+        cache.check_module(module)
+        with cache.guard.use():
+            if new is not self._pending or self.store is None:
+                raise StateError(
+                    f"layer {self.layer_idx}: attention ran twice, or on keys of an earlier step"
+                )
+            keys, values, store = new.new_keys, new.new_values, self.store
+            check_query(query, keys)
+            valid = cache.step_columns(self, mask, keys.shape[2])
+            encoded = any(store.encoded(b) for b in range(store.batch))
+            if self.columns == 0:
+                # Prefill is the model's own attention on its own tensors.
+                output = dense(query, keys, values, mask)[0]
+            elif not encoded and cache.columns is None and valid is None:
+                held_k, held_v, _ = store.raw.held()
+                output = dense(query, torch.cat((held_k, keys), 2), torch.cat((held_v, values), 2), mask)[0]
+            else:
+                output, self.read = attend(store, query, keys, values, valid, scaling, sink_logit)
+                output = output.transpose(1, 2).contiguous()
+            self.commit(query, keys, values, valid, scaling)
+            return output
 
     def commit(
         self, query: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None, scaling: float
@@ -137,8 +109,11 @@ class SelfIndexLayer(CacheLayerMixin):
         if self.store is None:
             self.lazy_initialization(keys, values)
         assert self.store is not None
-        self.store.append(keys, values, query, valid, scaling)
-        self.columns += keys.shape[2]
+        change = self.store.plan(keys, values, query, valid, scaling)
+        with self._cache.guard.change():
+            self.store.commit(change)
+            self.columns += keys.shape[2]
+            self._cache.keep_columns(self)
         self._pending = None
 
     def get_seq_length(self) -> int:
@@ -164,13 +139,8 @@ class SelfIndexLayer(CacheLayerMixin):
     def prefetch(self) -> None:
         self.offload()
 
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        self.select_rows(beam_idx)
-
-    def select_rows(self, rows: Tensor) -> None:
-        """Make row i a copy of old row rows[i]; encoded pages are shared."""
-        if self.store is not None:
-            self.store.select_rows(rows)
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> NoReturn:
+        raise StateError("rows change place in all layers at once: call the cache's reorder_cache")
 
 
 def _with_padding(columns: Tensor | None) -> Tensor | None:
@@ -215,15 +185,18 @@ class SelfIndexCache(Cache):
         self.columns: Tensor | None = None
         """bool [B, columns] of real tokens; None while there was no padding."""
         self._step: Tensor | None = None
+        self._next_columns: Tensor | None = None
+        self.guard = Guard()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SelfIndexCache:
         """Copy what is stored, for two continuations of one prompt; the model stays the same."""
-        new = type(self).__new__(type(self))
-        memo |= {id(self): new, id(self._modules): self._modules}
-        for layer in self._compressed:
-            memo[id(layer._cache)] = weakref.proxy(new)
-        new.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
-        return new
+        with self.guard.use():
+            new = type(self).__new__(type(self))
+            memo |= {id(self): new, id(self._modules): self._modules, id(self.guard): Guard()}
+            for layer in self._compressed:
+                memo[id(layer._cache)] = weakref.proxy(new)
+            new.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
+            return new
 
     @property
     def compressed_layers(self) -> list[SelfIndexLayer]:
@@ -237,40 +210,32 @@ class SelfIndexCache(Cache):
             ConfigError: the budget is out of range.
         """
         check_budget(budget)
-        self.config = SelfIndexConfig.make(self.config, budget=budget)
-        for layer in self._compressed:
-            if layer.store is not None:
-                layer.store.config = self.config
+        with self.guard.change():
+            self.config = SelfIndexConfig.make(self.config, budget=budget)
+            for layer in self._compressed:
+                if layer.store is not None:
+                    layer.store.config = self.config
 
     def check_module(self, module: nn.Module) -> None:
         """Raise StateError if an attention module of another model uses this cache."""
         if module not in self._modules:
             raise StateError("this cache was built for another model; build one with SelfIndexCache(model)")
 
-    def check_order(self, layer: SelfIndexLayer, new: int) -> None:
-        """Raise StateError unless the layers before this one have just taken the same tokens."""
-        position = self._compressed.index(layer)
-        before = self._compressed[position - 1]
-        expected = layer.columns if position == 0 else layer.columns + new
-        if before.columns != expected:
-            common = min(x.columns for x in self._compressed)
-            raise StateError(
-                f"layer {layer.layer_idx} got {new} tokens on top of {layer.columns}, while layer "
-                f"{before.layer_idx} holds {before.columns}: a forward pass was interrupted or layers were "
-                f"called out of order. cache.crop({common}) returns to the last complete step, cache.reset() "
-                "empties the cache"
-            )
-
     def step_columns(self, layer: SelfIndexLayer, mask: Tensor | None, new: int) -> Tensor | None:
         """Which new columns hold tokens, bool [B, T] or None for all; read once per forward pass."""
         if layer is self._compressed[0] and layer.store is not None:
             batch, past, device = layer.store.batch, layer.columns, layer.store.raw.keys.device
-            self._step = new_columns(mask, self.columns, past, new, batch)
+            self._step, self._next_columns = new_columns(mask, self.columns, past, new, batch), None
             if self._step is not None or self.columns is not None:
                 ones = torch.ones(batch, past + new, dtype=torch.bool, device=device)
                 old = ones[:, :past] if self.columns is None else self.columns
-                self.columns = torch.cat((old, ones[:, past:] if self._step is None else self._step), 1)
+                self._next_columns = torch.cat((old, ones[:, past:] if self._step is None else self._step), 1)
         return self._step
+
+    def keep_columns(self, layer: SelfIndexLayer) -> None:
+        """Take over what `step_columns` read, now that the first layer holds the tokens."""
+        if layer is self._compressed[0]:
+            self.columns = self._next_columns
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the latest tokens.
@@ -285,70 +250,103 @@ class SelfIndexCache(Cache):
         common = min(layer.columns for layer in self._compressed)
         amount = int(tokens_to_remove)  # transformers 5.17 passes a tensor
         keep = max(0, min(amount if amount > 0 else common + amount, common))
-        if keep == 0:
-            self.reset()
-            return
+        with self.guard.use():
+            if keep == 0:
+                self.reset()
+            else:
+                self._crop(keep)
+
+    def _crop(self, keep: int) -> None:
         columns = None if self.columns is None else self.columns[:, :keep]
         stores = [layer.store for layer in self._compressed if layer.store is not None]
         lengths: list[int] = [keep] * stores[0].batch if columns is None else columns.sum(1).tolist()
-        layers = cast(list[Any], self.layers)
-        others = [x for x in layers if not isinstance(x, SelfIndexLayer) and x.is_initialized]
         # Refuse before anything is changed.
         for store in stores:
             store.check_crop(lengths)
+        others = self._dense_layers()
         for layer in others:
-            past = layer.get_seq_length()
-            full = getattr(layer, "is_sliding", False) and layer.sliding_window <= past
-            if full and keep < past and not layer.record_past:
-                raise StateError(
-                    "a sliding-window layer has dropped the tokens it would need after crop; call "
-                    "cache.activate_past_recording() before the tokens that may go, or reset the cache"
-                )
-        for layer in others:
-            surplus = max(0, layer.get_seq_length() - keep)
-            if surplus or getattr(layer, "record_past", False):
-                layer.crop(-surplus)
-        for compressed in self._compressed:
-            if compressed.store is not None:
-                compressed.store.crop(lengths)
-            compressed.columns, compressed._pending = keep, None
-        self.columns = _with_padding(columns)
+            check_sliding_crop(layer, keep)
+        with self.guard.change():
+            for layer in others:
+                surplus = max(0, layer.get_seq_length() - keep)
+                if surplus or getattr(layer, "record_past", False):
+                    layer.crop(-surplus)
+            for compressed in self._compressed:
+                if compressed.store is not None:
+                    compressed.store.crop(lengths)
+                compressed.columns, compressed._pending = keep, None
+            self.columns = _with_padding(columns)
+
+    def _dense_layers(self) -> list[Any]:
+        """Layers of transformers' own kind that hold something."""
+        return [x for x in cast(list[Any], self.layers) if x not in self._compressed and x.is_initialized]
 
     def reset(self) -> None:
-        super().reset()
-        for layer in cast(list[Any], self.layers):
-            # Otherwise transformers 5.17 keeps their old tokens, as zeros.
-            layer.is_initialized = False
-        self.columns = self._step = None
+        """Empty the cache, whatever happened to it."""
+        with self.guard.restart():
+            super().reset()
+            for layer in cast(list[Any], self.layers):
+                # Otherwise transformers 5.17 keeps their old tokens, as zeros.
+                layer.is_initialized = False
+            self.columns = self._step = self._next_columns = None
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        super().reorder_cache(beam_idx)
-        if self.columns is not None:
-            self.columns = _with_padding(self.columns[beam_idx.to(self.columns.device)])
+        """Make row i a copy of old row beam_idx[i]; encoded pages are shared.
+
+        Raises:
+            InputError: as `batch_select_indices`.
+        """
+        self._take_rows(beam_idx, lambda layer, rows: layer.reorder_cache(rows))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep only these rows of the batch, in this order."""
-        rows = torch.as_tensor(indices)
-        if rows.dtype == torch.bool:
-            rows = rows.nonzero().flatten()
-        for layer in cast(list[Any], self.layers):
-            if isinstance(layer, SelfIndexLayer):
-                layer.select_rows(rows)
-            elif layer.is_initialized:
-                layer.batch_select_indices(rows)
-        if self.columns is not None:
-            self.columns = _with_padding(self.columns[rows.to(self.columns.device)])
+        """Keep only these rows of the batch, in this order; encoded pages are shared.
+
+        Raises:
+            InputError: `indices` is empty, or names rows that the cache does not have.
+        """
+        self._take_rows(indices, lambda layer, rows: layer.batch_select_indices(rows))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row; encoded pages are shared between the copies."""
-        for layer in cast(list[Any], self.layers):
-            if isinstance(layer, SelfIndexLayer):
-                if layer.store is not None:
-                    layer.select_rows(torch.arange(layer.store.batch).repeat_interleave(repeats))
-            elif layer.is_initialized:
-                layer.batch_repeat_interleave(repeats)
-        if self.columns is not None:
-            self.columns = self.columns.repeat_interleave(repeats, 0)
+        """Repeat every row; encoded pages are shared between the copies.
+
+        Raises:
+            InputError: `repeats` is below 1.
+        """
+        if repeats < 1:
+            raise InputError(f"rows can be repeated once or more, got {repeats}")
+        batch = self._batch()
+        if batch is not None:
+            rows = torch.arange(batch).repeat_interleave(repeats)
+            self._take_rows(rows, lambda layer, _: layer.batch_repeat_interleave(repeats))
+
+    def _batch(self) -> int | None:
+        """Rows held; None while the cache is empty."""
+        store = self._compressed[0].store
+        return None if store is None else store.batch
+
+    def _take_rows(self, rows: Tensor, take: Callable[[Any, Tensor], None]) -> None:
+        """Make row i a copy of old row rows[i] in every layer; `take` does it in dense ones."""
+        batch, rows = self._batch(), torch.as_tensor(rows).cpu()
+        if batch is None:
+            return
+        if rows.dtype == torch.bool:
+            if rows.shape != (batch,):
+                raise InputError(f"a mask of rows has shape {tuple(rows.shape)}, the batch is {batch}")
+            rows = rows.nonzero().flatten()
+        if rows.ndim != 1 or rows.is_floating_point() or not len(rows):
+            raise InputError(f"rows must be a list of integers, got {tuple(rows.shape)}, {rows.dtype}")
+        if int(rows.min()) < 0 or int(rows.max()) >= batch:
+            raise InputError(f"rows {rows.tolist()} are not all among the {batch} of this cache")
+        rows = rows.long()
+        with self.guard.change():
+            for layer in self._dense_layers():
+                take(layer, rows.to(layer.keys.device))
+            for compressed in self._compressed:
+                if compressed.store is not None:
+                    compressed.store.select_rows(rows)
+                compressed._pending = None
+            if self.columns is not None:
+                self.columns = _with_padding(self.columns[rows.to(self.columns.device)])
 
     def profile(self) -> BalanceProfile:
         """The balance this cache measured, to be saved and passed as `profile=` later.
@@ -373,7 +371,8 @@ class SelfIndexCache(Cache):
             OSError: the file cannot be written; an older file of that name is untouched then.
         """
         self.check_module(next(iter(model.modules())))
-        save(self, model, path)
+        with self.guard.use():
+            save(self, model, path)
 
     @classmethod
     def load(cls, model: PreTrainedModel, path: str | Path, offloading: bool | None = None) -> SelfIndexCache:

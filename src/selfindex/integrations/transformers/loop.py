@@ -135,8 +135,10 @@ class DecodeLoop:
         first, config = self._stores[0], cache.config
         device = first.raw.keys.device
         self._limit = config.sinks + config.recent + config.page_size
-        self._held = list(first.raw.lengths)
-        self.columns, self._left, self._steps = cache.get_seq_length(), steps, 0
+        self.columns, self._left = cache.get_seq_length(), steps
+        self._steps = self._counted = 0
+        """Steps taken, and how many of them the cache knows of."""
+        self._closed = False
         rows = range(first.batch)
         # A row encodes a page for every page of tokens to come, and at most one more.
         coming = 1 + steps // config.page_size
@@ -147,7 +149,7 @@ class DecodeLoop:
         for store in self._stores:
             store.reserve(coming * first.batch, self._limit)
         positions = [n - 1 for n in map(first.length, rows)]
-        self.lengths = torch.tensor(self._held, dtype=torch.int32, device=device)
+        self.lengths = torch.tensor(first.raw.lengths, dtype=torch.int32, device=device)
         self.encoded = torch.tensor([first.encoded(b) for b in rows], dtype=torch.int32, device=device)
         self.budgets = torch.zeros_like(self.encoded)
         self._ids = torch.zeros(first.batch, 1, dtype=torch.long, device=device)
@@ -166,8 +168,19 @@ class DecodeLoop:
         Raises:
             StateError: more steps than the loop was made for.
         """
+        if self._closed:
+            raise StateError("the decode loop is closed, or an earlier step failed; make another one")
         if self._steps == self._left:
             raise StateError(f"the decode loop was made for {self._left} steps")
+        try:
+            self._step(tokens)
+        except BaseException:
+            # Whole steps are in the cache, the failed one is not.
+            self.close()
+            raise
+        return self.logits
+
+    def _step(self, tokens: Tensor) -> None:
         self._ids.copy_(tokens[:, None])
         if self._ids.is_cuda:
             if self._graph is None or self._places != self._addresses():
@@ -176,22 +189,29 @@ class DecodeLoop:
         else:
             self._forward()
         self._steps += 1
-        self._held = [n + 1 for n in self._held]
-        if max(self._held) >= self._limit:
+        if max(self._stores[0].raw.lengths) + self._steps - self._counted >= self._limit:
             self._encode()
-        return self.logits
 
     def close(self) -> None:
-        """Hand the cache back, with the tokens of all steps in it."""
-        for layer, store in zip(self._real.compressed_layers, self._stores, strict=True):
-            store.raw.lengths = list(self._held)
-            layer.columns += self._steps
-            layer.read = self.budgets.tolist()
-        columns = self._real.columns
+        """Hand the cache back, with the tokens of all steps in it. May be repeated."""
+        if self._closed:
+            return
+        self._closed = True
+        if not self._real.guard.torn:
+            self._count()
+            for layer in self._real.compressed_layers:
+                layer.read = self.budgets.tolist()
+
+    def _count(self) -> None:
+        """Tell the cache of the tokens that steps have put into its tensors."""
+        new, columns = self._steps - self._counted, self._real.columns
         if columns is not None:
-            new = columns.new_ones(columns.shape[0], self._steps)
-            self._real.columns = torch.cat((columns, new), 1)
-        self._steps = self._left = 0
+            columns = torch.cat((columns, columns.new_ones(columns.shape[0], new)), 1)
+        with self._real.guard.change():
+            for layer, store in zip(self._real.compressed_layers, self._stores, strict=True):
+                store.raw.lengths = [n + new for n in store.raw.lengths]
+                layer.columns += new
+            self._real.columns, self._counted = columns, self._steps
 
     def _forward(self) -> None:
         config, total = self.config, self.encoded + self.lengths + 1
@@ -234,12 +254,13 @@ class DecodeLoop:
         ]
 
     def _encode(self) -> None:
+        self._count()
         for store in self._stores:
-            store.raw.lengths = list(self._held)
-            store.encode_overflow()
+            change = store.plan_overflow()
+            with self._real.guard.change():
+                store.commit(change)
         first = self._stores[0]
-        self._held = list(first.raw.lengths)
-        self.lengths.copy_(torch.tensor(self._held, dtype=torch.int32))
+        self.lengths.copy_(torch.tensor(first.raw.lengths, dtype=torch.int32))
         self.encoded.copy_(torch.tensor([first.encoded(b) for b in range(first.batch)], dtype=torch.int32))
         for layer in self._layers:
             layer.refresh()

@@ -1,0 +1,112 @@
+"""Keeps a cache whole: one thread at a time, steps in order, and no change cut short goes unnoticed."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, cast
+
+from transformers.cache_utils import DynamicSlidingWindowLayer
+
+from ...errors import StateError
+
+if TYPE_CHECKING:
+    from .cache import SelfIndexCache, SelfIndexLayer
+
+
+class Guard:
+    """Refuses a cache to a second thread, and after a change that an exception cut short.
+
+    Whatever can fail for a reason (memory, bad input) is worked out before `change` begins. An
+    exception inside it, or an interrupt at any instruction, leaves `torn` set.
+
+    Attributes:
+        torn: a change began and did not end; only `restart` gets out of this.
+    """
+
+    def __init__(self) -> None:
+        self.torn = False
+        self._lock = threading.RLock()
+
+    @contextmanager
+    def use(self) -> Iterator[None]:
+        """Run a block that reads the cache.
+
+        Raises:
+            StateError: another thread is in such a block, or the cache is torn.
+        """
+        self._enter()
+        try:
+            if self.torn:
+                raise StateError(
+                    "a change of this cache was cut short by an exception or an interrupt, and its layers "
+                    "may no longer agree; call cache.reset() and fill it again"
+                )
+            yield
+        finally:
+            self._lock.release()
+
+    @contextmanager
+    def change(self) -> Iterator[None]:
+        """Run a block that must run to its end. Raises as `use`."""
+        with self.use():
+            self.torn = True
+            yield
+            self.torn = False
+
+    @contextmanager
+    def restart(self) -> Iterator[None]:
+        """Run a block that empties the cache, torn or not; one that is cut short can be repeated."""
+        self._enter()
+        try:
+            self.torn = True
+            yield
+            self.torn = False
+        finally:
+            self._lock.release()
+
+    def _enter(self) -> None:
+        if not self._lock.acquire(blocking=False):
+            raise StateError(
+                "this cache is in use by another thread; a cache serves one thread at a time. "
+                "cache.fork() gives each its own, at the cost of its full-precision tokens"
+            )
+
+
+def check_order(cache: SelfIndexCache, layer: SelfIndexLayer, new: int) -> None:
+    """Raise StateError unless the layers before this one have just taken the same `new` tokens."""
+    position = cache.compressed_layers.index(layer)
+    before = cache.compressed_layers[position - 1]
+    layers = cast(list[Any], cache.layers)
+    between = [(x, layer.columns + new) for x in layers[: layer.layer_idx]]
+    if position:
+        between = between[before.layer_idx :]
+    else:
+        # The step before this one has to have come to its end.
+        between += [(x, layer.columns) for x in layers[before.layer_idx :]]
+    for other, expected in between:
+        if other is layer or not isinstance(other, (type(layer), DynamicSlidingWindowLayer)):
+            continue
+        held = other.get_seq_length()
+        if held != expected:
+            common = min(x.columns for x in cache.compressed_layers)
+            raise StateError(
+                f"layer {layer.layer_idx} got {new} tokens on top of {layer.columns}, while layer "
+                f"{layers.index(other)} holds {held}: a forward pass was interrupted or layers were called "
+                f"out of order. cache.crop({common}) returns to the last complete step, cache.reset() "
+                "empties the cache"
+            )
+
+
+def check_sliding_crop(layer: Any, keep: int) -> None:
+    """Raise StateError if a sliding-window layer cannot go back to `keep` tokens."""
+    past = layer.get_seq_length()
+    full = getattr(layer, "is_sliding", False) and layer.sliding_window <= past
+    if full and keep < past and not layer.record_past:
+        raise StateError(
+            "a sliding-window layer has dropped the tokens it would need after crop; call "
+            "cache.activate_past_recording() before the tokens that may go, or reset the cache"
+        )
+    if layer.keys.shape != layer.values.shape or (not full and layer.keys.shape[-2] != past):
+        raise StateError("a sliding-window layer was interrupted while it took tokens; reset the cache")

@@ -1,0 +1,73 @@
+"""What is asked of the tensors a model hands to the cache."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...codec.rotation import HEAD_DIMS
+from ...errors import InputError
+from .attention import NO_GRADIENTS
+
+
+def check_new_tokens(keys: Tensor, values: Tensor, held: Tensor | None, layer: int) -> None:
+    """Check new keys and values against each other and against the keys held, None if there are none.
+
+    Raises:
+        InputError: wrong shape, dtype, device, batch size, or content; or they need gradients.
+    """
+    if keys.ndim != 4 or keys.shape != values.shape:
+        raise InputError(
+            "keys and values must both be [batch, heads, tokens, head_dim]; got "
+            f"{tuple(keys.shape)} and {tuple(values.shape)}"
+        )
+    if keys.dtype not in (torch.float32, torch.float16, torch.bfloat16) or keys.dtype != values.dtype:
+        raise InputError(
+            f"keys and values must share a dtype out of float32, float16, bfloat16; "
+            f"got {keys.dtype}, {values.dtype}"
+        )
+    if keys.device != values.device:
+        raise InputError(f"keys are on {keys.device}, values on {values.device}")
+    if held is not None:
+        _check_fit(keys, held)
+    if keys.is_meta:
+        raise InputError("keys are on the meta device and hold no data; load the model's weights first")
+    if not keys.shape[0] or not keys.shape[1]:
+        raise InputError(f"keys have shape {tuple(keys.shape)}: without a batch row or a head")
+    if keys.shape[3] not in HEAD_DIMS:
+        raise InputError(f"head_dim {keys.shape[3]} is not supported; supported are {HEAD_DIMS}")
+    if torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad):
+        raise InputError(NO_GRADIENTS)
+    if keys.shape[2] > 1 and not bool(torch.isfinite(keys).all() & torch.isfinite(values).all()):
+        raise InputError(
+            f"layer {layer}: keys or values hold NaN or infinity. Check the model's dtype "
+            "(fp16 overflows in some models; use bf16) and its inputs"
+        )
+
+
+def _check_fit(keys: Tensor, held: Tensor) -> None:
+    if keys.shape[0] != held.shape[0]:
+        raise InputError(
+            f"the cache holds a batch of {held.shape[0]}, got {keys.shape[0]}; use one cache per "
+            "batch, or batch_select_indices / batch_repeat_interleave to change it"
+        )
+    for what in ("dtype", "device"):
+        if getattr(keys, what) != getattr(held, what):
+            raise InputError(f"the cache holds {what} {getattr(held, what)}, got {getattr(keys, what)}")
+    if keys.shape[1::2] != held.shape[1::2]:
+        raise InputError(
+            f"the cache holds {held.shape[1]} heads of {held.shape[3]}, "
+            f"got {keys.shape[1]} of {keys.shape[3]}"
+        )
+
+
+def check_query(query: Tensor, keys: Tensor) -> None:
+    """Raise InputError unless queries [B, Hq, T, d] belong to new keys [B, H, T, d]."""
+    fits = query.ndim == 4 and query.shape[0::2] == keys.shape[0::2] and query.shape[3] == keys.shape[3]
+    if not fits or query.shape[1] % keys.shape[1]:
+        raise InputError(f"queries {tuple(query.shape)} do not fit keys {tuple(keys.shape)}")
+    for what in ("dtype", "device"):
+        if getattr(query, what) != getattr(keys, what):
+            raise InputError(
+                f"queries and keys must share a {what}; got {getattr(query, what)}, {getattr(keys, what)}"
+            )
