@@ -67,9 +67,9 @@ def time_steps(step: Callable[[], object], steps: int) -> float:
     return start.elapsed_time(end) / steps
 
 
-def filled_cache(model: Any, batch: int, length: int) -> selfindex.SelfIndexCache:
+def filled_cache(model: Any, batch: int, length: int, **options: Any) -> selfindex.SelfIndexCache:
     """A cache of `batch` rows of `length` random tokens, every row with pages of its own."""
-    cache = selfindex.SelfIndexCache(model, budget=0.05)
+    cache = selfindex.SelfIndexCache(model, budget=0.05, **options)
     config = cache.config
     window = config.sinks + config.recent
     pages = (length - window) // config.page_size

@@ -164,6 +164,37 @@ def encode_section(result: dict[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
+def offload_section(result: dict[str, Any]) -> list[str]:
+    """The payload in host memory."""
+    here, there = result["resident"], result["offloaded"]
+    lines = ["## Payload in host memory (`offloading=True`)"]
+    lines += paragraph(
+        where(result, "python benchmarks/offload.py --output FILE"),
+        f"{result['model']}, one sequence of {size(result['length'])} random tokens, which as 16-bit keys",
+        f"and values would take {result['dense_gb']:.0f} GB.",
+        f"On the GPU the cache takes {here['gpu_gb']:.1f} GB;",
+        f"offloaded {there['gpu_gb']:.1f} GB there and {there['host_gb']:.1f} GB of pinned host memory",
+        f"(filled in {there['fill_s']:.0f} s).",
+        f"A copy from pinned memory moves {result['copy_gb_per_s']:.1f} GB/s,",
+        f"a kernel that reads mapped memory from end to end {there['mapped_gb_per_s']:.1f} GB/s.",
+        "Milliseconds; bytes are the 32-byte sectors that selected tokens touch.",
+    )
+    lines += head("tokens selected", "step, on the GPU", "step, offloaded", "attention, on the GPU",
+                  "attention, offloaded", "reading the payload", "MB a step", "GB/s")  # fmt: skip
+    for one, other in zip(here["budgets"], there["budgets"], strict=True):
+        times = [x[name] for name in ("step_ms", "attention_ms") for x in (one, other)]
+        lines.append(
+            row(
+                other["selected"],
+                *(f"{t:.1f}" for t in times),
+                f"{other['read_ms']:.1f}",
+                f"{other['bytes'] / 1e6:.0f}",
+                f"{other['read_gb_per_s']:.1f}",
+            )
+        )
+    return [*lines, ""]
+
+
 def cpu_section(result: dict[str, Any]) -> list[str]:
     """A decode step's attention on a CPU."""
     found = result["environment"]
@@ -213,6 +244,8 @@ def main() -> None:
     lines += decode_section(decode)
     lines += end_section(load("end_to_end-h100.json"))
     lines += encode_section(load("encode-h100.json"))
+    if (RESULTS / "offload-h100.json").exists():
+        lines += offload_section(load("offload-h100.json"))
     lines += cpu_section(load("cpu_decode.json"))
     lines += (ROOT / "benchmarks" / "notes.md").read_text().splitlines()
     (ROOT / "docs" / "performance.md").write_text("\n".join(lines).rstrip() + "\n")

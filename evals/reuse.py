@@ -1,0 +1,118 @@
+"""How much of what a decode step selects was selected shortly before?
+
+With the payload in host memory only tokens that are not in a small cache on the GPU have to cross
+the bus. After a prompt, a real text is fed token by token; per layer and KV head the selections of
+`sparse_decode` go through least-recently-used caches of several sizes (fully associative).
+
+    python -m evals.reuse --texts manual kjv --length 7000 --output evals/results/reuse-smollm2.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import selfindex
+from selfindex.attention import attend
+from selfindex.backends import ops
+from selfindex.index.select import sum_of_softmax
+
+from .environment import describe
+from .models import load_model
+from .texts import load_text
+
+SIZES = (1.0, 1.5, 2.0, 4.0)
+"""Entries of a cache, in selections of one step."""
+
+
+@contextmanager
+def recorded(found: list[np.ndarray]) -> Iterator[None]:
+    """Append the slots [H, K] that every sparse step of one row selects, layer after layer."""
+    plain = attend._sparse_part
+
+    def run(store: Any, query: torch.Tensor, budgets: list[int], scaling: float) -> Any:
+        table, counts = store.table.tensors()
+        logits = ops.score(
+            query, store.pool.index, table, counts, store.constants, scaling, store.format.name
+        )
+        mass = sum_of_softmax(logits, store.format.kv_heads)
+        slots = ops.select(mass, torch.tensor(budgets), max(budgets))
+        found.append(slots[0, :, 0].numpy())
+        return plain(store, query, budgets, scaling)
+
+    attend._sparse_part = run
+    try:
+        yield
+    finally:
+        attend._sparse_part = plain
+
+
+def misses(steps: list[np.ndarray], slots: int, size: float) -> np.ndarray:
+    """Share of each step's selection [steps, H] that a cache of `size` selections has to fetch."""
+    heads = steps[0].shape[0]
+    used = np.full((heads, slots), -1.0)
+    present = np.zeros((heads, slots), dtype=bool)
+    shares = []
+    for i, chosen in enumerate(steps):
+        shares.append(1 - np.take_along_axis(present, chosen, 1).mean(1))
+        np.put_along_axis(used, chosen, i, 1)
+        room = min(slots, round(size * chosen.shape[1]))
+        # Of equally old ones the lower slot stays.
+        order = np.argsort(-used, 1, kind="stable")[:, :room]
+        present[:] = False
+        np.put_along_axis(present, order, True, 1)
+        present &= used >= 0
+    return np.array(shares)
+
+
+def main() -> None:
+    """Parse the command line, run, print and write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--model", default="smollm2", help="smollm2, gemma3-270m, or a model path")
+    parser.add_argument("--texts", nargs="+", default=["manual", "kjv"])
+    parser.add_argument("--length", type=int, default=7000, help="tokens of the prompt")
+    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--skip", type=int, default=20, help="first steps, that fill the caches")
+    parser.add_argument("--budgets", type=float, nargs="+", default=[0.05])
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    args = parser.parse_args()
+    model, tokenizer = load_model(args.model)
+    rows: list[dict[str, Any]] = []
+    for text in args.texts:
+        ids = tokenizer(load_text(text)[: 12 * args.length], return_tensors="pt").input_ids
+        ids = ids[:, : args.length + args.steps]
+        for budget in args.budgets:
+            cache = selfindex.SelfIndexCache(model, budget=budget, dense_below=0)
+            found: list[np.ndarray] = []
+            with torch.inference_mode(), recorded(found):
+                model(ids[:, : args.length], past_key_values=cache, logits_to_keep=1)
+                for token in ids[0, args.length :]:
+                    model(token.view(1, 1), past_key_values=cache)
+            layers = len(cache.compressed_layers)
+            slots = 128 * cache.compressed_layers[0].store.table.pages
+            # Budgets that grow by a token on the way are cut to the first.
+            width = min(x.shape[1] for x in found)
+            row: dict[str, Any] = {"text": text, "budget": budget, "selected": width}
+            for size in SIZES:
+                shares = [
+                    misses([x[:, :width] for x in found[layer::layers]], slots, size)[args.skip :]
+                    for layer in range(layers)
+                ]
+                row[f"misses_{size}"] = float(np.mean(shares))
+                row[f"worst_layer_{size}"] = float(max(x.mean() for x in shares))
+            rows.append(row)
+            print(row, flush=True)
+    if args.output:
+        report = {"environment": describe("reuse"), "model": args.model, "length": args.length, "rows": rows}
+        args.output.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
