@@ -1,11 +1,18 @@
 """Random sequences of what a user may do with a cache; its first layer must hold the right tokens."""
 
+import copy
+import tempfile
+from collections import Counter
+from pathlib import Path
+
 import torch
 from decoded_cache import check_tokens, full_cache
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from tiny_models import forward, pair, prompt
+
+from selfindex import SelfIndexCache
 
 
 class CacheMachine(RuleBasedStateMachine):
@@ -14,8 +21,14 @@ class CacheMachine(RuleBasedStateMachine):
     @initialize(batch=st.integers(1, 3))
     def start(self, batch):
         self.dense, self.ours = pair("llama", num_hidden_layers=1)
-        self.cache = full_cache(self.ours)
+        self.cache, self.others = full_cache(self.ours), []
+        self.folder = tempfile.TemporaryDirectory()
         self.begin(batch)
+
+    def teardown(self):
+        self.folder.cleanup()
+
+    others = ()
 
     def begin(self, batch):
         self.ids = torch.zeros(batch, 0, dtype=torch.long)
@@ -58,6 +71,31 @@ class CacheMachine(RuleBasedStateMachine):
             self.cache.batch_select_indices(order)
         self.ids, self.mask = self.ids[order], self.mask[order]
 
+    @rule(new=st.integers(9, 40), seed=st.integers(0, 1000))
+    def say_in_chunks(self, new, seed):
+        for i, part in enumerate(range(0, new, 7)):
+            self.say(min(7, new - part), False, seed + i)
+
+    @rule(how=st.sampled_from(["fork", "copy"]))
+    def go_two_ways(self, how):
+        self.others.append((self.cache, self.ids, self.mask))
+        self.cache = self.cache.fork() if how == "fork" else copy.deepcopy(self.cache)
+
+    @precondition(lambda self: self.others)
+    @rule(data=st.data(), keep=st.booleans())
+    def turn_to_another(self, data, keep):
+        other = self.others.pop(data.draw(st.integers(0, len(self.others) - 1)))
+        if keep:
+            self.others.append((self.cache, self.ids, self.mask))
+        self.cache, self.ids, self.mask = other
+
+    @precondition(lambda self: self.ids.shape[1])
+    @rule()
+    def save_and_load(self):
+        path = Path(self.folder.name) / "cache"
+        self.cache.save(self.ours, path)
+        self.cache = SelfIndexCache.load(self.ours, path)
+
     @rule(batch=st.integers(1, 3))
     def reset(self, batch):
         self.cache.reset()
@@ -65,12 +103,27 @@ class CacheMachine(RuleBasedStateMachine):
 
     @invariant()
     def tokens(self):
-        assert self.cache.get_seq_length() == self.ids.shape[1]
-        for b in range(len(self.ids)):
-            sequence = self.ids[b][self.mask[b].bool()]
-            if len(sequence):
-                check_tokens(self.cache, self.dense, sequence, b)
+        for cache, ids, mask in ((self.cache, self.ids, self.mask), *self.others):
+            assert cache.get_seq_length() == ids.shape[1]
+            for b in range(len(ids)):
+                sequence = ids[b][mask[b].bool()]
+                if len(sequence):
+                    check_tokens(cache, self.dense, sequence, b)
+
+    @invariant()
+    def pages(self):
+        held, pools = {}, {}
+        for cache in (self.cache, *(other for other, _, _ in self.others)):
+            store = cache.layers[0].store
+            if store is not None:
+                pools[id(store.pool)] = store.pool
+                counted = held.setdefault(id(store.pool), Counter())
+                counted.update(block for row in store.table.rows for block in row.blocks)
+        for key, counted in held.items():
+            pool = pools[key]
+            assert pool.used == len(counted)
+            assert {b: n for b, n in enumerate(pool._references) if n} == counted
 
 
 TestCacheMachine = CacheMachine.TestCase
-TestCacheMachine.settings = settings(max_examples=12, stateful_step_count=10, deadline=None, derandomize=True)
+TestCacheMachine.settings = settings(max_examples=20, stateful_step_count=14, deadline=None, derandomize=True)

@@ -12,7 +12,7 @@ from tiny_models import forward, pair, prompt
 from selfindex import StateError
 from selfindex.integrations.transformers.loop import DecodeLoop
 
-STRIDE = int(os.environ.get("SELFINDEX_FAULT_STRIDE", "31"))
+STRIDE = int(os.environ.get("SELFINDEX_FAULT_STRIDE", "53"))
 """Every how many places a fault is put; 1 takes minutes."""
 HELD = 67
 """Tokens before the call: one more token fills a page."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import wraps
@@ -375,20 +376,31 @@ class LayerStore:
         if self.constants is not None and self.config.preset == "paper":
             self.constants = self.constants[rows]
 
+    @_outside_inference_mode
+    def copied(self, share: bool) -> LayerStore:
+        """A store with the same content; encoded pages are shared or copied, everything else is copied."""
+        new = copy.copy(self)
+        new.table = self.table.copied(share)
+        new.pool = new.table.pool
+        new.raw = copy.deepcopy(self.raw)
+        new._has_constants, new._prompt_tokens = list(self._has_constants), list(self._prompt_tokens)
+        return new
+
     def memory(self) -> Memory:
-        """Bytes this layer holds."""
+        """Bytes this layer holds; pages that it shares with forks count in each of them."""
         pool, raw = self.pool, self.raw
         token = 2 * raw.keys.shape[1] * raw.keys.shape[3] * raw.keys.element_size()
         tables = sum(t.nbytes for t in self.table.tensors())
         constants = 0 if self.constants is None else self.constants.nbytes
-        index, payload = pool.used * pool.index.shape[1], pool.used * pool.payload.shape[1]
+        pages, free = len({b for row in self.table.rows for b in row.blocks}), pool.capacity - pool.used
+        index, payload = pages * pool.index.shape[1], pages * pool.payload.shape[1]
         full = sum(raw.lengths) * token
-        allocated = pool.index.nbytes + pool.payload.nbytes + raw.keys.nbytes + raw.values.nbytes
+        unused = free * (pool.index.shape[1] + pool.payload.shape[1])
         return Memory(
             index=index,
             payload=payload,
             full_precision=full,
             statistics=constants + tables + self._query_square.nbytes,
-            slack=allocated - index - payload - full,
-            host=pool.payload.nbytes if pool.offloading else 0,
+            slack=unused + raw.keys.nbytes + raw.values.nbytes - full,
+            host=(pages + free) * pool.payload.shape[1] if pool.offloading else 0,
         )

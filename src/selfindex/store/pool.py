@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable
 from typing import Any
 
@@ -16,7 +17,8 @@ class BlockPool:
     """Index and payload planes of pages, in two tensors so that they can live apart.
 
     Blocks are written once and then only read. A block may be in the tables of several rows
-    (beams, shared prefixes); it is free again when the last of them lets go.
+    (beams, shared prefixes) and of several stores (forks), which may run in threads of their own;
+    it is free again when the last of them lets go.
 
     Args:
         device: of both planes.
@@ -34,18 +36,20 @@ class BlockPool:
         self.payload = torch.empty(0, fmt.payload_bytes, dtype=torch.uint8, device=device)
         self._references: list[int] = []
         self._free: list[int] = []
+        self._lock = threading.RLock()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BlockPool:
         """A pool with the same pages under the same ids, in the same kind of memory."""
         new = BlockPool(self.format, self.index.device, self.offloading)
         memo[id(self)] = new
-        new.index, new.payload = new._resized(self.capacity)
-        new.index.copy_(self.index)
-        everything = list(range(self.capacity))
-        if self._host is not None:
-            self._host.synchronize()
-        new._put_payload(everything, self.payload if self._host is None else self._host.host)
-        new._references, new._free = list(self._references), list(self._free)
+        with self._lock:
+            new.index, new.payload = new._resized(self.capacity)
+            new.index.copy_(self.index)
+            everything = list(range(self.capacity))
+            if self._host is not None:
+                self._host.synchronize()
+            new._put_payload(everything, self.payload if self._host is None else self._host.host)
+            new._references, new._free = list(self._references), list(self._free)
         return new
 
     @property
@@ -68,15 +72,16 @@ class BlockPool:
             their block ids.
         """
         count = index.shape[0]
-        self.reserve(count)
-        blocks = self._free[-count:][::-1] if count else []
-        at = torch.tensor(blocks, dtype=torch.long, device=self.index.device)
-        self.index[at] = index.to(self.index.device)
-        self._put_payload(blocks, payload)
-        # Taken once they are written: what failed before this line has cost nothing.
-        for block in blocks:
-            self._references[block] = 1
-        del self._free[len(self._free) - count :]
+        with self._lock:
+            self.reserve(count)
+            blocks = self._free[-count:][::-1] if count else []
+            at = torch.tensor(blocks, dtype=torch.long, device=self.index.device)
+            self.index[at] = index.to(self.index.device)
+            self._put_payload(blocks, payload)
+            # Taken once they are written: what failed before this line has cost nothing.
+            for block in blocks:
+                self._references[block] = 1
+            del self._free[len(self._free) - count :]
         return blocks
 
     def read(self, blocks: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -89,29 +94,40 @@ class BlockPool:
 
     def retain(self, blocks: Iterable[int]) -> None:
         """Count one more table that holds these blocks."""
-        for block in blocks:
-            self._references[block] += 1
+        with self._lock:
+            for block in blocks:
+                self._references[block] += 1
 
     def release(self, blocks: Iterable[int]) -> None:
         """Count one table fewer; a block nobody holds becomes free."""
+        with self._lock:
+            for block in blocks:
+                self._references[block] -= 1
+                if self._references[block] == 0:
+                    self._free.append(block)
+
+    def hold_only(self, blocks: Iterable[int]) -> None:
+        """Count one holder for every time a block occurs in `blocks`; all others become free."""
+        references = [0] * self.capacity
         for block in blocks:
-            self._references[block] -= 1
-            if self._references[block] == 0:
-                self._free.append(block)
+            references[block] += 1
+        self._references = references
+        self._free = [b for b in range(self.capacity - 1, -1, -1) if not references[b]]
 
     def reserve(self, count: int) -> None:
         """Make room for `count` more pages, so that adding them moves nothing."""
-        missing = count - len(self._free)
-        if missing <= 0:
-            return
-        # A sixteenth more than needed: copying stays O(1) per page, slack stays under 6.25 %.
-        old = self.capacity
-        index, payload = self._resized(old + missing + old // 16)
-        references = self._references + [0] * (index.shape[0] - old)
-        # Reversed, so that a fresh pool hands out ascending ids and a prompt's pages are one run.
-        free = [*range(index.shape[0] - 1, old - 1, -1), *self._free]
-        # One statement: no interrupt comes in between.
-        self.index, self.payload, self._references, self._free = index, payload, references, free
+        with self._lock:
+            missing = count - len(self._free)
+            if missing <= 0:
+                return
+            # A sixteenth more than needed: copying stays O(1) per page, slack stays under 6.25 %.
+            old = self.capacity
+            index, payload = self._resized(old + missing + old // 16)
+            references = self._references + [0] * (index.shape[0] - old)
+            # Reversed, so that a fresh pool hands out ascending ids and a prompt's pages are one run.
+            free = [*range(index.shape[0] - 1, old - 1, -1), *self._free]
+            # One statement: no interrupt comes in between.
+            self.index, self.payload, self._references, self._free = index, payload, references, free
 
     def _resized(self, capacity: int) -> tuple[Tensor, Tensor]:
         """Planes with room for `capacity` pages or a few more; those there are keep their bytes."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 
 import torch
@@ -33,6 +34,23 @@ class BlockTable:
         self.rows = [Row() for _ in range(batch)]
         self._tensors: tuple[Tensor, Tensor] | None = None
 
+    def __del__(self) -> None:
+        # Forks of a cache share the pool, which then lives longer than this table.
+        for row in self.rows:
+            self.pool.release(row.blocks)
+
+    def copied(self, share: bool) -> BlockTable:
+        """The same rows, over the same pool if they `share` it, over a copy of it otherwise."""
+        blocks = [block for row in self.rows for block in row.blocks]
+        pool = self.pool if share else copy.deepcopy(self.pool)
+        if share:
+            pool.retain(blocks)
+        else:
+            pool.hold_only(blocks)
+        new = BlockTable(len(self.rows), pool)
+        new.rows = [Row(list(row.blocks), list(row.counts)) for row in self.rows]
+        return new
+
     @property
     def pages(self) -> int:
         """Pages of the longest row."""
@@ -53,8 +71,11 @@ class BlockTable:
                 if tokens > kept:
                     target.counts[page] = tokens - kept
                     cut += 1
-                self.pool.release(target.blocks[cut:])
+                # Let go of only after the row has: cut short in between, a page is lost, never shared
+                # with somebody who writes to it.
+                gone = target.blocks[cut:]
                 del target.blocks[cut:], target.counts[cut:]
+                self.pool.release(gone)
                 break
             kept += count
         self._tensors = None
@@ -62,9 +83,10 @@ class BlockTable:
     def select(self, rows: list[int]) -> None:
         """Make row i a copy of old row rows[i]; blocks are shared, not copied."""
         old = self.rows
-        self.rows = [Row(list(old[i].blocks), list(old[i].counts)) for i in rows]
-        for row in self.rows:
+        new = [Row(list(old[i].blocks), list(old[i].counts)) for i in rows]
+        for row in new:
             self.pool.retain(row.blocks)
+        self.rows = new
         for row in old:
             self.pool.release(row.blocks)
         self._tensors = None

@@ -189,12 +189,33 @@ class SelfIndexCache(Cache):
         self.guard = Guard()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SelfIndexCache:
-        """Copy what is stored, for two continuations of one prompt; the model stays the same."""
+        """Copy what is stored, for a continuation that shares nothing; the model stays the same."""
+        return self._copied(memo, share=False)
+
+    def fork(self) -> SelfIndexCache:
+        """Another cache that goes on from here on its own; encoded pages are shared, not copied.
+
+        The way to serve many requests with one prefix: full-precision tokens (the sinks and the
+        recent window) are copied, pages are freed when the last cache that holds them lets go.
+        Each fork may run in a thread of its own; on a GPU, all of them on one CUDA stream.
+
+        Raises:
+            StateError: the cache is in use, or has to be reset.
+        """
+        if torch.cuda.is_initialized() and self.guard.stream is None:
+            self.guard.stream = torch.cuda.current_stream().cuda_stream
+        return self._copied({}, share=True)
+
+    def _copied(self, memo: dict[int, Any], share: bool) -> SelfIndexCache:
         with self.guard.use():
             new = type(self).__new__(type(self))
-            memo |= {id(self): new, id(self._modules): self._modules, id(self.guard): Guard()}
+            guard = Guard()
+            guard.stream = self.guard.stream if share else None
+            memo |= {id(self): new, id(self._modules): self._modules, id(self.guard): guard}
             for layer in self._compressed:
-                memo[id(layer._cache)] = weakref.proxy(new)
+                memo |= {id(layer._cache): weakref.proxy(new), id(layer._pending): None}
+                if layer.store is not None:
+                    memo[id(layer.store)] = layer.store.copied(share)
             new.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
             return new
 
@@ -289,6 +310,7 @@ class SelfIndexCache(Cache):
                 # Otherwise transformers 5.17 keeps their old tokens, as zeros.
                 layer.is_initialized = False
             self.columns = self._step = self._next_columns = None
+            self.guard.stream = None
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Make row i a copy of old row beam_idx[i]; encoded pages are shared.

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from ...errors import StateError
@@ -23,10 +24,12 @@ class Guard:
 
     Attributes:
         torn: a change began and did not end; only `restart` gets out of this.
+        stream: the CUDA stream that a cache with forks runs on; None if it has none.
     """
 
     def __init__(self) -> None:
         self.torn = False
+        self.stream: int | None = None
         self._lock = threading.RLock()
 
     @contextmanager
@@ -42,6 +45,11 @@ class Guard:
                 raise StateError(
                     "a change of this cache was cut short by an exception or an interrupt, and its layers "
                     "may no longer agree; call cache.reset() and fill it again"
+                )
+            if self.stream is not None and torch.cuda.current_stream().cuda_stream != self.stream:
+                raise StateError(
+                    "forks of a cache share pages and have to run on the CUDA stream that fork() was called "
+                    "on; copy.deepcopy(cache) gives a cache that shares nothing"
                 )
             yield
         finally:
