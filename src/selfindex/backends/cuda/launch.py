@@ -97,7 +97,7 @@ def open_module(code: bytes, device: int) -> dict[str, Kernel]:
         count = _check(driver.cuModuleGetFunctionCount(module))
         for handle in _check(driver.cuModuleEnumerateFunctions(count, module)):
             name = _check(driver.cuFuncGetName(handle)).decode()
-            wide = name.startswith(("decode", "select"))
+            wide = name.startswith(("decode", "select", "window"))
             kernels[name] = Kernel(handle, driver, limit if wide else 0, clusters and wide)
     return kernels
 

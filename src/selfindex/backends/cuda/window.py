@@ -10,7 +10,7 @@ from torch import Tensor
 from .decode import HEAD_DIMS, LOG2_E, MAX_GROUPS
 from .loader import INPUT_TYPES, load
 
-MAX_LOGITS = 30 * 1024
+MAX_LOGITS = 64 * 1024
 """Bytes of shared memory for a block's logits; longer windows take the reference operator."""
 
 
@@ -71,7 +71,9 @@ def window_attend(
     """
     batch, query_heads, _, dim = query.shape
     heads, room, device = keys.shape[1], keys.shape[2], query.device
-    kernel = load("window", device, dim, query_heads // heads, 2, query.dtype)["window"]
+    properties = torch.cuda.get_device_properties(device)
+    threads = 512 if batch * heads <= properties.multi_processor_count else 256
+    kernel = load("window", device, dim, query_heads // heads, 2, query.dtype)[f"window{threads}"]
     part, part_lse = part.contiguous(), part_lse.contiguous()
     lengths = lengths.to(device, torch.int32)
     sink = None if sink_logit is None else sink_logit.float().contiguous()
@@ -97,8 +99,8 @@ def window_attend(
         room=room,
         scale=scaling * LOG2_E,
     )
-    shared = 4 * (query_heads // heads) * room
-    modern = torch.cuda.get_device_properties(device).major >= 9
+    groups, turns = query_heads // heads, threads // (dim // 4)
+    shared = 4 * (-(-groups * room // 4) * 4 + turns * min(groups, 4) * dim)
     with torch.cuda.device(device):
-        kernel((batch * heads, 1), 256, [params], shared, overlap=modern)
+        kernel((batch * heads, 1), threads, [params], shared, overlap=properties.major >= 9)
     return output

@@ -40,6 +40,8 @@ __device__ __forceinline__ u64 operand(const u8* at, int slice) {
 // Byte of 8 channels (unit) of a row in such an operand of `rows` rows.
 __device__ __forceinline__ int swizzled(int row, int unit, int rows) {
   return (unit >> 3) * rows * 128 + row * 128 + ((unit ^ row) & 7) * 16; }
+__device__ __forceinline__ void init_barrier(u64* barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0],%1;" :: "r"(shared_address(barrier)), "r"(arrivals) : "memory"); }
 __device__ __forceinline__ void wait_barrier(u64* barrier, int phase) {
   asm volatile("{.reg .pred p;\nagain: mbarrier.try_wait.parity.shared::cta.b64 p,[%0],%1;\n@!p bra again;}"
     :: "r"(shared_address(barrier)), "r"(phase) : "memory"); }
@@ -67,55 +69,34 @@ __device__ __forceinline__ void scaled_levels(uint4* to, u32 magnitudes, u32 sig
 
 __device__ __forceinline__ void swap(u32& a, u32& b) { const u32 c = a; a = b; b = c; }
 
-// Decode a staged page: keys and mean [KEY_ROWS, D], values [PAGE, D].
-__device__ __forceinline__ void decode_page(const u8* index, u8* keys, u8* values, int tid, float ratio) {
+// Quarters 2 and 3 of a token's 128 channels store their second half first: a warp's stores then
+// meet all banks.
+__device__ __forceinline__ int turn_halves(int quarter, u32* codes, u32* signs) {
+#if D == 128
+  if (quarter & 2) { swap(codes[0], codes[1]); signs[0] = prmt(signs[0], 0, 0x1032); }
+  return quarter >> 1;
+#else
+  return 0;
+#endif
+}
+
+// Decode the keys and the mean of a staged page: [KEY_ROWS, D].
+__device__ __forceinline__ void decode_keys(const u8* index, u8* keys, int tid) {
   const u8* payload = index + INDEX_RECORD;
   const int quarter = tid & 3;                         // of a token's channels
-#pragma unroll PRODUCERS == 128 ? 2 : 1
   for (int token = tid >> 2; token < PAGE; token += PRODUCERS / 4) {
-    u32 magnitudes[KEY_WORDS], signs[SIGN_WORDS], codes[CODE_WORDS * 2];
-    load_bytes<2 * R>(magnitudes, payload + token * TOKEN + 2 * R * quarter);
+    u32 codes[KEY_WORDS], signs[SIGN_WORDS];
+    load_bytes<2 * R>(codes, payload + token * TOKEN + 2 * R * quarter);
     load_bytes<R>(signs, index + token * CODE + R * quarter);
-    load_bytes<2 * R>(codes, payload + token * TOKEN + D / 4 + 2 * R * quarter);
-    const u32 key_scale = index[KEY_SCALES + token] * 0x00400040u;
-    const u32 value_scale = float_to_half(scale_of(payload[VALUE_SCALES + token]) * ratio) * 0x00010001u;
-#if VALUE_BITS == 3
-    u32 up[SIGN_WORDS];
-    load_bytes<R>(up, payload + token * TOKEN + D / 2 + R * quarter);
-#endif
-#if D == 128
-    // Quarters 2 and 3 store their second half first: a warp's stores then meet all banks.
-    if (quarter & 2) {
-      swap(magnitudes[0], magnitudes[1]);
-      swap(codes[0], codes[1]);
-      signs[0] = prmt(signs[0], 0, 0x1032);
-#if VALUE_BITS == 3
-      up[0] = prmt(up[0], 0, 0x1032);
-#endif
-    }
-    const int turned = quarter >> 1;
-#else
-    const int turned = 0;
-#endif
+    const u32 scale = index[KEY_SCALES + token] * 0x00400040u;
+    const int turned = turn_halves(quarter, codes, signs);
 #pragma unroll
     for (int word = 0; word < KEY_WORDS; word++) {
       const int unit = 2 * (quarter * KEY_WORDS + (word ^ turned));
       uint4 x[2];
-      scaled_levels(x, magnitudes[word], signs[word / 2], word & 1, key_scale);
+      scaled_levels(x, codes[word], signs[word / 2], word & 1, scale);
       *(uint4*)(keys + swizzled(token, unit, KEY_ROWS)) = x[0];
       *(uint4*)(keys + swizzled(token, unit + 1, KEY_ROWS)) = x[1];
-#if VALUE_BITS == 3
-      scaled_levels(x, codes[word], up[word / 2], word & 1, value_scale);
-#else
-      u32 y[8];
-      code_pairs(y, codes[word]);                      // channels c and c + 8
-#pragma unroll
-      for (int c = 0; c < 8; c++) y[c] = multiply_halves(y[c], value_scale);
-      x[0] = make_uint4(y[0], y[1], y[2], y[3]);
-      x[1] = make_uint4(y[4], y[5], y[6], y[7]);
-#endif
-      *(uint4*)(values + swizzled(token, unit, PAGE)) = x[0];
-      *(uint4*)(values + swizzled(token, unit + 1, PAGE)) = x[1];
     }
   }
   for (int c = tid; c < D; c += PRODUCERS) {
@@ -126,12 +107,44 @@ __device__ __forceinline__ void decode_page(const u8* index, u8* keys, u8* value
   }
 }
 
+// Decode the values of a staged page: [PAGE, D], over base.
+__device__ __forceinline__ void decode_values(const u8* payload, u8* values, int tid, float ratio) {
+  const int quarter = tid & 3;
+  for (int token = tid >> 2; token < PAGE; token += PRODUCERS / 4) {
+    u32 codes[KEY_WORDS], signs[SIGN_WORDS] = {};
+    load_bytes<2 * R>(codes, payload + token * TOKEN + D / 4 + 2 * R * quarter);
+#if VALUE_BITS == 3
+    load_bytes<R>(signs, payload + token * TOKEN + D / 2 + R * quarter);
+#endif
+    const u32 scale = float_to_half(scale_of(payload[VALUE_SCALES + token]) * ratio) * 0x00010001u;
+    const int turned = turn_halves(quarter, codes, signs);
+#pragma unroll
+    for (int word = 0; word < KEY_WORDS; word++) {
+      const int unit = 2 * (quarter * KEY_WORDS + (word ^ turned));
+      uint4 x[2];
+#if VALUE_BITS == 3
+      scaled_levels(x, codes[word], signs[word / 2], word & 1, scale);
+#else
+      u32 y[8];
+      code_pairs(y, codes[word]);                      // channels c and c + 8
+#pragma unroll
+      for (int c = 0; c < 8; c++) y[c] = multiply_halves(y[c], scale);
+      x[0] = make_uint4(y[0], y[1], y[2], y[3]);
+      x[1] = make_uint4(y[4], y[5], y[6], y[7]);
+#endif
+      *(uint4*)(values + swizzled(token, unit, PAGE)) = x[0];
+      *(uint4*)(values + swizzled(token, unit + 1, PAGE)) = x[1];
+    }
+  }
+}
+
 extern "C" __global__ void __launch_bounds__(WGMMA_THREADS, 1) decode_all_wgmma(const __grid_constant__ DenseParams p) {
   extern __shared__ __align__(16) u8 unaligned[];
   u8* memory = unaligned + (-shared_address(unaligned) & 1023);
   __shared__ float reduce[WGMMA_THREADS / 32];
   __shared__ PageFacts facts[2];
-  __shared__ u64 full[2], empty[2];
+  // Of keys and values by stage: decoded, and no longer needed.
+  __shared__ u64 full_keys[2], full_values[2], empty_keys[2], empty_values[2];
   __shared__ int last;
   const int tid = threadIdx.x, lane = tid & 31, w = tid >> 5;
   const int split = blockIdx.x % p.splits, first = blockIdx.x / p.splits * TILE;
@@ -144,8 +157,10 @@ extern "C" __global__ void __launch_bounds__(WGMMA_THREADS, 1) decode_all_wgmma(
   if (tid == 0) {
     last = 0;
     for (int i = 0; i < 2; i++) {
-      asm volatile("mbarrier.init.shared::cta.b64 [%0],%1;" :: "r"(shared_address(&full[i])), "r"(PRODUCERS) : "memory");
-      asm volatile("mbarrier.init.shared::cta.b64 [%0],%1;" :: "r"(shared_address(&empty[i])), "r"(CONSUMERS / 32) : "memory");
+      init_barrier(&full_keys[i], PRODUCERS);
+      init_barrier(&full_values[i], PRODUCERS);
+      init_barrier(&empty_keys[i], CONSUMERS / 32);
+      init_barrier(&empty_values[i], CONSUMERS / 32);
     }
   }
   __syncthreads();
@@ -183,12 +198,16 @@ extern "C" __global__ void __launch_bounds__(WGMMA_THREADS, 1) decode_all_wgmma(
       const u8* index = memory + STAGED + stage * STAGE;
       const float* consts = (const float*)(index + CONSTS);
       const float base = fmaxf(consts[2], 1e-20f);
-      wait_barrier(&empty[stage], (n >> 1 & 1) ^ 1);
-      if (id == 0) facts[stage] = {count, fmaxf(consts[1] * LEVEL_UNIT * unit, 1e-25f), consts[0] * unit, lg2(base), 1.f / base};
       u8* keys = memory + DECODED + stage * (KEY_BYTES + VALUE_BYTES);
-      decode_page(index, keys, keys + KEY_BYTES, id, consts[2] / base);
+      wait_barrier(&empty_keys[stage], (n >> 1 & 1) ^ 1);
+      if (id == 0) facts[stage] = {count, fmaxf(consts[1] * LEVEL_UNIT * unit, 1e-25f), consts[0] * unit, lg2(base), 1.f / base};
+      decode_keys(index, keys, id);
       asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-      arrive_barrier(&full[stage]);
+      arrive_barrier(&full_keys[stage]);
+      wait_barrier(&empty_values[stage], (n >> 1 & 1) ^ 1);
+      decode_values(index + INDEX_RECORD, keys + KEY_BYTES, id, consts[2] / base);
+      asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+      arrive_barrier(&full_values[stage]);
     }
     return;
   }
@@ -210,7 +229,7 @@ extern "C" __global__ void __launch_bounds__(WGMMA_THREADS, 1) decode_all_wgmma(
   if (page < last) {
     if (group == 1) pass_turn();
     take_turn();
-    wait_barrier(&full[0], 0);
+    wait_barrier(&full_keys[0], 0);
     begin_products();
     multiply_page_keys(memory + DECODED);
     end_products();
@@ -221,6 +240,8 @@ extern "C" __global__ void __launch_bounds__(WGMMA_THREADS, 1) decode_all_wgmma(
     page = next_page(page);
     const u8* decoded = memory + DECODED + stage * (KEY_BYTES + VALUE_BYTES);
     const PageFacts fact = facts[stage];
+    __syncwarp();
+    if (lane == 0) arrive_barrier(&empty_keys[stage]);
     if (fact.count < PAGE)
 #pragma unroll
       for (int i = 0; i < 64; i++) if (i / 4 * 8 + 2 * j + (i & 1) >= fact.count) x[i] = FAR;
@@ -262,18 +283,19 @@ extern "C" __global__ void __launch_bounds__(WGMMA_THREADS, 1) decode_all_wgmma(
     total[0] = fmaf(page_total[0], fact.base_inverse, total[0]);
     total[1] = fmaf(page_total[1], fact.base_inverse, total[1]);
     take_turn();
-    if (page < last) wait_barrier(&full[stage ^ 1], n + 1 >> 1 & 1);
+    wait_barrier(&full_values[stage], n >> 1 & 1);
     const u64 value = operand(decoded + KEY_BYTES, PAGE * 128);
     begin_products();
 #pragma unroll
     for (int step = 0; step < 8; step++) multiply_values(sum, weights[step], value + step * 16 * 128 / 16);
     end_products();
+    if (lane == 0) arrive_barrier(&empty_values[stage]);
+    if (page < last) wait_barrier(&full_keys[stage ^ 1], n + 1 >> 1 & 1);
     begin_products();
     // Keys of the next page; after the last one, of what lies there, for nothing.
     multiply_page_keys(memory + DECODED + (stage ^ 1) * (KEY_BYTES + VALUE_BYTES));
     end_products();
     if (page < last || group == 0) pass_turn();
-    if (lane == 0) arrive_barrier(&empty[stage]);
   }
   asm volatile("bar.sync 2,%0;" :: "n"(CONSUMERS) : "memory");        // pages make room for the sums
   float* mine = (float*)(memory + DECODED) + w * 16 * PART;

@@ -15,11 +15,9 @@ struct WindowParams {
   float scale;                           // softmax scaling * log2(e)
 };
 
-constexpr int WINDOW_THREADS = 256, WINDOW_WARPS = WINDOW_THREADS / 32;
 constexpr int VECTORS = D / 32;                                  // of 4 channels, a lane: i * 32 + sub * 4
 constexpr int AT_ONCE = D == 64 ? 8 : D == 256 ? 1 : 4;          // heads whose query fits the registers
 constexpr int ROW_THREADS = D / 4;                               // threads that read a token's value
-constexpr int TURNS = WINDOW_THREADS / ROW_THREADS;              // tokens read side by side
 constexpr int VALUE_HEADS = G < 4 ? G : 4;
 constexpr float LN2 = 0.69314718f, INV_LN2 = 1.44269504f;
 
@@ -54,15 +52,16 @@ __device__ __forceinline__ void store_output(void* to, i64 at, float x) {
 #endif
 }
 
-extern "C" __global__ void __launch_bounds__(WINDOW_THREADS, 2) window(const __grid_constant__ WindowParams p) {
+template <int THREADS> __device__ __forceinline__ void window_row(const WindowParams& p) {
+  constexpr int WARPS = THREADS / 32, TURNS = THREADS / ROW_THREADS;   // tokens whose values are read side by side
   extern __shared__ __align__(16) float logits[];                // [G][room]; then probabilities
-  __shared__ __align__(16) float parts[TURNS][VALUE_HEADS][D];
+  float (*parts)[VALUE_HEADS][D] = (float (*)[VALUE_HEADS][D])(logits + (G * p.room + 3) / 4 * 4);   // [TURNS]
   __shared__ float raw_weight[G], part_weight[G];
   const int row = blockIdx.x, b = row / p.heads, h = row % p.heads;
   const int tid = threadIdx.x, lane = tid & 31, w = tid >> 5, sub = lane & 7;
   const int held = p.lengths[b], tokens = held + 1;
   const i64 base = (i64)row * p.room * D;
-  for (int c = tid; c < D; c += WINDOW_THREADS) {
+  for (int c = tid; c < D; c += THREADS) {
     copy_element(p.keys, base + (i64)held * D + c, p.new_keys, b * p.key_row + h * p.key_head + c);
     copy_element(p.values, base + (i64)held * D + c, p.new_values, b * p.value_row + h * p.value_head + c);
   }
@@ -75,8 +74,8 @@ extern "C" __global__ void __launch_bounds__(WINDOW_THREADS, 2) window(const __g
 #pragma unroll
       for (int i = 0; i < VECTORS; i++)
         q[g][i] = load4(p.query, b * p.query_row + (i64)(h * G + min(first + g, G - 1)) * p.query_head + i * 32 + sub * 4);
-#pragma unroll 2
-    for (int start = w * 4; start < tokens; start += WINDOW_WARPS * 4) {
+#pragma unroll D == 256 ? 2 : 4
+    for (int start = w * 4; start < tokens; start += WARPS * 4) {
       const int t = start + (lane >> 3);
       const i64 at = base + (i64)min(t, held) * D + sub * 4;
       float4 k[VECTORS];
@@ -97,7 +96,7 @@ extern "C" __global__ void __launch_bounds__(WINDOW_THREADS, 2) window(const __g
   }
   __syncthreads();
   wait_previous();   // the encoded tokens' part comes from the kernel before
-  for (int g = w; g < G; g += WINDOW_WARPS) {
+  for (int g = w; g < G; g += WARPS) {
     float* line = logits + g * p.room;
     const i64 head = (i64)b * p.heads * G + h * G + g;
     float top = FAR, total = 0.f;
@@ -119,7 +118,7 @@ extern "C" __global__ void __launch_bounds__(WINDOW_THREADS, 2) window(const __g
       float4 sum[VALUE_HEADS];
 #pragma unroll
       for (int g = 0; g < VALUE_HEADS; g++) sum[g] = make_float4(0.f, 0.f, 0.f, 0.f);
-#pragma unroll 8
+#pragma unroll 16
       for (int t = turn; t < tokens; t += TURNS) {
         const float4 v = load4(p.values, base + (i64)t * D + c);
 #pragma unroll
@@ -133,7 +132,7 @@ extern "C" __global__ void __launch_bounds__(WINDOW_THREADS, 2) window(const __g
       for (int g = 0; g < VALUE_HEADS; g++) *(float4*)&parts[turn][g][c] = sum[g];
     }
     __syncthreads();
-    for (int i = tid; i < VALUE_HEADS * D; i += WINDOW_THREADS) {
+    for (int i = tid; i < VALUE_HEADS * D; i += THREADS) {
       const int g = first + i / D, channel = i % D;
       if (g >= G) continue;
       float x = 0.f;
@@ -146,3 +145,7 @@ extern "C" __global__ void __launch_bounds__(WINDOW_THREADS, 2) window(const __g
     __syncthreads();
   }
 }
+
+// Many rows: two blocks on a multiprocessor. Few: enough threads to load all of a window at once.
+extern "C" __global__ void __launch_bounds__(256, 2) window256(const __grid_constant__ WindowParams p) { window_row<256>(p); }
+extern "C" __global__ void __launch_bounds__(512, 1) window512(const __grid_constant__ WindowParams p) { window_row<512>(p); }
