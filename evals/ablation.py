@@ -27,12 +27,13 @@ from typing import Any
 import torch
 import transformers
 
+from selfindex.evaluation.stats import Array, bootstrap, difference, p5
+
 from . import designs
 from .capture import HOOK, Record, load_record
 from .endtoend import compare, encode_record
 from .models import load_model
 from .operator_level import Balances, Table, balances, measure
-from .stats import Array, bootstrap, difference, p5
 
 TEXTS = "manual,stdlib,kjv,jargon"
 
@@ -42,7 +43,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("level", choices=("operator", "model"))
     parser.add_argument("--model", default="smollm2", help="smollm2, gemma3-270m or a path")
-    parser.add_argument("--texts", default=TEXTS, help="names of evals.texts or files")
+    parser.add_argument("--texts", default=TEXTS, help="names in selfindex.evaluation.texts, or files")
     parser.add_argument("--prefix", type=int, default=3840)
     parser.add_argument("--block", type=int, default=192, help="tokens of the continuation")
     parser.add_argument("--parts", type=int, default=2, help="windows per text")

@@ -19,8 +19,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from selfindex.evaluation.texts import excerpt, load_text
+
 from .models import full_attention_layers
-from .texts import excerpt, load_text
 
 HOOK = "selfindex_evals_hook"
 BALANCE_WINDOWS = (256, 512, 1024)

@@ -1,7 +1,7 @@
 """This cache beside others, at equal token budgets: fidelity to the dense model, and needles.
 
-The measurements of `evals.fidelity` for the methods of `evals.rivals`, and a needle task scored
-without decoding: the question and the right answer are fed as one chunk, and a needle is found if
+The measurements of `evals.fidelity` for the methods of `selfindex.evaluation`, and a needle task
+scored without decoding: the question and the right answer are fed as one chunk, and a needle is found if
 every token of the answer is the most likely one, which is when greedy decoding gives it.
 
     python -m evals.compare --texts manual stdlib kjv --lengths 4096 8064 --output compare.json
@@ -11,62 +11,20 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-import selfindex
 from selfindex.cli.needle import FACT, build_task
+from selfindex.evaluation.fidelity import compare, continue_from, summarise
+from selfindex.evaluation.methods import head_dim, methods, own_bytes
+from selfindex.evaluation.recording import record
+from selfindex.evaluation.texts import load_text
 
 from .environment import describe, show_table
-from .fidelity import EVERY_QUERY, compare, continue_from, summarise
 from .models import load_model
-from .recording import Recording, record
-from .rivals import rival_cache, rivals
-from .texts import load_text
-
-OURS: dict[str, dict[str, Any]] = {
-    "selfindex balanced": {},
-    "selfindex balanced, 3-bit values": {"value_bits": 3},
-    "selfindex paper": {"preset": "paper"},
-    "selfindex balanced, all tokens": {"budget": 1.0},
-}
-Maker = Callable[[Any, Recording], Any]
-
-
-def methods(budget: float, head_dim: int) -> dict[str, tuple[Maker, float | None, float | None]]:
-    """By name: (cache of a recording, bytes per token, bytes read); None where the cache knows."""
-    found: dict[str, tuple[Maker, float | None, float | None]] = {}
-    for name, method in rivals(budget).items():
-
-        def make(model: Any, recording: Recording, method: Any = method) -> Any:
-            return rival_cache(model, recording, method)
-
-        found[name] = make, method.bytes_per_token(head_dim), method.bytes_read(head_dim)
-    for name, options in OURS.items():
-
-        def fill(model: Any, recording: Recording, options: Any = options) -> Any:
-            # Without the floor under the budget, so that all methods read the same share.
-            settings = {"budget": budget, "min_tokens": 1, "dense_below": 0, "sparse_queries": EVERY_QUERY}
-            settings |= options
-            return recording.fill(selfindex.SelfIndexCache(model, **settings))
-
-        share = "" if "budget" in options else f" {100 * budget:g} %"
-        found[name + share] = fill, None, None
-    return found
-
-
-def own_bytes(cache: selfindex.SelfIndexCache) -> tuple[float, float]:
-    """(bytes per encoded token and KV head, bytes a step reads of them) of a filled cache."""
-    memory, store = cache.report().memory, cache.compressed_layers[0].store
-    assert store is not None
-    tokens = store.encoded(0)
-    pairs = len(cache.compressed_layers) * store.format.kv_heads * tokens
-    share = cache.config.budget_tokens(store.length(0), tokens) / tokens
-    return (memory.index + memory.payload) / pairs, (memory.index + share * memory.payload) / pairs
 
 
 @torch.inference_mode()
@@ -155,9 +113,7 @@ def main() -> None:
     args = parser.parse_args()
     model, tokenizer = load_model(args.model)
     model.to(args.device)
-    text = model.config.get_text_config()
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    chosen = methods(args.budget, head_dim)
+    chosen = methods(args.budget, head_dim(model))
     if args.only:
         wanted = ("dense", *args.only)
         chosen = {name: made for name, made in chosen.items() if name.startswith(wanted)}
@@ -165,7 +121,7 @@ def main() -> None:
         "environment": describe("compare"),
         "model": args.model,
         "budget": args.budget,
-        "head_dim": head_dim,
+        "head_dim": head_dim(model),
         "texts": [Path(t).stem for t in args.texts],
         "lengths": fidelity(model, tokenizer, args, chosen),
         "needles": needles(model, tokenizer, args, chosen) if args.needles else None,

@@ -13,11 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from selfindex.evaluation.stats import Array
+
 from .capture import Record, handler
 from .compensation import calibrate
 from .operator_level import Balances, balance_of
 from .sparse import Prefix, Variant, attend, encode
-from .stats import Array
 
 
 @torch.no_grad()

@@ -2,35 +2,22 @@
 
 from __future__ import annotations
 
-import datetime
-import os
-import platform
 import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
 from rich.console import Console
 from rich.table import Table
 
-import selfindex
+from selfindex.evaluation import environment
 
 
 def describe(module: str) -> dict[str, Any]:
     """Date, command and versions, to be stored beside a result of evals/`module`.py."""
-    return {
-        "date": datetime.date.today().isoformat(),
-        # File names without their folders: where they lay says nothing to a reader.
-        "command": shlex.join(["python", "-m", f"evals.{module}", *(Path(a).name for a in sys.argv[1:])]),
-        "cpus": os.cpu_count(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "selfindex": selfindex.__version__,
-    }
+    # File names without their folders: where they lay says nothing to a reader.
+    command = shlex.join(["python", "-m", f"evals.{module}", *(Path(a).name for a in sys.argv[1:])])
+    return environment.describe(command)
 
 
 def show_table(title: str, rows: dict[str, dict[str, Any]]) -> None:

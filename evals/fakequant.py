@@ -12,12 +12,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-# Lloyd-Max levels of a unit Gaussian, positive half
-LEVELS = {
-    2: (0.4528, 1.5104),
-    3: (0.2451, 0.7560, 1.3439, 2.1520),
-    4: (0.1284, 0.3881, 0.6568, 0.9424, 1.2562, 1.6181, 2.0690, 2.7326),
-}
+from selfindex.evaluation.rivals.quantised import LEVELS
+
 MEAN_ABS = 0.7978845608  # E|x| of a unit Gaussian
 E4M4_TOP = 1.9375
 

@@ -12,25 +12,21 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
 import selfindex
+from selfindex.evaluation.fidelity import compare, continue_from, summarise
+from selfindex.evaluation.methods import EVERY_QUERY
+from selfindex.evaluation.recording import Recording, record
+from selfindex.evaluation.texts import load_text
 
 from .environment import describe, show_table
 from .models import load_model
-from .recording import Recording, record
-from .stats import bootstrap
-from .texts import load_text
 
 BUDGETS = (0.05, 0.075, 0.1, 1.0)
-EVERY_QUERY = 1 << 30
-"""`sparse_queries` that makes every query of the continuation select for itself."""
 
 
 def variants(extra: list[str]) -> dict[str, dict[str, Any]]:
@@ -43,20 +39,6 @@ def variants(extra: list[str]) -> dict[str, dict[str, Any]]:
         name, options = text.split(":", 1)
         chosen[name] = {k: json.loads(v) for k, v in (pair.split("=") for pair in options.split(","))}
     return chosen
-
-
-@torch.inference_mode()
-def continue_from(model: Any, cache: Any, ids: Tensor) -> Tensor:
-    """Log-probabilities [T, vocabulary] of the tokens after each of ids [1, T]."""
-    return model(ids, past_key_values=cache).logits[0].float().log_softmax(-1)
-
-
-def compare(dense: Tensor, other: Tensor, targets: Tensor) -> dict[str, np.ndarray]:
-    """Per-token KL(dense || other), top-1 agreement and negative log-likelihood of the text."""
-    kl = (dense.exp() * (dense - other)).sum(-1)
-    same = dense.argmax(-1) == other.argmax(-1)
-    nll = -other.gather(1, targets[:, None])[:, 0]
-    return {name: x.double().cpu().numpy() for name, x in (("kl", kl), ("top1", same), ("nll", nll))}
 
 
 def run_text(
@@ -73,20 +55,6 @@ def run_text(
         results[name] = compare(dense, continue_from(model, cache, ids), targets)
         results[name]["bytes"] = (memory.index + memory.payload) / pairs
     return results
-
-
-def summarise(runs: list[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
-    """Pool runs over texts: estimate and interval per metric, worst text for KL and top-1."""
-    table: dict[str, dict[str, Any]] = {}
-    for name in runs[0]:
-        windows = {metric: [run[name][metric] for run in runs] for metric in ("kl", "top1", "nll")}
-        table[name] = {metric: bootstrap(parts) for metric, parts in windows.items()}
-        table[name]["perplexity"] = math.exp(table[name]["nll"][0])
-        table[name]["kl_by_text"] = [round(float(part.mean()), 5) for part in windows["kl"]]
-        table[name]["top1_by_text"] = [round(float(part.mean()), 5) for part in windows["top1"]]
-        if "bytes" in runs[0][name]:
-            table[name]["bytes"] = runs[0][name]["bytes"]
-    return table
 
 
 def main() -> None:

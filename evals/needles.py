@@ -20,12 +20,12 @@ from torch import Tensor
 
 import selfindex
 from selfindex.cli.needle import build_task
+from selfindex.evaluation.methods import EVERY_QUERY
+from selfindex.evaluation.recording import record
+from selfindex.evaluation.texts import load_text
 
 from .environment import describe
-from .fidelity import EVERY_QUERY
 from .models import load_model
-from .recording import record
-from .texts import load_text
 
 
 @torch.inference_mode()

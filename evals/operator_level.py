@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from selfindex.evaluation.stats import Array
+
 from .capture import Record
 from .fakequant import KeySpec, ValueSpec, balance_vector
 from .sparse import Prefix, Variant, attend, encode
-from .stats import Array
 
 # variant name -> metric -> one array [queries, layers * query heads] per record
 Table = dict[str, dict[str, list[Array]]]

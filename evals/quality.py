@@ -149,7 +149,7 @@ def main() -> None:
         "bootstrap intervals over tokens. Sparse methods read the same share of the tokens, and all keep 16",
         "sinks and 64 recent tokens in full precision (KIVI its own 128). Bytes are per token and KV head,",
         'scales and index included; "read" is what one decode step reads of them. The methods, with their',
-        "sources: evals/rivals/.",
+        "sources: src/selfindex/evaluation/rivals/.",
     )
     for result in results:
         for length in result["lengths"]:

@@ -20,12 +20,12 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import selfindex
+from selfindex.evaluation.fidelity import compare
+from selfindex.evaluation.stats import bootstrap
+from selfindex.evaluation.texts import load_text
 
 from .environment import describe
-from .fidelity import compare
 from .models import load_model
-from .stats import bootstrap
-from .texts import load_text
 
 
 @torch.inference_mode()

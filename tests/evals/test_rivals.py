@@ -5,11 +5,11 @@ import torch
 from tiny_models import forward, pair, prompt
 from torch.nn.functional import scaled_dot_product_attention
 
-from evals.recording import record
-from evals.rivals import rival_cache, rivals
-from evals.rivals.base import Rival, ends
-from evals.rivals.quantised import FP8, KIVI, Dense, RotatedLloydMax, minmax
-from evals.rivals.sparse import DoubleSparse, Oracle, Quest, SnapKV, StreamingLLM
+from selfindex.evaluation.recording import record
+from selfindex.evaluation.rivals import rival_cache, rivals
+from selfindex.evaluation.rivals.base import Rival, ends
+from selfindex.evaluation.rivals.quantised import FP8, KIVI, Dense, RotatedLloydMax, minmax
+from selfindex.evaluation.rivals.sparse import DoubleSparse, Oracle, Quest, SnapKV, StreamingLLM
 
 N, D = 400, 64
 

@@ -22,18 +22,25 @@ def p5(x: Array) -> float:
     return float(np.quantile(x, 0.05))
 
 
-def _blocks(windows: list[Array]) -> list[list[Array]]:
-    return [np.array_split(w, max(1, len(w) // BLOCK)) for w in windows]
+def _blocks(windows: list[Array], block: int) -> list[list[Array]]:
+    return [np.array_split(w, max(1, len(w) // block)) for w in windows]
 
 
 def bootstrap(
-    windows: list[Array], statistic: Statistic = mean, resamples: int = 1000, seed: int = 0
+    windows: list[Array],
+    statistic: Statistic = mean,
+    resamples: int = 1000,
+    seed: int = 0,
+    block: int = BLOCK,
 ) -> list[float]:
-    """[estimate, low, high] (95 %) of a statistic; each window is an array [queries, ...]."""
+    """[estimate, low, high] (95 %) of a statistic; each window is an array [queries, ...].
+
+    `block` neighbours are resampled together: 1 for independent samples.
+    """
     if statistic is mean:  # averages of blocks suffice
         windows = [w.reshape(len(w), -1).mean(1) for w in windows]
     rng = np.random.default_rng(seed)
-    blocks = _blocks(windows)
+    blocks = _blocks(windows, block)
     values = []
     for _ in range(resamples):
         picked = [b[i] for b in blocks for i in rng.integers(0, len(b), len(b))]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..fakequant import LEVELS, hadamard
+from ...codec.rotation import hadamard
 from .base import Stored, ends
 
 
@@ -86,6 +86,14 @@ class KIVI(Everything):
         return 2 * head_dim * self.bits / 8 + 2 * head_dim * 4 / self.group
 
 
+# Lloyd-Max levels of a unit Gaussian, positive half.
+LEVELS = {
+    2: (0.4528, 1.5104),
+    3: (0.2451, 0.7560, 1.3439, 2.1520),
+    4: (0.1284, 0.3881, 0.6568, 0.9424, 1.2562, 1.6181, 2.0690, 2.7326),
+}
+
+
 @dataclass
 class RotatedLloydMax(Everything):
     """TurboQuant's MSE quantiser (Zandieh et al., arXiv 2504.19874): rotate, then Lloyd-Max levels.
@@ -101,7 +109,8 @@ class RotatedLloydMax(Everything):
         n, exact = keys.shape[1], ends(keys.shape[1])
 
         def cast(x: Tensor, seed: int) -> Tensor:
-            rotation = hadamard(x.shape[-1], seed).to(x.device)
+            signs = torch.randint(0, 2, (x.shape[-1],), generator=torch.Generator().manual_seed(seed)) * 2 - 1
+            rotation = (hadamard(x.shape[-1]) * signs / x.shape[-1] ** 0.5).to(x.device)
             y = x @ rotation.T
             rms = y.square().mean(-1, keepdim=True).sqrt().half().float().clamp(min=1e-8)
             levels = torch.tensor(LEVELS[self.bits], device=x.device)

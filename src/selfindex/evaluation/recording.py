@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-import selfindex
+from ..integrations.transformers import SelfIndexCache
 
 
 @dataclass
@@ -21,22 +21,22 @@ class Recording:
     """What a prefill left behind.
 
     Attributes:
-        tensors: per compressed layer (query [1, Hq, N, d], keys, values [1, H, N, d], scaling).
+        tensors: per compressed layer (query [B, Hq, N, d], keys, values [B, H, N, d], scaling).
         dense: the dense cache of the same tokens.
-        logits: [1, 1, vocabulary] after the last token.
+        logits: [B, 1, vocabulary] after the last token.
     """
 
     tensors: list[tuple[Tensor, Tensor, Tensor, float]]
     dense: DynamicCache
     logits: Tensor
 
-    def fill(self, cache: selfindex.SelfIndexCache) -> selfindex.SelfIndexCache:
+    def fill(self, cache: SelfIndexCache) -> SelfIndexCache:
         """Store the recorded tokens in an empty cache of the same model."""
         for layer, (query, keys, values, scaling) in zip(cache.compressed_layers, self.tensors, strict=True):
             layer.commit(query, keys, values, None, scaling)
         return self.around(cache)
 
-    def around(self, cache: selfindex.SelfIndexCache) -> selfindex.SelfIndexCache:
+    def around(self, cache: SelfIndexCache) -> SelfIndexCache:
         """Fill only the layers that the cache does not compress (sliding windows)."""
         for i, layer in enumerate(self.dense.layers):
             if i not in {x.layer_idx for x in cache.compressed_layers}:
@@ -50,8 +50,8 @@ class Recording:
 
 @torch.inference_mode()
 def record(model: Any, ids: Tensor) -> Recording:
-    """Run a dense prefill of token ids [1, N] and keep what its full-attention layers saw."""
-    cache = selfindex.SelfIndexCache(model)
+    """Run a dense prefill of token ids [B, N] and keep what its full-attention layers saw."""
+    cache = SelfIndexCache(model)
     dense = DynamicCache(config=model.config)
     tensors: list[tuple[Tensor, Tensor, Tensor, float]] = []
 
@@ -67,10 +67,10 @@ def record(model: Any, ids: Tensor) -> Recording:
         return attend
 
     for layer in cache.compressed_layers:
-        layer.attend = keep(layer)
+        layer.attend = keep(layer)  # type: ignore[method-assign]
     logits = model(ids, past_key_values=cache, logits_to_keep=1).logits
     compressed = {layer.layer_idx for layer in cache.compressed_layers}
-    for i, layer in enumerate(cache.layers):
+    for i, other in enumerate(cache.layers):
         if i not in compressed:
-            dense.layers[i] = layer
+            dense.layers[i] = other
     return Recording(tensors, dense, logits)

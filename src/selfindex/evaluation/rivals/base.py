@@ -14,8 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-import selfindex
-
+from ...integrations.transformers import SelfIndexCache
 from ..recording import Recording
 
 SINKS, RECENT = 16, 64
@@ -71,24 +70,33 @@ def top_tokens(score: Tensor, count: int, exact: Tensor) -> Tensor:
 
 
 class Rival:
-    """One layer's prefix under a method, and the tokens that follow it in full precision."""
+    """One layer's prefix under a method, and the tokens that follow it in full precision.
+
+    Methods treat KV heads alone, so the rows of a batch are further heads here: H counts both.
+    """
 
     def __init__(self, method: Method, stored: Stored) -> None:
         self.method, self.stored = method, stored
         self.new_keys = self.new_values = stored.keys[:, :0]
 
-    def attend(self, query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
-        """Attention of new tokens, query [1, Hq, T, d] and keys, values [1, H, T, d]: [1, T, Hq, d]."""
-        self.new_keys = torch.cat((self.new_keys, keys[0].float()), 1)
-        self.new_values = torch.cat((self.new_values, values[0].float()), 1)
-        stored, heads = self.stored, keys.shape[1]
-        grouped = query[0].float().unflatten(0, (heads, -1))  # [H, G, T, d]
+    def visible(self, grouped: Tensor, scaling: float) -> Tensor | None:
+        """Tokens that queries [H, G, T, d] attend to: bool [H, T or 1, n], or None for all."""
+        stored = self.stored
         visible = self.method.select(stored, grouped, scaling)
         if visible is not None:
             visible = visible | stored.exact.to(visible.device)
         if stored.kept is not None:
             kept = stored.kept[:, None]
             visible = kept if visible is None else visible & kept
+        return visible
+
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
+        """Attention of new tokens, query [B, Hq, T, d] and keys, values [B, H, T, d]: [B, T, Hq, d]."""
+        self.new_keys = torch.cat((self.new_keys, keys.float().flatten(0, 1)), 1)
+        self.new_values = torch.cat((self.new_values, values.float().flatten(0, 1)), 1)
+        stored, (batch, heads) = self.stored, keys.shape[:2]
+        grouped = query.float().unflatten(1, (heads, -1)).flatten(0, 1)  # [B H, G, T, d]
+        visible = self.visible(grouped, scaling)
         logits = grouped @ stored.keys[:, None].transpose(-1, -2) * scaling
         if visible is not None:
             logits = logits.masked_fill(~visible[:, None], -torch.inf)
@@ -98,15 +106,38 @@ class Rival:
         weights = torch.cat((logits, own.masked_fill(~causal, -torch.inf)), -1).softmax(-1)
         n = stored.keys.shape[1]
         out = weights[..., :n] @ stored.values[:, None] + weights[..., n:] @ self.new_values[:, None]
-        return out.flatten(0, 1).transpose(0, 1)[None].to(query.dtype)
+        return out.unflatten(0, (batch, heads)).flatten(1, 2).transpose(1, 2).to(query.dtype)
 
 
-def rival_cache(model: Any, recording: Recording, method: Method) -> selfindex.SelfIndexCache:
-    """A cache whose full-attention layers are `method`, filled with a recorded prefix."""
-    cache = recording.around(selfindex.SelfIndexCache(model))
+def join(rows: list[Stored]) -> Stored:
+    """Prefixes of equal length as one, the rows' heads behind each other."""
+    if len(rows) == 1:
+        return rows[0]
+
+    def cat(parts: list[Any]) -> Any:
+        return None if parts[0] is None else torch.cat(parts)
+
+    index = rows[0].index
+    if index is not None:
+        index = tuple(torch.cat(parts) for parts in zip(*(row.index for row in rows), strict=True))
+    return Stored(
+        cat([row.keys for row in rows]),
+        cat([row.values for row in rows]),
+        rows[0].exact,
+        cat([row.kept for row in rows]),
+        index,
+    )
+
+
+def rival_cache(model: Any, recording: Recording, method: Method) -> SelfIndexCache:
+    """A cache whose full-attention layers are `method`, filled with recorded prefixes."""
+    cache = recording.around(SelfIndexCache(model))
     for layer, (query, keys, values, scaling) in zip(cache.compressed_layers, recording.tensors, strict=True):
-        stored = method.store(query[0].float(), keys[0].float(), values[0].float(), scaling)
-        _replace(layer, Rival(method, stored), keys.shape[2])
+        rows = [
+            method.store(q.float(), k.float(), v.float(), scaling)
+            for q, k, v in zip(query, keys, values, strict=True)
+        ]
+        _replace(layer, Rival(method, join(rows)), keys.shape[2])
     return cache
 
 
@@ -117,4 +148,4 @@ def _replace(layer: Any, rival: Rival, columns: int) -> None:
         layer.columns += query.shape[2]
         return rival.attend(query, new.new_keys, new.new_values, scaling)
 
-    layer.attend, layer.columns = attend, columns
+    layer.attend, layer.columns, layer.rival = attend, columns, rival
