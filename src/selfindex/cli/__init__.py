@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from .. import __version__
-from . import demo, doctor, generate
+from . import demo, doctor, evaluate, generate
 
 app = typer.Typer(
     name="selfindex",
@@ -17,6 +17,7 @@ app = typer.Typer(
 app.command()(demo.demo)
 app.command()(generate.generate)
 app.command()(doctor.doctor)
+app.command("eval")(evaluate.evaluate)
 
 
 def _show_version(wanted: bool) -> None:

@@ -1,0 +1,161 @@
+"""Attention layer by layer: what a cache reads, and how far its output is from dense attention.
+
+Queries, keys and values come from the dense model, so that errors of earlier layers do not count.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..attention.attend import attend
+from ..backends import reference
+from ..codec.paper import choose_pinned
+from ..index.select import sum_of_softmax, top_k
+from ..integrations.transformers.models import cache_argument
+from ..store.layer import OBSERVED_QUERIES
+from .recording import Recording
+from .rivals import rival_cache
+from .rivals.quantised import Dense
+from .rivals.sparse import Oracle
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one layer of the dense model saw of T tokens after a prefix of n.
+
+    Attributes:
+        query: [1, Hq, T, d]; keys, values: [1, H, T, d], post-RoPE.
+        output: [1, T, Hq, d], dense attention.
+        weights: float32 [H, G, T, n + T], its probabilities.
+    """
+
+    query: Tensor
+    keys: Tensor
+    values: Tensor
+    scaling: float
+    output: Tensor
+    weights: Tensor
+
+
+@torch.inference_mode()
+def observe(model: Any, recording: Recording, ids: Tensor) -> list[Seen]:
+    """Run the dense model over ids [1, T] after a recorded prefix, and keep what layers saw."""
+    cache = rival_cache(model, recording, Dense())
+    seen: list[Seen] = []
+
+    def watch(layer: Any) -> Any:
+        attend_densely = layer.attend
+
+        def attend(module: Any, query: Tensor, new: Any, mask: Any, scaling: float, *rest: Any) -> Tensor:
+            output = attend_densely(module, query, new, mask, scaling, *rest)
+            keys, values = new.new_keys, new.new_values
+            prefix = layer.rival.stored.keys  # [H, n, d]
+            seen.append(Seen(query, keys, values, scaling, output, _weights(query, prefix, keys[0], scaling)))
+            return output
+
+        return attend
+
+    for layer in cache.compressed_layers:
+        layer.attend = watch(layer)  # type: ignore[method-assign]
+    model(ids, **{cache_argument(model): cache, "logits_to_keep": 1})
+    return seen
+
+
+def _weights(query: Tensor, prefix: Tensor, new: Tensor, scaling: float) -> Tensor:
+    grouped = query[0].float().unflatten(0, (new.shape[0], -1))  # [H, G, T, d]
+    keys = torch.cat((prefix.float(), new.float()), 1)
+    logits = grouped @ keys[:, None].mT * scaling
+    t, n = query.shape[2], prefix.shape[1]
+    causal = torch.ones(t, n + t, dtype=torch.bool, device=query.device).tril(n)
+    return logits.masked_fill(~causal, -torch.inf).softmax(-1)
+
+
+@torch.inference_mode()
+def visible(layer: Any, prefix: tuple[Tensor, Tensor, Tensor, float], query: Tensor) -> Tensor:
+    """Prefix tokens that each query attends to through a filled cache layer.
+
+    Args:
+        layer: of a `SelfIndexCache`, as `SelfIndexCache` or `rival_cache` filled it.
+        prefix: what it was filled with, an element of `Recording.tensors`.
+        query: [1, Hq, T, d].
+    Returns:
+        bool [H, T, n].
+    """
+    prompt, keys, _, scaling = prefix
+    heads, n = keys.shape[1:3]
+    everything = torch.ones(heads, query.shape[2], n, dtype=torch.bool, device=query.device)
+    rival = getattr(layer, "rival", None)
+    if rival is not None:
+        chosen = rival.visible(query[0].float().unflatten(0, (heads, -1)), scaling)
+        return everything if chosen is None else chosen.expand_as(everything)
+    store = layer.store
+    encoded = store.encoded(0)
+    budget = store.config.budget_tokens(n + query.shape[2], encoded)
+    if budget == encoded:
+        return everything
+    table, counts = store.table.tensors()
+    asked = query
+    if store.config.preset == "paper":
+        asked = query.float().unflatten(1, (heads, -1)).mean(2)
+    logits = reference.score(
+        asked, store.pool.index, table, counts, store.constants, scaling, store.format.name
+    )
+    votes = logits if store.config.preset == "paper" else sum_of_softmax(logits, heads)
+    slots = top_k(votes, torch.tensor([budget]), budget)[0].long()  # [H, T, budget]
+    if store.config.preset == "paper":
+        queries = prompt[0, :, -OBSERVED_QUERIES:].unflatten(0, (heads, -1))
+        pinned = choose_pinned(keys[0], queries, store.config.sinks, scaling)
+        held = torch.zeros(heads, n, dtype=torch.bool, device=query.device).scatter(1, pinned, True)
+    else:
+        at = torch.arange(n, device=query.device)
+        first = store.config.sinks
+        held = ((at < first) | (at >= first + encoded)).expand(heads, -1)
+    # Encoded tokens keep their order, so slot i is the i-th token that is not held.
+    places = (~held).nonzero()[:, 1].view(heads, 1, -1).expand(-1, query.shape[2], -1)
+    mask = torch.zeros_like(everything).scatter(2, places.gather(2, slots), True)
+    return mask | held[:, None]
+
+
+@torch.inference_mode()
+def measure(cache: Any, recording: Recording, seen: list[Seen], budget: float) -> dict[str, Any]:
+    """Per layer and query head, over the queries seen.
+
+    Returns:
+        lists [layers][Hq]: "mass", the softmax mass on the tokens read; "error", the relative L2
+        error of the output; and [layers][H] "overlap", the share of the oracle's tokens (as
+        many as the budget allows, with the most true mass) that are read.
+    """
+    found: dict[str, list[list[float]]] = {"mass": [], "error": [], "overlap": []}
+    for layer, prefix, dense in zip(cache.compressed_layers, recording.tensors, seen, strict=True):
+        heads, n = prefix[1].shape[1:3]
+        read = visible(layer, prefix, dense.query)
+        missed = (dense.weights[..., :n] * ~read[:, None]).sum(-1)  # [H, G, T]
+        found["mass"].append(_rounded(1 - missed.mean(-1).flatten()))
+        output = _attend(layer, dense)
+        error = (output - dense.output).float().norm(dim=-1) / dense.output.float().norm(dim=-1)
+        found["error"].append(_rounded(error[0].mean(0)))
+        oracle = Oracle(budget)
+        stored = oracle.store(prefix[0][0], prefix[1][0].float(), prefix[2][0].float(), dense.scaling)
+        best = oracle.select(stored, dense.query[0].float().unflatten(0, (heads, -1)), dense.scaling)
+        found["overlap"].append(_rounded((best & read).sum((1, 2)) / best.sum((1, 2))))
+    return found
+
+
+def _attend(layer: Any, seen: Seen) -> Tensor:
+    """Output [1, T, Hq, d] of a filled layer, which is left as it is."""
+    rival = getattr(layer, "rival", None)
+    if rival is None:
+        output, _ = attend(layer.store, seen.query, seen.keys, seen.values, None, seen.scaling)
+        return output.transpose(1, 2)
+    before = rival.new_keys, rival.new_values
+    output = rival.attend(seen.query, seen.keys, seen.values, seen.scaling)
+    rival.new_keys, rival.new_values = before
+    return output
+
+
+def _rounded(values: Tensor) -> list[float]:
+    return [round(float(x), 5) for x in values]

@@ -1,0 +1,64 @@
+"""The named suites of `selfindex eval`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .tasks import TASKS
+
+PARTS = ("fidelity", "layers", "tasks", "heatmap")
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What is measured. Lengths are tokens of context; a method is meant by the start of its name.
+
+    Attributes:
+        fidelity: lengths; `continuation` tokens at their end are predicted.
+        layers: lengths at which attention is compared layer by layer.
+        tasks: names in TASKS, run at `task_lengths` with `samples` each.
+        heat: lengths of the needle heatmap; `heat_samples` needles at each of `depths` depths.
+    """
+
+    methods: tuple[str, ...]
+    heat_methods: tuple[str, ...]
+    fidelity: tuple[int, ...]
+    continuation: int
+    layers: tuple[int, ...]
+    tasks: tuple[str, ...]
+    task_lengths: tuple[int, ...]
+    samples: int
+    heat: tuple[int, ...]
+    depths: int
+    heat_samples: int
+
+
+SUITES = {
+    "quick": Suite(
+        methods=("selfindex balanced 5", "selfindex paper", "oracle", "KIVI-2", "Quest", "SnapKV"),
+        heat_methods=("selfindex balanced 5", "SnapKV"),
+        fidelity=(1280,),
+        continuation=128,
+        layers=(1280,),
+        tasks=("niah_single_2", "passkey"),
+        task_lengths=(1024,),
+        samples=4,
+        heat=(512, 1024),
+        depths=4,
+        heat_samples=1,
+    ),
+    "full": Suite(
+        methods=(),
+        heat_methods=("selfindex balanced 5", "selfindex paper", "Quest", "SnapKV"),
+        fidelity=(4096, 8064),
+        continuation=256,
+        layers=(1024, 2048, 4096, 8064),
+        tasks=tuple(TASKS),
+        task_lengths=(2048, 4096),
+        samples=32,
+        heat=(1024, 2048, 4096, 8064),
+        depths=10,
+        heat_samples=8,
+    ),
+}
+"""No methods: all of them."""

@@ -1,0 +1,129 @@
+"""From records to tables: estimates with 95 % bootstrap intervals."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from .fidelity import summarise
+from .records import Records
+from .run import FLOOR
+from .stats import bootstrap
+
+STRETCH = 32
+"""Tokens averaged in a row of KL by position."""
+
+
+def summary(records: Records, methods: list[str]) -> dict[str, Any]:
+    """All parts of an evaluation; methods in this order."""
+    return {
+        "fidelity": _fidelity(records.of("fidelity"), methods),
+        "layers": _layers(records.of("layers"), methods),
+        "tasks": _tasks(records.of("tasks"), methods),
+        "heatmap": _heatmap(records.of("heatmap"), methods),
+    }
+
+
+def _lengths(rows: list[dict[str, Any]]) -> list[int]:
+    return sorted({row["length"] for row in rows})
+
+
+def _fidelity(rows: list[dict[str, Any]], methods: list[str]) -> dict[str, Any]:
+    """Length -> method -> what `summarise` gives, bytes, and KL and top-1 by position."""
+    found: dict[str, Any] = {}
+    for length in _lengths(rows):
+        here = [row for row in rows if row["length"] == length]
+        texts = sorted({row["name"] for row in here})
+        runs = []
+        for text in texts:
+            mine = {row["method"]: row for row in here if row["name"] == text}
+            runs.append({m: _arrays(mine[m]) for m in methods if m in mine})
+        complete = [m for m in methods if all(m in run for run in runs)]
+        table = summarise([{m: run[m] for m in complete} for run in runs])
+        for method, row in table.items():
+            row["read"] = runs[0][method]["read"]
+            row["position"] = {
+                metric: [
+                    round(float(np.mean([run[method][metric][i : i + STRETCH] for run in runs])), 5)
+                    for i in range(0, len(runs[0][method][metric]), STRETCH)
+                ]
+                for metric in ("kl", "top1", "nll")
+            }
+        found[str(length)] = {"texts": texts, "methods": table}
+    return found
+
+
+def _arrays(row: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: np.array(value, dtype=np.float64) if isinstance(value, list) else value
+        for name, value in row.items()
+        if name in ("kl", "top1", "nll", "bytes", "read")
+    }
+
+
+def _layers(rows: list[dict[str, Any]], methods: list[str]) -> dict[str, Any]:
+    """Length -> method -> metric -> "mean", "worst" head, and the means by layer and head."""
+    found: dict[str, Any] = {}
+    for length in _lengths(rows):
+        table: dict[str, Any] = {}
+        for method in methods:
+            mine = [row for row in rows if row["length"] == length and row["method"] == method]
+            if mine:
+                table[method] = {m: _spread([row[m] for row in mine]) for m in ("mass", "error", "overlap")}
+                table[method]["error"]["worst"] = max(map(max, table[method]["error"]["heads"]))
+        found[str(length)] = table
+    return found
+
+
+def _spread(texts: list[list[list[float]]]) -> dict[str, Any]:
+    heads = np.mean(np.array(texts), 0)  # [layers, heads]
+    return {
+        "mean": round(float(heads.mean()), 5),
+        "worst": round(float(heads.min()), 5),
+        "layers": [round(float(x), 5) for x in heads.mean(1)],
+        "heads": [[round(float(x), 5) for x in row] for row in heads],
+    }
+
+
+def _tasks(rows: list[dict[str, Any]], methods: list[str]) -> dict[str, Any]:
+    """Length -> task -> method -> samples and score; methods only where the dense model can do it."""
+    found: dict[str, Any] = {}
+    for length in _lengths(rows):
+        tasks: dict[str, Any] = {}
+        for task in dict.fromkeys(row["name"] for row in rows if row["length"] == length):
+            here = [row for row in rows if row["length"] == length and row["name"] == task]
+            scores = {
+                m: np.array([row["score"] for row in here if row["method"] == m], dtype=np.float64)
+                for m in methods
+            }
+            hopeless = len(scores["dense"]) == 0 or scores["dense"].mean() < FLOOR
+            tasks[task] = {
+                m: {"samples": len(values), "score": bootstrap([values], block=1)}
+                for m, values in scores.items()
+                # As many samples as dense, so that all methods answer the same ones.
+                if m == "dense" or (not hopeless and len(values) == len(scores["dense"]))
+            }
+        found[str(length)] = tasks
+    return found
+
+
+def _heatmap(rows: list[dict[str, Any]], methods: list[str]) -> dict[str, Any]:
+    """Method -> length -> mean score by depth, from the start to the end."""
+    found: dict[str, Any] = {}
+    for method in methods:
+        mine = [row for row in rows if row["method"] == method]
+        for length in _lengths(mine):
+            depths = sorted({row["depth"] for row in mine if row["length"] == length})
+            found.setdefault(method, {})[str(length)] = {
+                f"{depth:.2f}": round(
+                    float(
+                        np.mean(
+                            [row["score"] for row in mine if (row["length"], row["depth"]) == (length, depth)]
+                        )
+                    ),
+                    4,
+                )
+                for depth in depths
+            }
+    return found

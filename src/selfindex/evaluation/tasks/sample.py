@@ -1,0 +1,139 @@
+"""What a task's sample is, how it is scored, and the text and words that samples are made from."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from ...errors import InputError
+
+MARK = "@TEXT@"
+ROOM = 64
+NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One prompt. Together, document and question are exactly as long as was asked for.
+
+    Attributes:
+        document: token ids that are read and compressed.
+        question: token ids that follow: the end of the document, the question, the reply's start.
+        answers: strings that the reply has to contain.
+        new_tokens: tokens the reply may have.
+    """
+
+    document: list[int]
+    question: list[int]
+    answers: tuple[str, ...]
+    new_tokens: int
+
+
+def score(reply: str, answers: Sequence[str]) -> float:
+    """RULER's string match: the share of the answers that the reply contains, ignoring case."""
+    reply = reply.lower()
+    return sum(answer.lower() in reply for answer in answers) / len(answers)
+
+
+class Maker(Protocol):
+    """A task: makes the sample of a seed."""
+
+    def __call__(self, source: Source, length: int, seed: int) -> Sample:
+        """A sample whose prompt and reply together have `length` tokens at most."""
+
+
+@dataclass
+class Source:
+    """A tokenizer and a haystack.
+
+    Args:
+        tokenizer: of the model under test.
+        text: a long text in any language the model reads.
+    """
+
+    tokenizer: Any
+    text: str
+    _ends_line: dict[int, bool] = field(default_factory=dict)
+    _words: list[str] = field(default_factory=list)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text without special tokens."""
+        return list(self.tokenizer(text, add_special_tokens=False).input_ids)
+
+    @property
+    def words(self) -> list[str]:
+        """Common lower-case words of 4 to 8 letters of the text, sorted."""
+        if not self._words:
+            counts = Counter(re.findall(r"\b[a-z]{4,8}\b", self.text[:1_000_000]))
+            self._words = sorted(word for word, _ in counts.most_common(3000))
+            if len(self._words) < 1000:
+                raise InputError(
+                    f"the text has {len(self._words)} different words, the tasks need 1000; give a longer one"
+                )
+        return self._words
+
+    def essay(self, rng: random.Random, tokens: int) -> list[int]:
+        """`tokens` token ids of a random stretch of the text, from a line's start."""
+        start = self.text.find("\n", rng.randrange(max(1, len(self.text) - 12 * tokens))) + 1
+        ids = self.encode(self.text[start : start + 12 * tokens])
+        if len(ids) < tokens:
+            raise InputError(f"the text is too short for a haystack of {tokens} tokens; give a longer one")
+        return ids[:tokens]
+
+    def noise(self, tokens: int) -> list[int]:
+        """`tokens` token ids of RULER's repeated sentences."""
+        line = self.encode(NOISE)
+        return (line * (1 + tokens // len(line)))[:tokens]
+
+    def breaks(self, ids: list[int]) -> list[int]:
+        """Places in ids where a line may be inserted: 0 and after every line end."""
+        for token in set(ids) - self._ends_line.keys():
+            self._ends_line[token] = "\n" in self.tokenizer.decode([token])
+        return [0, *(i + 1 for i, token in enumerate(ids) if self._ends_line[token])]
+
+    def insert(self, ids: list[int], lines: Sequence[str], depths: Sequence[float]) -> list[int]:
+        """Put lines into a haystack, each at the first line break from its depth (0 to 1) on."""
+        places = self.breaks(ids)
+        marked = []
+        for line, depth in zip(lines, depths, strict=True):
+            at = next((p for p in places if p >= depth * len(ids)), places[-1])
+            marked.append((at, self.encode(line + "\n")))
+        for at, piece in sorted(marked, key=lambda pair: pair[0], reverse=True):
+            ids = ids[:at] + piece + ids[at:]
+        return ids
+
+    def frame(self, before: str, after: str, reply: str) -> tuple[list[int], list[int]]:
+        """Token ids around a document: of the turn's start, and of its end with the reply's start."""
+        if getattr(self.tokenizer, "chat_template", None) is None:
+            return self.encode(before), self.encode(f"{after} {reply}")
+        message = [{"role": "user", "content": before + MARK + after}]
+        chat = self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        head, tail = chat.split(MARK)
+        return self.encode(head), self.encode(tail + reply)
+
+
+def assemble(
+    head: list[int], haystack: list[int], tail: list[int], answers: Sequence[str], new: int
+) -> Sample:
+    """A sample. The document's last tokens fill the question up to a multiple of ROOM: most samples
+    of a task can then be cut in the same place, and make a batch.
+    """
+    room = -(-len(tail) // ROOM) * ROOM
+    prompt = head + haystack + tail
+    return Sample(prompt[:-room], prompt[-room:], tuple(answers), new)
+
+
+def space(length: int, head: list[int], tail: list[int], new: int) -> int:
+    """Tokens left for the haystack.
+
+    Raises:
+        InputError: too few.
+    """
+    left = length - len(head) - len(tail) - new
+    if left < 64:
+        raise InputError(f"{length} tokens are too few for this task")
+    return left

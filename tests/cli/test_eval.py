@@ -1,0 +1,76 @@
+import json
+
+import pytest
+
+METHODS = ("--method", "selfindex balanced 5", "--method", "SnapKV")
+
+
+def evaluate(invoke, folder, output, *arguments):
+    options = (
+        "--length",
+        "900",
+        "--samples",
+        "2",
+        *METHODS,
+        "--text",
+        "manual",
+        "--device",
+        "cpu",
+        "--output",
+        str(output),
+    )
+    result = invoke("eval", folder, *options, *arguments)
+    assert result.exit_code == 0, result.output
+    return json.loads((output / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory):
+    return tmp_path_factory.mktemp("eval")
+
+
+def test_all_parts(invoke, folder, output):
+    pytest.importorskip("matplotlib")
+    found = evaluate(invoke, folder, output)
+    fidelity = found["fidelity"]["900"]["methods"]
+    assert list(fidelity) == ["dense", "SnapKV 5 %", "selfindex balanced 5 %"]
+    assert fidelity["dense"]["kl"][0] == pytest.approx(0, abs=1e-6)
+    assert 0 < fidelity["selfindex balanced 5 %"]["kl"][0] < fidelity["SnapKV 5 %"]["kl"][0]
+    assert len(fidelity["dense"]["position"]["kl"]) == 4  # 128 tokens in stretches of 32
+    layers = found["layers"]["900"]
+    assert layers["dense"]["mass"]["mean"] == pytest.approx(1)
+    assert layers["dense"]["error"]["mean"] == pytest.approx(0, abs=1e-4)
+    ours, snap = layers["selfindex balanced 5 %"], layers["SnapKV 5 %"]
+    assert ours["overlap"]["mean"] > 2 * snap["overlap"]["mean"]
+    assert len(ours["mass"]["layers"]) == 2
+    page = (output / "report.md").read_text()
+    # A random model finds nothing, which must not be held against a cache.
+    assert "The dense model itself fails: niah_single_2 .00" in page
+    for name in ("pareto.png", "layers.png", "needles.png"):
+        assert (output / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_goes_on_where_it_stopped(invoke, folder, output):
+    records = output / "records.jsonl"
+    lines = records.read_text().splitlines(keepends=True)
+    records.write_text("".join(lines[:-3]) + lines[-3][:20])  # stopped in the middle of a line
+    evaluate(invoke, folder, output)
+    assert sorted(records.read_text().splitlines()) == sorted(map(str.rstrip, lines))
+
+
+def test_other_settings_are_refused(fails, folder, output):
+    options = ("--text", "manual", "--budget", "10%", "--output", str(output), "--device", "cpu")
+    assert "another budget" in fails("eval", folder, *options)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--suite", "huge", "no suite 'huge'"),
+        ("--part", "speed", "no part speed"),
+        ("--budget", "200", "as a share"),
+        ("--text", "nowhere.txt", "is neither one of"),
+    ],
+)
+def test_bad_options(fails, folder, option, value, message):
+    assert message in fails("eval", folder, option, value)
