@@ -9,7 +9,7 @@ EXTRAS ?= demo,eval,dev,lm-eval
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-oldest lint format clean
+.PHONY: demo test test-oldest sanitize lint format clean
 
 $(VENV)/.base: pyproject.toml CMakeLists.txt $(wildcard src/selfindex/backends/cpu/native/*)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -34,6 +34,9 @@ test-oldest:  ## integration tests against the oldest supported transformers
 	@$(MAKE) --no-print-directory $(VENV)-oldest/.dev VENV=$(VENV)-oldest \
 		TRANSFORMERS=transformers==5.17.0 EXTRAS=demo,dev
 	@$(VENV)-oldest/bin/python -m pytest tests/integration
+
+sanitize: $(VENV)/.dev  ## the compiled CPU operators under AddressSanitizer and UBSan
+	@PYTHON=$(abspath $(BIN)/python) scripts/cpu_sanitize.sh
 
 lint: $(VENV)/.dev  ## style, types
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

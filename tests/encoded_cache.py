@@ -1,6 +1,7 @@
 """Random encoded caches on the CPU, for comparing compiled operators with the reference."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from pages import gaussian
@@ -76,17 +77,9 @@ def make_cache(
         short: pages of every row whose count is cut to an arbitrary smaller number.
         shared: all rows use the blocks of the longest one.
     """
-    fmt = PageFormat("balanced", heads, dim, page, bits)
     pages = [-(-n // page) for n in lengths]
-    blocks = sum(pages) + 1
-    query = 2 * gaussian(len(lengths), heads * groups, queries, dim, seed=seed)
-    keys = gaussian(blocks, heads, page, dim, seed=seed + 1) + 0.5 * gaussian(1, heads, 1, dim, seed=seed + 2)
-    # Some keys point along a query, as in real attention.
-    along = (gaussian(blocks, heads, page, 1, seed=seed + 3) > 2) * query[:1, ::groups, :1]
-    values = gaussian(blocks, heads, page, dim, seed=seed + 4)
-    constants = torch.linspace(0.5, 2.0, heads * dim).view(1, heads, dim)
-    full = torch.full((blocks,), page, dtype=torch.int32)
-    index, payload = reference.encode(keys + 0.4 * along, values, full, constants, fmt.name)
+    blocks, fmt = sum(pages) + 1, PageFormat("balanced", heads, dim, page, bits)
+    query, constants, index, payload = _pools(fmt.name, len(lengths), blocks, groups, queries, seed)
     order = torch.randperm(blocks, generator=torch.Generator().manual_seed(seed)).int()
     table = torch.zeros(len(lengths), max(pages), dtype=torch.int32)
     counts = torch.zeros_like(table)
@@ -100,7 +93,22 @@ def make_cache(
         for cut in short:
             if cut < n:
                 counts[b, cut] = min(int(counts[b, cut]), 1 + 37 * (cut + b) % (page - 1))
-    return Cache(fmt, query.to(dtype), index, payload, table, counts, constants, dim**-0.5)
+    return Cache(fmt, query.to(dtype, copy=True), index, payload, table, counts, constants, dim**-0.5)
+
+
+@lru_cache(maxsize=100)
+def _pools(name, batch, blocks, groups, queries, seed):
+    """Queries, balance and encoded pages, which one instruction set after the other is tested on."""
+    fmt = PageFormat.parse(name)
+    heads, dim, page = fmt.kv_heads, fmt.head_dim, fmt.page_size
+    query = 2 * gaussian(batch, heads * groups, queries, dim, seed=seed)
+    keys = gaussian(blocks, heads, page, dim, seed=seed + 1) + 0.5 * gaussian(1, heads, 1, dim, seed=seed + 2)
+    # Some keys point along a query, as in real attention.
+    along = (gaussian(blocks, heads, page, 1, seed=seed + 3) > 2) * query[:1, ::groups, :1]
+    values = gaussian(blocks, heads, page, dim, seed=seed + 4)
+    constants = torch.linspace(0.5, 2.0, heads * dim).view(1, heads, dim)
+    full = torch.full((blocks,), page, dtype=torch.int32)
+    return query, constants, *reference.encode(keys + 0.4 * along, values, full, constants, name)
 
 
 def relative_error(got, wanted):

@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# The compiled CPU operators without CMake: scripts/cpu_build.sh FOLDER [COMPILER FLAGS]
+# writes FOLDER/_native.so, which Python finds beside selfindex/backends/cpu/loader.py.
+# Needs a C++17 compiler (CXX, default g++) and nanobind in the environment of PYTHON (default python3).
+set -euo pipefail
+native=$(cd "$(dirname "$0")/.." && pwd)/src/selfindex/backends/cpu/native
+mkdir -p "$1"
+cd "$1"
+shift
+read -r nanobind headers < <("${PYTHON:-python3}" -c \
+  'import nanobind, sysconfig; print(nanobind.source_dir(), sysconfig.get_path("include"))')
+
+export NATIVE_FLAGS="-std=c++17 -fPIC -fvisibility=hidden -Wno-psabi ${*:--O2} -I$nanobind/../include
+  -I$nanobind/../ext/robin_map/include -I$headers"
+case $(uname -m) in
+  x86_64) NATIVE_FLAGS+=" -DSELFINDEX_X86" others=neon ;;
+  aarch64 | arm64) NATIVE_FLAGS+=" -DSELFINDEX_NEON" others='avx.*' ;;
+  *) others='avx.*|neon' ;;
+esac
+
+compile() {
+  local flags=(-Wall -Wextra)
+  case $1 in
+    *_avx2.cpp) flags+=(-mavx2 -mfma) ;;
+    *_avx512.cpp) flags+=(-mavx2 -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl) ;;
+    *nb_combined.cpp) flags=(-w -fno-strict-aliasing -O1 -fno-sanitize=all) ;;  # not ours
+  esac
+  # Word splitting is meant.
+  ${CXX:-g++} $NATIVE_FLAGS "${flags[@]}" -c "$1" -o "$(basename "$1" .cpp).o"
+}
+export -f compile
+
+# The longest first.
+{ echo "$nanobind/nb_combined.cpp"; ls "$native"/*.cpp | grep -Ev "kernels_($others)\.cpp"; } |
+  xargs -P "$(nproc)" -I{} bash -ec 'compile {}'
+${CXX:-g++} ${*:--O2} -shared -o _native.so ./*.o -lpthread -ldl
