@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from selfindex.backends import ops, reference
+from selfindex.backends.cpu import operators
 from selfindex.backends.cpu.operators import dense_attend
 
 
@@ -50,10 +51,21 @@ def test_selecting_everything_is_dense_attention(isa):
     torch.testing.assert_close(lse, wanted[1], atol=1e-5, rtol=1e-5)
 
 
-def test_many_queries_run_the_reference(isa):
-    cache = make_cache([300], groups=2, queries=40)
-    got, wanted = ops.dense_attend(*cache.dense_arguments()), reference.dense_attend(*cache.dense_arguments())
-    assert torch.equal(got[0], wanted[0])
+@pytest.mark.parametrize("dim", [64, 80, 96, 128, 192, 256])
+@pytest.mark.parametrize(("groups", "bits", "dtype"), [(2, 3, torch.float16), (1, 2, torch.bfloat16)])
+def test_many_queries_agree_with_the_reference(isa, monkeypatch, dim, groups, bits, dtype):
+    monkeypatch.setattr(operators, "FEW_ROWS", 10)
+    monkeypatch.setattr(operators, "DENSE_CHUNK", 150)
+    check(make_cache([300, 0, 1, 150], dim, 2, groups, bits, 40, 11, dtype, short=(2,)), error=1e-5)
+
+
+def test_both_ways_agree_where_they_meet(isa, monkeypatch):
+    cache = make_cache([700, 90], groups=2, queries=20)
+    few = ops.dense_attend(*cache.dense_arguments())
+    monkeypatch.setattr(operators, "FEW_ROWS", 39)
+    many = ops.dense_attend(*cache.dense_arguments())
+    assert not torch.equal(few[0], many[0]), "the other way ran"
+    assert relative_error(few[0], many[0]) < 2e-4
 
 
 def test_logits_far_apart(isa):

@@ -35,13 +35,18 @@ def _paley(order: int) -> Tensor:
     return matrix + torch.eye(order)
 
 
+def block_order(dim: int) -> int:
+    """Order of the block that `hadamard(dim)` doubles: 12 or 20 of Paley's, else 1."""
+    return next((o for o in _PALEY if dim % o == 0 and (dim // o) & (dim // o - 1) == 0), 1)
+
+
 def hadamard(dim: int) -> Tensor:
     """A Hadamard matrix (entries +-1, rows orthogonal), float32 [dim, dim].
 
     Raises:
         InputError: no construction is known here for `dim`.
     """
-    order = next((o for o in _PALEY if dim % o == 0 and (dim // o) & (dim // o - 1) == 0), 1)
+    order = block_order(dim)
     rest = dim // order
     if dim < 1 or rest & (rest - 1):
         raise InputError(f"no Hadamard matrix for head_dim {dim}; supported are {HEAD_DIMS}")

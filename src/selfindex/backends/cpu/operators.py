@@ -8,11 +8,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...codec import PageFormat
-from ...codec.rotation import KEY_SEED, VALUE_SEED, rotation
+from ...attention.partial import join_parts
+from ...codec import PageFormat, codec_for
+from ...codec.rotation import HEAD_DIMS, KEY_SEED, VALUE_SEED, block_order, hadamard, rotation, sign_diagonal
 from .loader import instruction_set, native
 
 _CPU = torch.device("cpu")
+
+FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""Dtypes of a model, numbered as `enum Format` in native/kernels.h."""
+
+FEW_ROWS = 192
+"""Queries of a KV head up to which `dense_attend` multiplies with the codes themselves; for more it
+decodes keys and values and leaves the products to PyTorch."""
+
+DENSE_CHUNK = 4096
+"""Tokens decoded at a time for those: bounds the memory."""
 
 
 @lru_cache(maxsize=256)
@@ -94,12 +105,12 @@ class Call:
         )
 
 
-def supported(query: Tensor, index_pool: Tensor, payload_pool: Tensor, fmt: PageFormat) -> bool:
-    """Whether the compiled operators serve these arguments."""
-    pools = (index_pool, payload_pool)
+def attention_supported(query: Tensor, index_pool: Tensor, payload_pool: Tensor, *rest: Any) -> bool:
+    """Whether `sparse_decode` and `dense_attend` serve these arguments."""
+    fmt, pools = PageFormat.parse(rest[-1]), (index_pool, payload_pool)
     return (
         fmt.preset == "balanced"
-        and query.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and query.dtype in FORMATS
         and query.shape[1] > 0
         and query.shape[2] > 0
         and all(pool.device == _CPU and pool.stride(1) == 1 for pool in pools)
@@ -142,8 +153,144 @@ def dense_attend(
     """See `reference.dense_attend`."""
     name = instruction_set()
     call = Call(query, index_pool, payload_pool, block_table, page_counts, constants, scaling, format)
-    native().dense_attend(name, call.cache, call.queries)
-    return call.output, call.lse
+    fmt = PageFormat.parse(format)
+    if query.shape[1] // fmt.kv_heads * query.shape[2] <= FEW_ROWS:
+        native().dense_attend(name, call.cache, call.queries)
+        return call.output, call.lse
+    return _dense_products(name, call, query, page_counts, constants, scaling, fmt)
+
+
+def _dense_products(
+    name: str,
+    call: Call,
+    query: Tensor,
+    page_counts: Tensor,
+    constants: Tensor,
+    scaling: float,
+    fmt: PageFormat,
+) -> tuple[Tensor, Tensor]:
+    """Decode a chunk of tokens compiled, attend to it with PyTorch's flash attention, merge."""
+    codec = codec_for(fmt.name)
+    mapped = codec.map_query(query.detach().unflatten(1, (fmt.kv_heads, -1)).flatten(2, 3), constants)
+    present = torch.arange(fmt.page_size) < page_counts[..., None]
+    room = min(DENSE_CHUNK, int(present.sum((1, 2)).max()))
+    keys, values = torch.empty(2, fmt.kv_heads * room * fmt.head_dim).unbind()
+    parts = []
+    for b, row in enumerate(present.flatten(1)):
+        one = mapped[b : b + 1]
+        joined = torch.zeros_like(one), one.new_full(one.shape[:-1], -torch.inf)
+        every = row.nonzero().flatten().int()
+        for slots in every.split(DENSE_CHUNK) if len(every) else ():
+            n, shape = len(slots), (1, fmt.kv_heads, len(slots), fmt.head_dim)
+            k, v = (x[: fmt.kv_heads * n * fmt.head_dim].view(shape) for x in (keys, values))
+            where = slots.data_ptr(), n, torch.get_num_threads(), k.data_ptr(), v.data_ptr()
+            native().read_tokens(name, call.cache, b, *where)
+            part = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(one, k, v, scale=scaling)
+            joined = join_parts(joined, part)
+        parts.append(joined)
+    # Rows are query heads times new queries; both go back to where they came from.
+    shape = (*query.shape[:3], fmt.head_dim)
+    output = codec.unmap_output(torch.cat([output for output, _ in parts])).view(shape)
+    return output, torch.cat([lse for _, lse in parts]).view(shape[:3])
+
+
+def encode_supported(keys: Tensor, values: Tensor, counts: Tensor, constants: Tensor, format: str) -> bool:
+    """Whether `encode` serves these arguments."""
+    return (
+        PageFormat.parse(format).preset == "balanced"
+        and keys.dtype == values.dtype
+        and keys.dtype in FORMATS
+        and keys.shape[0] > 0
+    )
+
+
+@lru_cache(maxsize=16)
+def _rotation_parts(dim: int) -> tuple[int, Tensor, Tensor, Tensor]:
+    """Order and matrix that doubling starts from, and what channels of keys and values are multiplied by."""
+    order = block_order(dim)
+    factors = [sign_diagonal(dim, seed) / dim**0.5 for seed in (KEY_SEED, VALUE_SEED)]
+    return order, hadamard(order), factors[0], factors[1]
+
+
+def _strided(x: Tensor) -> tuple[int, int, int, int]:
+    """Address and byte strides of a tensor [outer, heads, tokens, channels]: `struct Strided`."""
+    size = x.element_size()
+    return x.data_ptr(), x.stride(0) * size, x.stride(1) * size, x.stride(2) * size
+
+
+def _adjacent(x: Tensor) -> Tensor:
+    """The tensor with its channels side by side."""
+    x = x.detach()
+    return x if x.stride(3) == 1 else x.contiguous()
+
+
+def encode(
+    keys: Tensor, values: Tensor, counts: Tensor, constants: Tensor, format: str
+) -> tuple[Tensor, Tensor]:
+    """See `reference.encode`. Bytes differ from the reference's where rounding decides."""
+    name, fmt, n = instruction_set(), PageFormat.parse(format), keys.shape[0]
+    keys, values, counts = _adjacent(keys), _adjacent(values), counts.to(torch.int32).contiguous()
+    order, block, key_signs, value_factor = _rotation_parts(fmt.head_dim)
+    key_factor = (constants.to(torch.float32) * key_signs).contiguous()
+    index = torch.zeros(n, fmt.index_bytes, dtype=torch.uint8)
+    payload = torch.zeros(n, fmt.payload_bytes, dtype=torch.uint8)
+    numbers = [
+        *(FORMATS[keys.dtype], n, *_strided(keys), *_strided(values), counts.data_ptr()),
+        *(key_factor.data_ptr(), key_factor.stride(0) if len(key_factor) > 1 else 0, value_factor.data_ptr()),
+        *(order, block.data_ptr(), index.data_ptr(), payload.data_ptr()),
+        *(fmt.index_bytes, fmt.payload_bytes, torch.get_num_threads()),
+    ]
+    native().encode(name, _layout(fmt), numbers)
+    fmt.count(index).copy_(counts)
+    return index, payload
+
+
+def window_supported(
+    query: Tensor, new_keys: Tensor, new_values: Tensor, keys: Tensor, values: Tensor, *rest: Any
+) -> bool:
+    """Whether `window_attend` serves these arguments."""
+    tensors = (query, new_keys, new_values, keys, values)
+    return (
+        query.dtype in FORMATS
+        and all(x.dtype == query.dtype and x.device == _CPU for x in tensors)
+        and query.shape[3] % 16 == 0
+        and query.shape[3] <= max(HEAD_DIMS)
+        and keys.is_contiguous()
+        and values.is_contiguous()
+    )
+
+
+def window_attend(
+    query: Tensor,
+    new_keys: Tensor,
+    new_values: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor,
+    part: Tensor,
+    part_lse: Tensor,
+    sink_logit: Tensor | None,
+    scaling: float,
+) -> Tensor:
+    """See `reference.window_attend`.
+
+    Raises:
+        IndexError: a row's length is not below `room`.
+    """
+    (batch, query_heads, _, dim), (heads, room) = query.shape, keys.shape[1:3]
+    query, new_keys, new_values = _adjacent(query), _adjacent(new_keys), _adjacent(new_values)
+    lengths = lengths.to(torch.int32).contiguous()
+    part, part_lse = part.to(torch.float32).contiguous(), part_lse.to(torch.float32).contiguous()
+    sink = None if sink_logit is None else sink_logit.detach().to(torch.float32).contiguous()
+    output = query.new_empty(batch, 1, query_heads, dim)
+    numbers = [
+        *(FORMATS[query.dtype], batch, heads, room, query_heads // heads, dim),
+        *(*_strided(query), *_strided(new_keys), *_strided(new_values)),
+        *(keys.data_ptr(), values.data_ptr(), lengths.data_ptr(), part.data_ptr(), part_lse.data_ptr()),
+        *(0 if sink is None else sink.data_ptr(), output.data_ptr(), torch.get_num_threads()),
+    ]
+    native().window_attend(instruction_set(), numbers, scaling)
+    return output
 
 
 def top_k(scores: Tensor, count: int) -> Tensor:

@@ -1,37 +1,31 @@
 """The compiled operators as implementations of the package's operators on CPU tensors.
 
-Calls they do not serve run the reference implementation: the paper preset, encoding, many new
-queries at once. So do all calls where the compiled module is missing, announced once.
+Calls they do not serve, such as those of the paper preset, run the reference implementation. So do
+all calls where the compiled module is missing, announced once.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
-
-from ...codec import PageFormat
 from .. import reference
 from ..fallback import with_fallback
 from . import operators
 from .loader import NativeDisabled, NativeUnavailable
 
-FEW_ROWS = 64
-"""Queries of a KV head up to which attention to everything runs compiled; beyond, matrix products win."""
-
-
-def _any(query: Tensor, index_pool: Tensor, payload_pool: Tensor, *rest: Any) -> bool:
-    return operators.supported(query, index_pool, payload_pool, PageFormat.parse(rest[-1]))
-
-
-def _few(query: Tensor, index_pool: Tensor, payload_pool: Tensor, *rest: Any) -> bool:
-    rows = query.shape[1] // PageFormat.parse(rest[-1]).kv_heads * query.shape[2]
-    return rows <= FEW_ROWS and _any(query, index_pool, payload_pool, *rest)
+SERVED: dict[str, Callable[..., bool]] = {
+    "encode": operators.encode_supported,
+    "sparse_decode": operators.attention_supported,
+    "dense_attend": operators.attention_supported,
+    "window_attend": operators.window_supported,
+}
+"""Compiled operators, and whether they serve given arguments."""
 
 
 def register(ops: Any) -> None:
     """Make these the CPU implementations of the operators in module `ops`."""
-    for name, supported in (("sparse_decode", _any), ("dense_attend", _few)):
+    for name, supported in SERVED.items():
         fast, plain = getattr(operators, name), getattr(reference, name)
         getattr(ops, name).register_kernel(
             "cpu", with_fallback("CPU", fast, plain, supported, NativeUnavailable, (NativeDisabled,))

@@ -1,5 +1,8 @@
 #include "attend.h"
 
+#include "operators.h"
+#include "parallel.h"
+
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -122,6 +125,56 @@ void attend(const Kernels& kernels, const Cache& cache, const Rows& rows, const 
                    signed_values ? kEightLevels : kFourLevels, levels);
     kernels.accumulate(levels, live, width, scratch.logits + start, n, rows.count, part.sums);
   }
+}
+
+void read_tokens(const Kernels& kernels, const Cache& cache, int64_t row, const int32_t* slots,
+                 int64_t n, int threads, float* keys, float* values) {
+  const Layout& layout = cache.layout;
+  const int dim = layout.dim, width = padded(dim);
+  const float* scales = scale_values();
+  const bool signed_values = layout.value_bits == 3;
+  const int64_t tiles = (n + kTile - 1) / kTile, share = 8;  // tiles of a task
+  const int64_t shares = (tiles + share - 1) / share;
+  parallel_for(threads, layout.heads * shares, [&](int64_t i, int) {
+    Rows rows{};
+    rows.row = row;
+    rows.head = i / shares;
+    alignas(64) int8_t levels[kTile * kMaxDim];
+    alignas(64) float mean[kMaxDim];
+    const uint8_t *crumbs[kTile], *signs[kTile], *index = nullptr;
+    Tile tile;
+    const int64_t first = i % shares * share * kTile, last = std::min(n, first + share * kTile);
+    for (int64_t start = first; start < last; start += kTile) {
+      const int live = static_cast<int>(std::min<int64_t>(kTile, last - start));
+      const int64_t to = (rows.head * n + start) * dim;
+      locate(cache, rows, slots + start, live, tile);
+      for (int t = 0; t < live; t++) {
+        crumbs[t] = tile.token[t] + layout.magnitudes;
+        signs[t] = tile.codes[t];
+      }
+      kernels.expand(crumbs, signs, live, width, kEightLevels, levels);
+      for (int t = 0; t < live; t++) {
+        if (tile.index[t] != index) {
+          index = tile.index[t];
+          kernels.widen(reinterpret_cast<const int8_t*>(index + layout.mean), dim,
+                        float_at(index + layout.mean_step), nullptr, mean);
+        }
+        const float scale = scales[tile.key_scale[t]] * float_at(index + layout.key_base) / kUnits;
+        kernels.widen(levels + t * width, dim, scale, mean, keys + to + int64_t{t} * dim);
+      }
+      for (int t = 0; t < live; t++) {
+        crumbs[t] = tile.token[t] + layout.values;
+        signs[t] = tile.token[t] + layout.value_signs;
+      }
+      kernels.expand(crumbs, signed_values ? signs : nullptr, live, width,
+                     signed_values ? kEightLevels : kFourLevels, levels);
+      for (int t = 0; t < live; t++) {
+        const float scale = scales[tile.value_scale[t]] * float_at(tile.index[t] + layout.value_base) *
+                            (signed_values ? 1.0f / kUnits : 0.5f);
+        kernels.widen(levels + t * width, dim, scale, nullptr, values + to + int64_t{t} * dim);
+      }
+    }
+  });
 }
 
 void merge(const Kernels& kernels, const Cache& cache, const Rows& rows, const Part* parts,

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "cache.h"
+
 namespace selfindex {
 
 constexpr int kMaxDim = 256;
@@ -14,6 +16,37 @@ constexpr int kTableZero = 64;
 // Integer steps of one unit of the 8-level quantiser (docs/format.md).
 constexpr int kUnits = 53;
 constexpr int kTile = 16;
+// Largest Hadamard matrix that is not made by doubling.
+constexpr int kMaxOrder = 20;
+
+enum Format : int { kFloat32, kBFloat16, kFloat16 };
+
+// One KV head of a page to encode. Strides are bytes from one token to the next.
+struct EncodeRecord {
+  const Layout* layout;
+  Format format;
+  const uint8_t *keys, *values;
+  int64_t key_stride, value_stride;
+  int live;                                 // tokens
+  const float *key_factor, *value_factor;   // [dim], what channels are multiplied by before H
+  int order;                                // of `block`, 1 for none
+  const float* block;                       // [order][order]
+  uint8_t *index, *payload;                 // records, zeros
+  float *scratch, *scales;                  // [tokens padded][dim] and [tokens padded]
+};
+
+// One KV head of a row in `window_attend`; the queries are `groups`, `query_stride` bytes apart.
+struct WindowHead {
+  Format format;
+  int dim, groups, length;  // tokens before the new one
+  const uint8_t *query, *new_key, *new_value;
+  int64_t query_stride;
+  uint8_t *keys, *values;   // [more than length][dim]
+  const float *part, *part_lse, *sink;  // [groups][dim], [groups], [groups] or null
+  uint8_t* output;          // [groups][dim]
+  float scaling;
+  float* logits;            // [4][length + 1]
+};
 
 // Channels padded to whole steps of the decoder. Padding channels hold arbitrary bytes.
 inline int padded(int dim) { return (dim + 31) / 32 * 32; }
@@ -61,6 +94,14 @@ struct Kernels {
   // sums[r] += sum over t of weight[r][t] * levels[t]; weight rows are `stride` apart.
   void (*accumulate)(const int8_t* levels, int n, int width, const float* weight, int64_t stride,
                      int rows, float* sums);
+
+  // to[i] = levels[i] * scale + mean[i]; `mean` may be null.
+  void (*widen)(const int8_t* levels, int dim, float scale, const float* mean, float* to);
+
+  void (*encode)(const EncodeRecord& record);
+
+  // Stores the new token, attends, merges.
+  void (*window)(const WindowHead& head);
 };
 
 // The named instruction set ("generic", "avx2", "avx512"), null where it cannot run here.

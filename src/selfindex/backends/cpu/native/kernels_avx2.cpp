@@ -19,8 +19,16 @@ struct Lanes {
     return (unsigned)_mm256_movemask_ps(
         _mm256_cmp_ps(_mm256_loadu_ps(from), _mm256_set1_ps(threshold), _CMP_GE_OQ));
   }
+  static void interleave(__m256 a, __m256 b, __m256& low, __m256& high) {
+    const __m256 x = _mm256_unpacklo_ps(a, b), y = _mm256_unpackhi_ps(a, b);
+    low = _mm256_permute2f128_ps(x, y, 0x20);
+    high = _mm256_permute2f128_ps(x, y, 0x31);
+  }
 };
 #include "kernels_body.h"
+#include "formats_body.h"
+#include "encode_body.h"
+#include "window_body.h"
 #include "decode_avx2.h"
 
 struct Vec {
@@ -66,7 +74,7 @@ struct Vec {
 
 extern const Kernels kernels;
 const Kernels kernels = {"avx2", lookup, to_logits, exponentiate, weigh,      maxima,     reaching,
-                         mean_dots, rotate, expand, level_dots, accumulate};
+                         mean_dots, rotate, expand, level_dots, accumulate, widen,    encode,     window};
 
 }  // namespace avx2
 }  // namespace selfindex

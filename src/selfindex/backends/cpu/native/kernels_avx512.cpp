@@ -22,8 +22,16 @@ struct Lanes {
   static unsigned at_least(const float* from, float threshold) {
     return _mm512_cmp_ps_mask(_mm512_loadu_ps(from), _mm512_set1_ps(threshold), _CMP_GE_OQ);
   }
+  static void interleave(__m512 a, __m512 b, __m512& low, __m512& high) {
+    const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    low = _mm512_permutex2var_ps(a, first, b);
+    high = _mm512_permutex2var_ps(a, _mm512_add_epi32(first, _mm512_set1_epi32(8)), b);
+  }
 };
 #include "kernels_body.h"
+#include "formats_body.h"
+#include "encode_body.h"
+#include "window_body.h"
 #include "decode_avx2.h"
 
 struct Vec {
@@ -75,7 +83,7 @@ struct Vec {
 
 extern const Kernels kernels;
 const Kernels kernels = {"avx512", lookup, to_logits, exponentiate, weigh,      maxima,     reaching,
-                         mean_dots, rotate, expand, level_dots, accumulate};
+                         mean_dots, rotate, expand, level_dots, accumulate, widen,    encode,     window};
 
 }  // namespace avx512
 }  // namespace selfindex

@@ -2,7 +2,8 @@
 // extension of GCC and Clang, which the compiler lowers to what the including file is compiled for.
 // Included inside a namespace of its own, so that no two instruction sets share a symbol, and
 // without templates of the standard library for the same reason. The including file has `Lanes`:
-// `floats` reads kLanes int8 or int16 numbers, `at_least` is a bit per float that is not less.
+// `floats` reads kLanes int8 or int16 numbers, `at_least` is a bit per float that is not less,
+// `interleave` makes a0 b0 a1 b1 .. of two vectors.
 
 typedef float Floats __attribute__((vector_size(4 * kLanes)));
 typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
@@ -195,5 +196,12 @@ void accumulate(const int8_t* levels, int n, int width, const float* weight, int
     case 2: accumulate_rows<2>(levels, n, width, weight + r * stride, stride, sums + r * width); break;
     case 1: accumulate_rows<1>(levels, n, width, weight + r * stride, stride, sums + r * width); break;
     default: break;
+  }
+}
+
+void widen(const int8_t* levels, int dim, float scale, const float* mean, float* to) {
+  for (int i = 0; i < dim; i += kLanes) {
+    const Floats level = (Floats)Lanes::floats(levels + i) * scale;
+    store(to + i, mean ? level + load<Floats>(mean + i) : level);
   }
 }

@@ -19,8 +19,18 @@ struct Lanes {
     for (int i = 0; i < kLanes; i++) bits |= (unsigned)(from[i] >= threshold) << i;
     return bits;
   }
+  template <class V>
+  static void interleave(V a, V b, V& low, V& high) {
+    for (int i = 0; i < kLanes / 2; i++) {
+      low[2 * i] = a[i], low[2 * i + 1] = b[i];
+      high[2 * i] = a[i + kLanes / 2], high[2 * i + 1] = b[i + kLanes / 2];
+    }
+  }
 };
 #include "kernels_body.h"
+#include "formats_body.h"
+#include "encode_body.h"
+#include "window_body.h"
 
 void lookup(const uint8_t* codes, int tokens, int bytes, const uint8_t* tables, int rows,
             int16_t* sums, int64_t stride) {
@@ -64,7 +74,7 @@ void level_dots(const int8_t* levels, int n, int width, const int16_t* row, int 
 
 extern const Kernels kernels;
 const Kernels kernels = {"generic", lookup, to_logits, exponentiate, weigh,      maxima,     reaching,
-                         mean_dots, rotate, expand, level_dots, accumulate};
+                         mean_dots, rotate, expand, level_dots, accumulate, widen,    encode,     window};
 
 }  // namespace generic
 }  // namespace selfindex

@@ -64,6 +64,74 @@ Queries queries(uintptr_t query, int64_t groups, int64_t count, int threads, uin
   return {at<const float>(query), groups, count, threads, at<float>(output), at<float>(lse)};
 }
 
+// Takes numbers off a list, in the order of native structures.
+class Numbers {
+ public:
+  explicit Numbers(const std::vector<int64_t>& n) : n_(n) {}
+  ~Numbers() noexcept(false) {
+    if (next_ != n_.size() && !std::uncaught_exceptions()) throw std::invalid_argument("too many numbers");
+  }
+  int64_t take() { return n_.at(next_++); }
+  int small() { return static_cast<int>(take()); }
+  template <class T>
+  T* address() { return at<T>(static_cast<uintptr_t>(take())); }
+  Strided strided() {
+    const uint8_t* first = address<const uint8_t>();
+    const int64_t outer = take(), head = take();
+    return {first, outer, head, take()};
+  }
+
+ private:
+  const std::vector<int64_t>& n_;
+  size_t next_ = 0;
+};
+
+Pages pages(const Layout& layout, const std::vector<int64_t>& numbers) {
+  Numbers n(numbers);
+  Pages p{};
+  p.layout = layout;
+  p.format = static_cast<Format>(n.take());
+  p.count = n.take();
+  p.keys = n.strided();
+  p.values = n.strided();
+  p.counts = n.address<const int32_t>();
+  p.key_factor = n.address<const float>();
+  p.factor_stride = n.take();
+  p.value_factor = n.address<const float>();
+  p.order = n.small();
+  p.block = n.address<const float>();
+  p.index = n.address<uint8_t>();
+  p.payload = n.address<uint8_t>();
+  p.index_stride = n.take();
+  p.payload_stride = n.take();
+  p.threads = n.small();
+  return p;
+}
+
+Window window(const std::vector<int64_t>& numbers, float scaling) {
+  Numbers n(numbers);
+  Window w{};
+  w.format = static_cast<Format>(n.take());
+  w.batch = n.take();
+  w.heads = n.take();
+  w.room = n.take();
+  w.groups = n.small();
+  w.dim = n.small();
+  w.query = n.strided();
+  w.new_keys = n.strided();
+  w.new_values = n.strided();
+  w.keys = n.address<uint8_t>();
+  w.values = n.address<uint8_t>();
+  w.lengths = n.address<const int32_t>();
+  w.part = n.address<const float>();
+  w.part_lse = n.address<const float>();
+  w.sink = n.address<const float>();
+  w.output = n.address<uint8_t>();
+  w.threads = n.small();
+  w.scaling = scaling;
+  return w;
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -106,6 +174,25 @@ NB_MODULE(_native, m) {
           nb::gil_scoped_release release;
           dense_attend(kernels, cache, queries);
         });
+  m.def("read_tokens", [](const std::string& name, const Cache& cache, int64_t row, uintptr_t slots,
+                          int64_t n, int threads, uintptr_t keys, uintptr_t values) {
+    const Kernels& kernels = named(name);
+    cache.check();
+    nb::gil_scoped_release release;
+    read_tokens(kernels, cache, row, at<const int32_t>(slots), n, threads, at<float>(keys), at<float>(values));
+  });
+  m.def("encode", [](const std::string& name, const Layout& layout, const std::vector<int64_t>& numbers) {
+    const Kernels& kernels = named(name);
+    const Pages given = pages(layout, numbers);
+    nb::gil_scoped_release release;
+    encode(kernels, given);
+  });
+  m.def("window_attend", [](const std::string& name, const std::vector<int64_t>& numbers, float scaling) {
+    const Kernels& kernels = named(name);
+    const Window given = window(numbers, scaling);
+    nb::gil_scoped_release release;
+    window_attend(kernels, given);
+  });
   m.def("top_k", [](const std::string& name, uintptr_t scores, int64_t n, int64_t count, uintptr_t chosen) {
     SelectScratch scratch;
     return top_k(named(name), at<const float>(scores), n, count, at<int32_t>(chosen), scratch);
