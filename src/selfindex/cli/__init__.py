@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from .. import __version__
-from . import demo, doctor, evaluate, generate
+from . import demo, doctor, evaluate, generate, inspect, profile
 
 app = typer.Typer(
     name="selfindex",
@@ -18,6 +18,8 @@ app.command()(demo.demo)
 app.command()(generate.generate)
 app.command()(doctor.doctor)
 app.command("eval")(evaluate.evaluate)
+app.command()(inspect.inspect)
+app.command()(profile.profile)
 
 
 def _show_version(wanted: bool) -> None:

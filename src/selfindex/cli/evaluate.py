@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import shlex
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -98,7 +97,7 @@ def _run(
     output: Path,
     batch: int,
 ) -> dict[str, Any]:
-    from ..evaluation.environment import describe
+    from ..evaluation.environment import command_line, describe
     from ..evaluation.methods import head_dim, methods
     from ..evaluation.records import Records
     from ..evaluation.run import Run
@@ -122,8 +121,7 @@ def _run(
             run.tick = lambda steps, bar=bar: bars.advance(bar, steps)  # type: ignore[misc]
             run.run(part)
             bars.update(bar, completed=run.total(part))
-    # File names without their folders: where they lay says nothing to a reader.
-    command = shlex.join(["selfindex", *(Path(word).name for word in sys.argv[1:])])
+    command = command_line("selfindex", *sys.argv[1:])
     found = summary(records, list(methods(budget, settings["head_dim"])))
     return {"environment": describe(command), "settings": settings, "suite": asdict(suite)} | found
 

@@ -15,7 +15,7 @@ from transformers import DynamicCache, TextStreamer
 from ..config import SelfIndexConfig
 from ..integrations.transformers import SelfIndexCache
 from .console import BUDGET, DEVICE, PRESET, CommandError, err, errors_in_one_line, parse_budget
-from .models import Loaded, load, quiet
+from .models import Loaded, load, quiet, read_text
 
 
 class _TimedStreamer(TextStreamer):
@@ -64,11 +64,7 @@ def _read_prompt(prompt: str | None, file: Path | None) -> str:
     if prompt is not None and file is not None:
         raise CommandError("give the prompt as an argument or with --file, not both")
     if file is not None:
-        try:
-            prompt = file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "not UTF-8 text"
-            raise CommandError(f"cannot read {file}: {reason}") from error
+        prompt = read_text(file)
     elif prompt is None:
         if sys.stdin.isatty():
             raise CommandError("no prompt: give it as an argument, with --file, or on stdin")

@@ -120,3 +120,29 @@ def load(name: str, device: str = "auto", dtype: str = "auto") -> Loaded:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise CommandError(f"cannot load {name}: {reason}") from error
     return Loaded(model.to(where).eval(), tokenizer, label)
+
+
+def read_text(file: Path) -> str:
+    """Content of a UTF-8 file.
+
+    Raises:
+        CommandError: it cannot be read.
+    """
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise CommandError(f"cannot read {file}: {reason}") from error
+
+
+def read_ids(loaded: Loaded, file: Path, most: int) -> torch.Tensor:
+    """The first tokens of a file, int64 [1, n]: `most`, and no more than the model's context.
+
+    Raises:
+        CommandError: the file cannot be read.
+    """
+    limit = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None) or most
+    # Sixteen characters a token are more than any tokenizer needs.
+    text = read_text(file)[: 16 * most]
+    ids = loaded.tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
+    return ids[:, : min(most, limit)].to(loaded.model.device)

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import torch
+from torch import Tensor
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -147,6 +149,47 @@ def heatmap(found: dict[str, Any], title: str, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, dpi=130, bbox_inches="tight")
     plt.close(figure)
+
+
+BINS = 128
+
+
+def selection(mass: Tensor, read: Tensor, heads: int, title: str, target: Path) -> None:
+    """True attention, share of tokens read, and attention missed, by position and head.
+
+    Args:
+        mass, read: float32 [layers H, n], means over queries.
+        heads: H, KV heads of a layer.
+    """
+    bins = min(BINS, mass.shape[1])
+    at = torch.arange(mass.shape[1]) * bins // mass.shape[1]
+
+    def binned(x: Tensor, mean: bool) -> Tensor:
+        total = torch.zeros(x.shape[0], bins).index_add_(1, at, x)
+        return total / torch.bincount(at, minlength=bins) if mean else total
+
+    panels = {
+        "true attention (log10 of mass)": (binned(mass, mean=False).clamp(min=1e-6).log10(), -4, 0),
+        "share of tokens read": (binned(read, mean=True), 0, 1),
+        "attention missed (log10 of mass)": (
+            binned(mass * (1 - read), mean=False).clamp(min=1e-6).log10(), -4, 0,
+        ),
+    }  # fmt: skip
+    figure, axes = plt.subplots(1, 3, figsize=(15, 2 + mass.shape[0] / 16), sharey=True)
+    layers = mass.shape[0] // heads
+    step = max(1, layers // 15)
+    for axis, (name, (grid, low, high)) in zip(axes, panels.items(), strict=True):
+        image = axis.imshow(
+            grid.numpy(), vmin=low, vmax=high, aspect="auto", interpolation="nearest",
+            extent=(0, mass.shape[1], mass.shape[0], 0),
+        )  # fmt: skip
+        axis.set_title(name, fontsize=10)
+        axis.set_xlabel("position of the token")
+        figure.colorbar(image, ax=axis, fraction=0.04)
+    axes[0].set_yticks([heads * i for i in range(0, layers, step)], range(0, layers, step))
+    axes[0].set_ylabel(f"layer ({heads} KV heads each)")
+    figure.suptitle(title, fontsize=9)
+    _save(figure, target)
 
 
 def draw(result: dict[str, Any], folder: Path) -> list[str]:

@@ -24,11 +24,13 @@ class Recording:
         tensors: per compressed layer (query [B, Hq, N, d], keys, values [B, H, N, d], scaling).
         dense: the dense cache of the same tokens.
         logits: [B, 1, vocabulary] after the last token.
+        layers: indices of the compressed layers.
     """
 
     tensors: list[tuple[Tensor, Tensor, Tensor, float]]
     dense: DynamicCache
     logits: Tensor
+    layers: list[int]
 
     def fill(self, cache: SelfIndexCache) -> SelfIndexCache:
         """Store the recorded tokens in an empty cache of the same model."""
@@ -73,4 +75,4 @@ def record(model: Any, ids: Tensor) -> Recording:
     for i, other in enumerate(cache.layers):
         if i not in compressed:
             dense.layers[i] = other
-    return Recording(tensors, dense, logits)
+    return Recording(tensors, dense, logits, sorted(compressed))
