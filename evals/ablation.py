@@ -16,7 +16,6 @@ import json
 import os
 import platform
 import re
-import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -27,9 +26,11 @@ from typing import Any
 import torch
 import transformers
 
+from selfindex.evaluation.environment import command_line
 from selfindex.evaluation.stats import Array, bootstrap, difference, p5
 
 from . import designs
+from .budgets import Budgets, bytes_read, shares
 from .capture import HOOK, Record, load_record
 from .endtoend import compare, encode_record
 from .models import load_model
@@ -52,26 +53,29 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--layer-step", type=int, default=1, help="operator level: every n-th layer")
     parser.add_argument("--groups", default=",".join(designs.GROUPS), help="operator level")
     parser.add_argument("--budgets", default="0.05,0.075,0.1,1.0", help="model level")
-    parser.add_argument("--designs", default="", help="model level: only these, separated by ;")
+    parser.add_argument("--designs", default="", help="model level: only these, separated by ;, or 'open'")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--store", type=Path, help="directory to keep dense passes in")
     parser.add_argument("--out", type=Path, default=Path("evals/results"))
     parser.add_argument("--tag", default="", help="added to the name of the result")
     return parser.parse_args()
 
 
+def window(args: argparse.Namespace, loaded: Callable[[], Any], text: str, part: int) -> Record:
+    """One window of a text."""
+    sizes = (args.parts, args.prefix, args.block)
+    return load_record(loaded, args.model, text, part, *sizes, args.store)
+
+
 def windows(args: argparse.Namespace, loaded: Callable[[], Any]) -> Iterator[tuple[Record, Balances]]:
     """Every window with its balance vectors; "another text" is the next text of the list."""
     texts = args.texts.split(",")
-
-    def get(text: str, part: int) -> Record:
-        sizes = (args.parts, args.prefix, args.block)
-        return load_record(loaded, args.model, text, part, *sizes, args.store)
-
     for part in range(min(args.take, args.parts)):
         for j, text in enumerate(texts):
-            other = get(texts[(j + 1) % len(texts)], part) if args.level == "operator" else None
-            record = get(text, part)
+            following = texts[(j + 1) % len(texts)]
+            other = window(args, loaded, following, part) if args.level == "operator" else None
+            record = window(args, loaded, text, part)
             yield record, balances(record, other)
 
 
@@ -106,18 +110,30 @@ def operator_level(args: argparse.Namespace, loaded: Callable[[], Any]) -> dict[
 def model_level(args: argparse.Namespace, loaded: Callable[[], Any]) -> dict[str, Any]:
     """Every design at every budget, end to end."""
     wanted = args.designs.split(";") if args.designs else None
+    if wanted == ["open"]:
+        wanted = list(designs.open_choices())
     todo = {n: v for n, v in designs.end_to_end_designs().items() if not wanted or n in wanted}
     budgets = [float(b) for b in args.budgets.split(",")]
     data: dict[str, dict[str, list[Array]]] = {}
     texts: list[str] = []
+    budgets_of: dict[float, Budgets] = {}
+    if any(v.spread.startswith("other") for v in todo.values()):
+        # A profile's text: the last window of the first text, which no result is measured on.
+        assert args.take < args.parts, "designs with budgets from another text need --take below --parts"
+        profile = window(args, loaded, args.texts.split(",")[0], args.parts - 1)
+        kinds = balances(profile, None)
+        for budget in budgets:
+            at = replace(designs.DEFAULT, budget=budget)
+            budgets_of[budget] = shares(profile, encode_record(profile, at, kinds), at)
     for record, kinds in windows(args, loaded):
         texts.append(record.text)
+        head_dim = next(iter(record.layers.values())).k.shape[-1]
         for name, variant in todo.items():
-            prefixes = encode_record(record, variant, kinds)
+            prefixes = encode_record(record, replace(variant, spread="uniform", dense_layers=0), kinds)
             for budget in budgets:
                 at = replace(variant, budget=budget)
-                if at.comp != "off":
-                    prefixes = encode_record(record, at, kinds)
+                if at.comp != "off" or at.spread != "uniform" or at.dense_layers:
+                    prefixes = encode_record(record, at, kinds, budgets_of.get(budget))
                 got = compare(loaded()[0], record, at, prefixes)
                 row = data.setdefault(f"{name} @ {budget:g}", {})
                 for metric, values in got.items():
@@ -129,6 +145,7 @@ def model_level(args: argparse.Namespace, loaded: Callable[[], Any]) -> dict[str
         name: {m: bootstrap(arrays) for m, arrays in row.items()}
         | {"kl_by_window": [[t, round(float(x.mean()), 5)] for t, x in zip(texts, row["kl"], strict=True)]}
         | {"kl_diff": difference(row["kl"], data[first]["kl"])}
+        | {"bytes_read": bytes_read(todo[name.split(" @ ")[0]], head_dim, bootstrap(row["read"])[0])}
         for name, row in data.items()
     }
 
@@ -143,14 +160,22 @@ def command() -> str:
         if not skip and not match:
             kept.append(word)
         skip = match is not None and match[2] is None
-    return shlex.join(kept)
+    return command_line(*kept)
 
 
 def main() -> None:
     """Run and write the result."""
     args = parse()
     torch.set_num_threads(args.threads)
-    loaded = functools.cache(lambda: load_model(args.model, HOOK))
+
+    @functools.cache
+    def loaded() -> tuple[Any, Any]:
+        with torch.device("cpu"):
+            model, tokenizer = load_model(args.model, HOOK)
+        return model.to(args.device), tokenizer
+
+    # Everything else is made on the device it is used on.
+    torch.set_default_device(args.device)
     start = time.time()
     result = operator_level(args, loaded) if args.level == "operator" else model_level(args, loaded)
     report = {
@@ -162,6 +187,7 @@ def main() -> None:
             "transformers": transformers.__version__,
         },
         "cpus": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name() if args.device.startswith("cuda") else None,
         "seconds": round(time.time() - start),
         "interval": "[estimate, 2.5 %, 97.5 %]",
         "result": result,

@@ -94,6 +94,7 @@ def _window_ids(tokenizer: Any, text: str, part: int, parts: int, length: int) -
 def record(model: Any, ids: Tensor, prefix: int, text: str) -> Record:
     """Dense pass over ids[:prefix], then over the rest as one block."""
     layers = full_attention_layers(model)
+    ids = ids.to(model.device)
     store: dict[int, dict[str, Any]] = {i: {} for i in layers}
 
     def on_prefix(i: int, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> None:

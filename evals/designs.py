@@ -120,6 +120,35 @@ GROUPS = {
 }
 
 
+DEFAULT = Variant(
+    KeySpec(page=128, balance="first256", constant=0.9),
+    ValueSpec(group=0, page=128),
+    aggregate="sum",
+    sharpness=0.5,
+    comp_page=128,
+)
+"""The default preset as it is built, but for evenly spaced value levels."""
+
+
+def open_choices() -> dict[str, dict[str, object]]:
+    """Changes to the default that would cost code and bytes: do they pay?"""
+    return {
+        "default": {},
+        "default, rerank 2x": {"rerank": 2},
+        "default, rerank 4x": {"rerank": 4},
+        "default, threshold": {"spread": "threshold"},
+        "default, budget per head": {"spread": "heads"},
+        "default, budget per layer": {"spread": "layers"},
+        "default, budget per head, other text": {"spread": "other heads"},
+        "default, first layer dense": {"dense_layers": 1},
+        "default, first 2 layers dense": {"dense_layers": 2},
+        "default, compensation": {"comp": "on"},
+        "default, gated compensation": {"comp": "gate"},
+        "default, careful compensation": {"comp": "careful"},
+        "default, gated compensation, threshold": {"comp": "gate", "spread": "threshold"},
+    }
+
+
 def end_to_end_designs() -> dict[str, Variant]:
     """Questions 6 and 7: complete designs. "same tokens" is the paper with our exact tokens."""
     v2 = _value(group=32)
@@ -139,6 +168,8 @@ def end_to_end_designs() -> dict[str, Variant]:
         "exact payload": BASE,
         "V2 sharpness 0.5": replace(v2, aggregate="sum", sharpness=0.5),
     }
+    for name, changes in open_choices().items():
+        out[name] = replace(DEFAULT, **changes)  # type: ignore[arg-type]
     for rule in RULES[1:]:
         out[f"V3 comp {rule}"] = replace(v3, comp=rule)
     return out

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from selfindex.evaluation.stats import Array
 
+from .budgets import Budgets, spread
 from .capture import Record, handler
 from .compensation import calibrate
 from .operator_level import Balances, balance_of
@@ -22,29 +23,36 @@ from .sparse import Prefix, Variant, attend, encode
 
 
 @torch.no_grad()
-def encode_record(record: Record, variant: Variant, kinds: Balances) -> dict[int, Prefix]:
-    """The encoded prefix of every recorded layer."""
+def encode_record(
+    record: Record, variant: Variant, kinds: Balances, other: Budgets | None = None
+) -> dict[int, Prefix]:
+    """The encoded prefix of every recorded layer; `other` are budgets from another text."""
     first = min(record.layers)
     out: dict[int, Prefix] = {}
     for i, layer in record.layers.items():
         prefix = encode(layer, variant, balance_of(kinds, variant, i))
         out[i] = calibrate(layer, prefix, variant, first=i == first)
-    return out
+    return spread(record, out, variant, other)
 
 
 @torch.no_grad()
 def compare(model: Any, record: Record, variant: Variant, prefixes: dict[int, Prefix]) -> dict[str, Array]:
-    """Per token of the continuation: KL(dense || variant), top-1 agreement, loss difference."""
+    """Per token of the continuation: KL(dense || variant), top-1 agreement, loss difference, and
+    the share of encoded tokens that it read, over all layers and heads.
+    """
     block = record.ids.numel() - record.prefix
+    read: list[Tensor] = []
 
     def run(i: int, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
         got = attend(q, prefixes[i], k[:, -block:], v[:, -block:], scaling, variant)
+        read.append(got.selected.float().mean((0, 2)))
         return got.out.flatten(0, 1)
 
     with handler(list(prefixes), run):
         ids = record.ids[None, record.prefix :]
         logits = model(ids, cache=copy.deepcopy(record.cache), use_cache=True).logits[0]
-    return compare_logits(record.logits, logits, record.ids[record.prefix :])
+    metrics = compare_logits(record.logits, logits, record.ids[record.prefix :])
+    return metrics | {"read": torch.stack(read).mean(0).cpu().numpy().astype(np.float64)}
 
 
 def compare_logits(dense: Tensor, other: Tensor, ids: Tensor) -> dict[str, Array]:
@@ -59,6 +67,6 @@ def compare_logits(dense: Tensor, other: Tensor, ids: Tensor) -> dict[str, Array
     loss_rise[-1] = 0.0  # its next token is not known
     agree = (dense.argmax(-1) == other.argmax(-1)).float()
     return {
-        name: x.numpy().astype(np.float64)
+        name: x.cpu().numpy().astype(np.float64)
         for name, x in (("kl", torch.cat(kl)), ("top1", agree), ("loss", loss_rise))
     }

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -15,8 +13,7 @@ from selfindex.evaluation import environment
 
 def describe(module: str) -> dict[str, Any]:
     """Date, command and versions, to be stored beside a result of evals/`module`.py."""
-    # File names without their folders: where they lay says nothing to a reader.
-    command = shlex.join(["python", "-m", f"evals.{module}", *(Path(a).name for a in sys.argv[1:])])
+    command = environment.command_line("python", "-m", f"evals.{module}", *sys.argv[1:])
     return environment.describe(command)
 
 

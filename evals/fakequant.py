@@ -54,8 +54,9 @@ def hadamard(d: int, seed: int = 0) -> Tensor:
     h = torch.ones(1, 1)
     while h.shape[0] < d:
         h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)], 0)
-    signs = torch.randint(0, 2, (d,), generator=torch.Generator().manual_seed(seed)) * 2 - 1
-    return h * signs / d**0.5
+    generator = torch.Generator().manual_seed(seed)
+    signs = torch.randint(0, 2, (d,), generator=generator, device="cpu") * 2 - 1
+    return h * signs.to(h) / d**0.5
 
 
 def to_pages(x: Tensor, page: int) -> tuple[Tensor, Tensor]:

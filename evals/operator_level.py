@@ -85,6 +85,6 @@ def measure(
                     row[metric].append(x.expand(len(positions), -1))
         for name, metrics in rows.items():
             for metric, parts in metrics.items():
-                array = torch.cat(parts, 1).numpy().astype(np.float64)
+                array = torch.cat(parts, 1).cpu().numpy().astype(np.float64)
                 table[name][metric].append(array)
     return table

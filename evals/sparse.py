@@ -38,6 +38,8 @@ class Variant:
     snapkv_sinks: bool = False  # exact tokens: 64 chosen SnapKV-style instead of sinks + recent
     comp: str = "off"  # compensation of unselected mass: "off", or a rule of compensation.py
     comp_page: int | None = 256
+    spread: str = "uniform"  # how the budget is spread over heads: a rule of budgets.py
+    dense_layers: int = 0  # first layers that attend to everything
 
 
 @dataclass
@@ -56,6 +58,8 @@ class Prefix:
     tokens: int  # length of the whole prefix
     gate: Tensor | None = None  # [H, G, 1, 1]
     shift: Tensor | None = None  # [H, G, 1, 1] calibrated log-mass correction
+    counts: Tensor | None = None  # [H] tokens to select, where heads have budgets of their own
+    threshold: float | None = None  # select tokens with more estimated probability than this
 
 
 @dataclass
@@ -131,6 +135,17 @@ def top_mask(score: Tensor, count: int) -> Tensor:
     return torch.zeros_like(score, dtype=torch.bool).scatter_(-1, chosen, True)
 
 
+def choose(score: Tensor, count: int, prefix: Prefix) -> Tensor:
+    """Tokens selected, bool [H, T, n], by scores [H, T, n] and the prefix's own budgets."""
+    if prefix.threshold is not None:
+        return score > prefix.threshold
+    if prefix.counts is None:
+        return top_mask(score, count)
+    order = score.argsort(-1, descending=True)
+    taken = torch.arange(score.shape[-1]) < prefix.counts[:, None, None]
+    return torch.zeros_like(score, dtype=torch.bool).scatter_(-1, order, taken.expand_as(order))
+
+
 def attend(
     q: Tensor,
     prefix: Prefix,
@@ -160,11 +175,14 @@ def attend(
     else:
         sharp = variant.sharpness
         score = aggregate(sharp * estimate, sharp * exact_logits, variant.aggregate)
+    if prefix.threshold is not None:
+        score = aggregate(estimate, exact_logits, "sum_full")
     if variant.rerank > 1:
         candidates = top_mask(score, count * variant.rerank)
         fine = torch.einsum("hgtd,hnd->hgtn", q, prefix.k_hat)
         score = aggregate(fine, exact_logits, "sum_full").masked_fill(~candidates, -1.0)
-    if count < estimate.shape[-1] // 4:  # gather the selected tokens
+    own_budget = prefix.threshold is not None or prefix.counts is not None
+    if not own_budget and count < estimate.shape[-1] // 4:  # gather the selected tokens
         chosen = score.topk(count, -1, sorted=False).indices
         selected = torch.zeros_like(score, dtype=torch.bool).scatter_(-1, chosen, True)
         k, v = (
@@ -173,7 +191,7 @@ def attend(
         logits = torch.einsum("hgtd,htkd->hgtk", q, k)
         combine = "hgtk,htkd->hgtd"
     else:  # mask the others
-        selected, v = top_mask(score, count), prefix.v_hat
+        selected, v = choose(score, count, prefix), prefix.v_hat
         logits = torch.einsum("hgtd,hnd->hgtn", q, prefix.k_hat)
         logits.masked_fill_(~selected[:, None], -torch.inf)
         combine = "hgtn,hnd->hgtd"

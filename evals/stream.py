@@ -2,7 +2,8 @@
 
 A short prompt, then a long text fed a few tokens at a time, as decoding or speculative decoding
 would: pages are encoded as they leave the recent window, statistics come from the first page.
-Per stretch of the text: KL to the dense model, top-1 agreement, bytes and tokens read.
+The text is a real one, or with --generated what the dense model samples after the prompt.
+Per stretch of the text: KL to the dense model and top-1 agreement.
 
     python -m evals.stream --texts manual kjv --prompt 200 --tokens 4000
 """
@@ -38,6 +39,16 @@ def stream(model: Any, cache: Any, ids: Tensor, prompt: int, step: int) -> Tenso
     return torch.cat(found)
 
 
+@torch.inference_mode()
+def sample(model: Any, prompt: Tensor, tokens: int) -> Tensor:
+    """The prompt [1, n] and what the model samples after it, without an end."""
+    torch.manual_seed(0)
+    return model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=tokens, min_new_tokens=tokens,
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+    )  # fmt: skip
+
+
 def main() -> None:
     """Parse the command line, run, print and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -45,6 +56,7 @@ def main() -> None:
     parser.add_argument("--texts", nargs="+", default=["manual", "kjv"])
     parser.add_argument("--prompt", type=int, default=200)
     parser.add_argument("--tokens", type=int, default=4000)
+    parser.add_argument("--generated", action="store_true", help="go on with text the dense model samples")
     parser.add_argument("--step", type=int, default=8, help="tokens fed at a time")
     parser.add_argument("--stretch", type=int, default=500, help="tokens averaged in a row of the table")
     parser.add_argument("--start", type=int, default=20000, help="first character of the text to use")
@@ -59,6 +71,8 @@ def main() -> None:
         content = load_text(text)[args.start : args.start + 12 * (args.prompt + args.tokens)]
         ids = tokenizer(content, return_tensors="pt", add_special_tokens=False).input_ids
         ids = ids[:, : args.prompt + args.tokens].to(args.device)
+        if args.generated:
+            ids = sample(model, ids[:, : args.prompt], args.tokens)
         dense = stream(model, DynamicCache(config=model.config), ids, args.prompt, args.step)
         cache = selfindex.SelfIndexCache(model, budget=args.budget, dense_below=0, sparse_queries=args.step)
         ours = stream(model, cache, ids, args.prompt, args.step)
@@ -82,6 +96,7 @@ def main() -> None:
             "model": args.model,
             "texts": [Path(t).stem for t in args.texts],
             "prompt": args.prompt,
+            "generated": args.generated,
             "step": args.step,
             "budget": args.budget,
             "ratio": ratios,

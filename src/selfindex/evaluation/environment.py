@@ -5,12 +5,19 @@ from __future__ import annotations
 import datetime
 import os
 import platform
+import re
+import shlex
 from typing import Any
 
 import torch
 import transformers
 
 from .. import __version__
+
+
+def command_line(*words: str) -> str:
+    """A command as it was typed, without folders: where files lay says nothing to a reader."""
+    return shlex.join(re.sub(r"[^\s=\"',]*/", "", word) for word in words)
 
 
 def describe(command: str) -> dict[str, Any]:

@@ -109,7 +109,8 @@ class RotatedLloydMax(Everything):
         n, exact = keys.shape[1], ends(keys.shape[1])
 
         def cast(x: Tensor, seed: int) -> Tensor:
-            signs = torch.randint(0, 2, (x.shape[-1],), generator=torch.Generator().manual_seed(seed)) * 2 - 1
+            generator = torch.Generator().manual_seed(seed)
+            signs = torch.randint(0, 2, (x.shape[-1],), generator=generator) * 2 - 1
             rotation = (hadamard(x.shape[-1]) * signs / x.shape[-1] ** 0.5).to(x.device)
             y = x @ rotation.T
             rms = y.square().mean(-1, keepdim=True).sqrt().half().float().clamp(min=1e-8)
