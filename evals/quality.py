@@ -1,6 +1,6 @@
-"""Write docs/quality.md and its figure from committed results.
+"""Write docs/quality.md and its figures from committed results.
 
-No options: `python -m evals.quality`.
+No options: `python -m evals.quality`. Sections without a result in evals/results/ are left out.
 """
 
 from __future__ import annotations
@@ -11,33 +11,26 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+from selfindex.evaluation import figures
+from selfindex.evaluation.report import (
+    fidelity_table,
+    heat_table,
+    interval,
+    layer_table,
+    number,
+    task_table,
+)
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from .designs import open_choices
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "evals" / "results"
-FIGURE = "figures/pareto.png"
-COLUMNS = (
-    "method", "bytes a token", "bytes read a step", "KL to dense", "worst text", "top-1 agreement",
-    "perplexity",
-)  # fmt: skip
-AXES = {
-    "bytes": "bytes a cached token and head",
-    "read": "bytes read a step, per cached token and head",
-}
+FIGURES = ROOT / "docs" / "figures"
 
 
-def number(x: float, digits: int) -> str:
-    """Without the zero before the point."""
-    return f"{x:.{digits}f}".replace("0.", ".", 1) if abs(x) < 1 else f"{x:.{digits}f}"
-
-
-def interval(values: list[float], digits: int = 3) -> str:
-    """Estimate and 95 % interval."""
-    middle, low, high = (number(x + 0.0, digits) for x in values)
-    return f"{middle} [{low}, {high}]"
+def results(pattern: str) -> list[dict[str, Any]]:
+    """Committed results of a kind."""
+    return [json.loads(path.read_text()) for path in sorted(RESULTS.glob(pattern))]
 
 
 def wilson(hits: int, total: int) -> list[float]:
@@ -55,26 +48,50 @@ def paragraph(*parts: str) -> list[str]:
     return [*textwrap.wrap(" ".join(parts), 116, break_long_words=False, break_on_hyphens=False), ""]
 
 
-def table(result: dict[str, Any], length: str) -> list[str]:
-    """One length: a row a method, by KL."""
-    rows = result["lengths"][length]
-    lines = [
-        f"### {int(length):,} tokens",
-        "",
-        f"| {' | '.join(COLUMNS)} |",
-        "|" + "---|" * len(COLUMNS),
-    ]
-    for name, row in sorted(rows.items(), key=lambda item: item[1]["kl"][0]):
-        bold = "**" if name.startswith("selfindex balanced 5") else ""
-        lines.append(
-            f"| {bold}{name}{bold} | {row['bytes']:.1f} | {row['read']:.1f} | {interval(row['kl'])} | "
-            f"{number(max(row['kl_by_text']), 3)} | {interval(row['top1'])} | {row['perplexity']:.2f} |"
-        )
-    return [*lines, ""]
+def setting(result: dict[str, Any]) -> list[str]:
+    """Texts, command, date and machine of a result."""
+    found = result.get("environment") or result | result["versions"]
+    machine = found["gpu"] or f"{found['cpus']} CPU cores"
+    texts = result.get("texts") or result.get("settings", {}).get("texts")
+    used = f"Texts: {', '.join(texts)}. " if texts else ""
+    return paragraph(
+        f"{used}`{found['command']}`, {found['date']}, {machine}, torch {found['torch']}, "
+        f"transformers {found['transformers']}.",
+    )
 
 
-def needle_table(found: dict[str, Any]) -> list[str]:
+def beside_others(evaluations: list[dict[str, Any]], comparisons: list[dict[str, Any]]) -> list[str]:
+    """Fidelity of all methods, from `selfindex eval` where there is a result, else `evals.compare`."""
+    lines = ["## Beside other caches", ""]
+    lines += paragraph(
+        "SmolLM2-135M-Instruct (d = 64), teacher-forced over the last tokens of each text; brackets are 95 %",
+        "bootstrap intervals over tokens. Sparse methods read the same share of the tokens, and all keep 16",
+        "sinks and 64 recent tokens in full precision (KIVI its own 128). Bytes are per token and KV head,",
+        'scales and index included; "read" is what one decode step reads of them. The methods, with their',
+        "sources: src/selfindex/evaluation/rivals/.",
+    )
+    tables: dict[str, dict[str, Any]] = {}
+    for result in [r for r in evaluations if r["fidelity"]] or comparisons:
+        found = result.get("fidelity") or {n: {"methods": rows} for n, rows in result["lengths"].items()}
+        for length, rows in found.items():
+            lines += [f"### {int(length):,} tokens", "", *fidelity_table(rows)]
+            tables[length] = rows["methods"]
+            lines += [] if "fidelity" in result else setting(result)
+        lines += setting(result) if "fidelity" in result else []
+        head_dim, title = result.get("head_dim") or result["settings"]["head_dim"], name_of(result)
+    figures.pareto(tables, head_dim, title, FIGURES / "pareto.png")
+    lines += ["![Fidelity against bytes held and read](figures/pareto.png)", ""]
+    return [*lines, "![KL against the budget, four texts](figures/fidelity.png)", ""]
+
+
+def name_of(result: dict[str, Any]) -> str:
+    """The model's name."""
+    return result.get("settings", result)["model"]
+
+
+def needles(result: dict[str, Any]) -> list[str]:
     """Needles found, of those that dense finds."""
+    found = result["needles"]
     total = found["dense finds"]
     lines = [
         "### Needles",
@@ -90,81 +107,172 @@ def needle_table(found: dict[str, Any]) -> list[str]:
     rows = {name: row for name, row in found.items() if isinstance(row, dict)}
     for name, row in sorted(rows.items(), key=lambda item: -item[1]["found"]):
         lines.append(f"| {name} | {row['found']} of {total} | {interval(wilson(row['found'], total), 2)} |")
+    return [*lines, "", *setting(result)]
+
+
+def tasks(result: dict[str, Any]) -> list[str]:
+    """RULER and passkey, and the heatmap."""
+    lines = ["## Tasks", ""]
+    lines += paragraph(
+        "RULER's synthetic tasks (arXiv 2404.06654) and passkey, made from their published definitions by",
+        "src/selfindex/evaluation/tasks/; the haystack is the texts below. The document is read and",
+        "compressed before the question is known; greedy replies; RULER's string match: the share of the",
+        "answers in the reply. All methods answer the same samples; brackets are 95 %",
+        "bootstrap intervals over samples.",
+    )
+    for length, found in result["tasks"].items():
+        lines += [f"### {int(length):,} tokens", "", *task_table(found)]
+    if result["heatmap"]:
+        lines += ["### Needles over length and depth", ""]
+        lines += ["Single needles in the texts (RULER's niah_single_2).", "", *heat_table(result["heatmap"])]
+        figures.heatmap(result["heatmap"], name_of(result), FIGURES / "needles.png")
+        lines += ["![Needles over length and depth](figures/needles.png)", ""]
+    return [*lines, *setting(result)]
+
+
+def layers(result: dict[str, Any]) -> list[str]:
+    """What attention reads and misses."""
+    length = list(result["layers"])[-1]
+    lines = ["## Attention, layer by layer", ""]
+    lines += paragraph(
+        f"At {int(length):,} tokens: the softmax mass on the tokens that are read, the relative error of",
+        "the output, and the share of the oracle's tokens that are read, over the last 64",
+        "queries. Every layer",
+        "gets the dense model's queries, keys and values, so that errors of earlier layers do not count.",
+    )
+    lines += layer_table(result["layers"][length])
+    figures.layers(
+        result["layers"][length], f"{name_of(result)}, {int(length):,} tokens", FIGURES / "layers.png"
+    )
+    lines += ["![By layer](figures/layers.png)", ""]
+    if len(result["layers"]) > 1:
+        figures.error_by_length(result["layers"], name_of(result), FIGURES / "error-by-length.png")
+        lines += ["![Error against the length of the context](figures/error-by-length.png)", ""]
+    return [*lines, *setting(result)]
+
+
+def positions(result: dict[str, Any]) -> list[str]:
+    """KL by the distance from the compressed prefix."""
+    length, found = list(result["fidelity"].items())[-1]
+    shown = {
+        m: row["position"]
+        for m, row in found["methods"].items()
+        if m.startswith(("selfindex balanced 5", "selfindex paper", "oracle", "KIVI-2", "Quest"))
+    }
+    ends = [32 * (i + 1) for i in range(len(next(iter(shown.values()))["kl"]))]
+    lines = [
+        "## By position",
+        "",
+        *paragraph(
+            f"KL to the dense model, {int(length):,} tokens, averaged over 32 tokens up to the given one",
+            "after the compressed prefix. What follows the prefix is in full precision, so a",
+            "distance that grows",
+            "would be an error that feeds on itself.",
+        ),
+        f"| method | {' | '.join(f'to {n}' for n in ends)} |",
+        "|---" * (len(ends) + 1) + "|",
+    ]
+    for method, row in shown.items():
+        lines.append(f"| {method} | {' | '.join(number(x) for x in row['kl'])} |")
     return [*lines, ""]
 
 
-def draw(result: dict[str, Any], target: Path) -> None:
-    """KL against the bytes held and the bytes read, one mark a method and length."""
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), sharey=True)
-    lengths = list(result["lengths"])
-    for axis, (key, label) in zip(axes, AXES.items(), strict=True):
-        for length, marker in zip(lengths, "os", strict=False):
-            for name, row in result["lengths"][length].items():
-                if name == "dense":
-                    continue
-                ours = name.startswith("selfindex")
-                colour = "#1b7f5c" if ours else "#8a8f98"
-                axis.plot(row[key], row["kl"][0], marker, color=colour, markersize=7 if ours else 5)
-                if length == lengths[0]:
-                    axis.annotate(
-                        name, (row[key], row["kl"][0]), xytext=(5, 4), textcoords="offset points",
-                        fontsize=7, color=colour,
-                    )  # fmt: skip
-        axis.set_xscale("log", base=2)
-        axis.set_xticks([8, 16, 32, 64, 128, 256], ["8", "16", "32", "64", "128", "256"])
-        axis.set_xlim(8, 560)
-        axis.set_yscale("log")
-        axis.set_xlabel(f"{label} (dense: {4 * result['head_dim']})")
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("KL to the dense model, nats")
-    marks = ", ".join(f"{m} {int(n):,} tokens" for n, m in zip(lengths, ("round:", "square:"), strict=False))
-    figure.suptitle(f"{result['model']}; {marks}", fontsize=9)
-    figure.tight_layout()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(target, dpi=130)
+def drift(streams: list[dict[str, Any]], chats: list[dict[str, Any]]) -> list[str]:
+    """Long decoding and chat turns."""
+    lines = ["## Drift", ""]
+    for result in streams:
+        source = "text that the dense model samples" if result["generated"] else "a real text"
+        lines += paragraph(
+            f"{result['prompt']} tokens of prompt, then {source}, {result['step']} tokens at a time: almost",
+            "all that is cached was written while decoding. At the end the cache is",
+            f"{min(result['ratio']):.1f} times smaller than in 16 bits.",
+        )
+        lines += ["| tokens | KL to dense | top-1 agreement |", "|---|---|---|"]
+        for row in result["rows"]:
+            lines.append(
+                f"| {row['from']:,} to {row['to']:,} | {interval(row['kl'])} | {interval(row['top1'])} |"
+            )
+        lines += ["", *setting(result)]
+    for result in chats:
+        lines += paragraph(
+            "A chat: each turn gives a passage and asks about it, the dense model answers, and the",
+            "compressed cache reads the same turns. Over the tokens of each reply, every one",
+            "selecting for itself:",
+        )
+        lines += ["| turn | cached tokens | KL to dense | top-1 agreement |", "|---|---|---|---|"]
+        for row in result["rows"]:
+            lines.append(
+                f"| {row['turn']} | {row['tokens']:,} | {interval(row['kl'])} | {interval(row['top1'])} |"
+            )
+        lines += ["", *setting(result)]
+    return lines
 
 
-def setting(result: dict[str, Any]) -> str:
-    """Command, date and machine of a result."""
-    found = result["environment"]
-    machine = found["gpu"] or f"{found['cpus']} CPU cores"
-    return (
-        f"`{found['command']}`, {found['date']}, {machine}, torch {found['torch']}, "
-        f"transformers {found['transformers']}."
+def choices(ablations: list[dict[str, Any]], profiles: list[dict[str, Any]]) -> list[str]:
+    """What could be added to the default, per byte read."""
+    lines = ["## Choices that were measured and are not in the default", ""]
+    lines += paragraph(
+        "Simulated end to end by evals/ablation.py: fake-quantised caches that differ from",
+        "the default preset",
+        'in one thing. "Read" is the share of the encoded tokens that a step attends to,',
+        '"bytes" what it reads',
+        "per encoded token and KV head, index included. Compare rows at equal bytes: a larger budget buys KL",
+        "as well.",
     )
+    order = list(open_choices())
+    for result in ablations:
+        lines += [
+            "| design | read | bytes | KL to dense | KL less the default's at 5 % | top-1 agreement |",
+            "|---|---|---|---|---|---|",
+        ]
+        rows = sorted(result["result"].items(), key=lambda x: (order.index(x[0].split(" @ ")[0]), x[0]))
+        for name, row in rows:
+            cells = (interval(row[metric]) for metric in ("kl", "kl_diff", "top1"))
+            read = f"{100 * row['read'][0]:.1f} % | {row['bytes_read']:.1f}"
+            lines.append(f"| {label(name)} | {read} | {' | '.join(cells)} |")
+        lines += ["", *setting(result)]
+    for result in profiles:
+        lines += paragraph(
+            "The balance of `selfindex profile` on another text, against the prompt's first page:"
+        )
+        lines += ["| balance | KL to dense | top-1 agreement |", "|---|---|---|"]
+        for length, found in result["lengths"].items():
+            lines += [
+                f"| {name}, {int(length):,} tokens | {interval(row['kl'])} | {interval(row['top1'])} |"
+                for name, row in found.items()
+                if name != "dense"
+            ]
+        lines += ["", *setting(result)]
+    return lines
+
+
+def label(name: str) -> str:
+    """A design and its budget for people."""
+    design, budget = name.split(" @ ")
+    return f"{design.removeprefix('default, ')}, {100 * float(budget):g} %"
 
 
 def main() -> None:
-    """Write the page and the figure."""
-    results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("compare-*.json"))]
+    """Write the page and the figures."""
+    evaluations, comparisons = results("eval-*.json"), results("compare-*.json")
     lines = ["# Quality", ""]
     lines += paragraph(
         "Written by `python -m evals.quality` from evals/results/ and evals/notes.md.",
         "How the defaults were chosen: design-notes.md and ablation.md.",
     )
-    lines += ["## Beside other caches", ""]
-    lines += paragraph(
-        "SmolLM2-135M-Instruct (d = 64), teacher-forced over the last tokens of each text; brackets are 95 %",
-        "bootstrap intervals over tokens. Sparse methods read the same share of the tokens, and all keep 16",
-        "sinks and 64 recent tokens in full precision (KIVI its own 128). Bytes are per token and KV head,",
-        'scales and index included; "read" is what one decode step reads of them. The methods, with their',
-        "sources: src/selfindex/evaluation/rivals/.",
-    )
-    for result in results:
-        for length in result["lengths"]:
-            lines += table(result, length)
-            lines += paragraph(f"Texts: {', '.join(result['texts'])}. {setting(result)}")
-    lines += [f"![Fidelity against bytes held and read]({FIGURE})", ""]
-    lines += ["![KL against the budget, four texts](figures/fidelity.png)", ""]
-    for result in results:
-        if result["needles"]:
-            lines += needle_table(result["needles"])
-            lines += paragraph(f"Texts: {', '.join(result['texts'])}. {setting(result)}")
+    lines += beside_others(evaluations, [r for r in comparisons if r["lengths"]])
+    for result in comparisons:
+        lines += needles(result) if result["needles"] else []
+    for result in evaluations:
+        lines += tasks(result) if result["tasks"] else []
+        lines += layers(result) if result["layers"] else []
+        lines += positions(result) if result["fidelity"] else []
+    streams, chats = results("stream*.json"), results("chat*.json")
+    lines += drift(streams, chats) if streams or chats else []
+    ablations, profiles = results("ablation-model-*-open*.json"), results("fidelity-profile*.json")
+    lines += choices(ablations, profiles) if ablations or profiles else []
     lines += (ROOT / "evals" / "notes.md").read_text().splitlines()
     (ROOT / "docs" / "quality.md").write_text("\n".join(lines).rstrip() + "\n")
-    together = dict(results[0], lengths={n: rows for r in results for n, rows in r["lengths"].items()})
-    draw(together, ROOT / "docs" / FIGURE)
 
 
 if __name__ == "__main__":

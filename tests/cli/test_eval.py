@@ -63,11 +63,21 @@ def test_other_settings_are_refused(fails, folder, output):
     assert "another budget" in fails("eval", folder, *options)
 
 
+def test_short_texts(invoke, folder, tmp_path):
+    text = tmp_path / "short.txt"
+    text.write_text("a few words\n" * 20, encoding="utf-8")
+    options = ("--text", str(text), "--device", "cpu", "--output", str(tmp_path / "out"))
+    result = invoke("eval", folder, *options)
+    assert result.exit_code == 1
+    assert "error: the text short has 240 tokens, 1281 are needed" in result.output
+
+
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
         ("--suite", "huge", "no suite 'huge'"),
         ("--part", "speed", "no part speed"),
+        ("--task", "chess", "no task chess"),
         ("--budget", "200", "as a share"),
         ("--text", "nowhere.txt", "is neither one of"),
     ],

@@ -31,6 +31,7 @@ def evaluate(
     output: Path = typer.Option(Path("selfindex-eval"), help="Folder of the results."),
     budget: str = BUDGET,
     method: list[str] = typer.Option([], help="Only methods whose name starts so (and dense). Repeatable."),
+    task: list[str] = typer.Option([], help="Only this task instead of the suite's. Repeatable."),
     length: list[int] = typer.Option([], help="Tokens of context instead of the suite's. Repeatable."),
     samples: int = typer.Option(0, help="Samples a task instead of the suite's number."),
     batch: int = typer.Option(0, help="Prompts at a time; 0 fits the device."),
@@ -49,7 +50,7 @@ def evaluate(
         check_budget(share)
         if isinstance(share, int):
             raise CommandError("give the budget as a share (0.05 or 5%): all methods get the same")
-        chosen, parts = _suite(suite, part, method, length, samples)
+        chosen, parts = _suite(suite, part, method, task, length, samples)
         texts = _texts(text)
         quiet()
         with err.status(f"loading {model}"):
@@ -59,18 +60,24 @@ def evaluate(
 
 
 def _suite(
-    name: str, parts: list[str], methods: list[str], lengths: list[int], samples: int
+    name: str, parts: list[str], methods: list[str], tasks: list[str], lengths: list[int], samples: int
 ) -> tuple[Suite, list[str]]:
     from ..evaluation.suites import PARTS, SUITES
+    from ..evaluation.tasks import TASKS
 
     if name not in SUITES:
         raise CommandError(f"no suite {name!r}; there are {', '.join(SUITES)}")
     unknown = sorted(set(parts) - set(PARTS))
     if unknown:
         raise CommandError(f"no part {', '.join(unknown)}; there are {', '.join(PARTS)}")
+    strange = sorted(set(tasks) - set(TASKS))
+    if strange:
+        raise CommandError(f"no task {', '.join(strange)}; there are {', '.join(TASKS)}")
     suite = SUITES[name]
     if methods:
         suite = replace(suite, methods=tuple(methods), heat_methods=tuple(methods))
+    if tasks:
+        suite = replace(suite, tasks=tuple(tasks))
     if lengths:
         sizes = tuple(lengths)
         suite = replace(suite, fidelity=sizes, layers=sizes, task_lengths=sizes, heat=sizes)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from ..errors import InputError
 from .fidelity import compare, continue_from
 from .layers import measure, observe
 from .methods import Candidate, head_dim, methods, own_bytes
@@ -19,7 +20,7 @@ from .tasks import TASKS, Sample, Source, needle, score
 START = 20000
 """First character of a text that is used: past title pages and tables of contents."""
 
-PROBE, FLOOR = 8, 0.25
+PROBE, FLOOR = 4, 0.25
 """Where the dense model scores less than FLOOR after PROBE samples, other methods are not run."""
 
 LAYER_QUERIES = 64
@@ -94,6 +95,11 @@ class Run:
                     ids = self.tokenizer(
                         content[start : start + 12 * length], return_tensors="pt", add_special_tokens=False
                     ).input_ids[:, : length + 1]
+                    if ids.shape[1] <= length:
+                        raise InputError(
+                            f"the text {text} has {ids.shape[1]} tokens, {length + 1} are needed; give a "
+                            "longer one, or fewer tokens with --length"
+                        )
                     yield text, length, todo, ids.to(self.model.device)
 
     def _fidelity(self) -> None:

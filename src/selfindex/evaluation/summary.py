@@ -97,12 +97,13 @@ def _tasks(rows: list[dict[str, Any]], methods: list[str]) -> dict[str, Any]:
                 m: np.array([row["score"] for row in here if row["method"] == m], dtype=np.float64)
                 for m in methods
             }
-            hopeless = len(scores["dense"]) == 0 or scores["dense"].mean() < FLOOR
+            if not len(scores["dense"]):
+                continue
             tasks[task] = {
                 m: {"samples": len(values), "score": bootstrap([values], block=1)}
                 for m, values in scores.items()
                 # As many samples as dense, so that all methods answer the same ones.
-                if m == "dense" or (not hopeless and len(values) == len(scores["dense"]))
+                if m == "dense" or (scores["dense"].mean() >= FLOOR and len(values) == len(scores["dense"]))
             }
         found[str(length)] = tasks
     return found
