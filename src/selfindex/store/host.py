@@ -54,7 +54,6 @@ class HostRows:
         # Regions are pinned in whole pages of the operating system, so they end at such rows.
         self._unit = math.lcm(row_bytes, mmap.PAGESIZE) // row_bytes
         self._range = _Range(device)
-        self._starts: set[int] = set()
         self.host = torch.empty(0, row_bytes, dtype=torch.uint8)
         self.data = self.host.to(device)
 
@@ -70,22 +69,20 @@ class HostRows:
         """
         if rows <= self.capacity:
             return
-        old, capacity = self.capacity, -(-rows // self._unit) * self._unit
-        self._range.use(old * self.row_bytes, capacity * self.row_bytes)
-        self._starts.add(old)
-        self.host = self._range.tensor(capacity * self.row_bytes).view(capacity, self.row_bytes)
-        self.data = self.host
-        if self._device.type == "cuda":
-            self.data = self._range.device_tensor(capacity, self.row_bytes)
+        capacity = -(-rows // self._unit) * self._unit
+        self._range.use(capacity * self.row_bytes)
+        host = self._range.tensor(capacity * self.row_bytes).view(capacity, self.row_bytes)
+        data = self._range.device_tensor(capacity, self.row_bytes) if self._device.type == "cuda" else host
+        self.host, self.data = host, data
 
     def runs(self, rows: list[int]) -> Iterator[tuple[int, int, int]]:
         """Split rows into (place in `rows`, first row, number) that one copy can serve.
 
         A copy may not cross the border of two pinned regions.
         """
-        start = 0
+        start, borders = 0, {at // self.row_bytes for at in self._range.starts}
         for i in range(1, len(rows) + 1):
-            if i == len(rows) or rows[i] != rows[i - 1] + 1 or rows[i] in self._starts:
+            if i == len(rows) or rows[i] != rows[i - 1] + 1 or rows[i] in borders:
                 yield start, rows[start], i - start
                 start = i
 
@@ -130,16 +127,20 @@ class _Range:
         with suppress(OSError):  # kernels built without huge pages
             self._memory.madvise(mmap.MADV_HUGEPAGE)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
-        self._pinned: list[int] = []
+        self.starts: list[int] = []
+        """Where regions begin that were taken into use, and for a GPU pinned, together."""
+        self._used = 0
         if device.type == "cuda":
             # A child process would make copies on write, of which the GPU knows nothing.
             self._memory.madvise(mmap.MADV_DONTFORK)
             # At exit the driver cleans up, and may be gone before us.
-            weakref.finalize(self, _unpin, self._memory, self._pinned, device).atexit = False
+            weakref.finalize(self, _unpin, self._memory, self.address, self.starts, device).atexit = False
 
-    def use(self, start: int, end: int) -> None:
-        """Take bytes `start` to `end` into use."""
-        free = available()
+    def use(self, end: int) -> None:
+        """Take everything up to byte `end` into use."""
+        start, free = self._used, available()
+        if end <= start:
+            return
         if end > self._size or end - start > free:
             raise MemoryError(
                 f"offloading needs {(end - start) / 2**20:.0f} MiB more host memory, "
@@ -149,11 +150,12 @@ class _Range:
         self.tensor(end)[start:].zero_()
         if self._device.type == "cuda":
             self._pin(start, end)
+        self.starts.append(start)
+        self._used = end
 
     def _pin(self, start: int, end: int) -> None:
-        address = self.address + start
         with torch.cuda.device(self._device):
-            status = torch.cuda.cudart().cudaHostRegister(address, end - start, 0)
+            status = torch.cuda.cudart().cudaHostRegister(self.address + start, end - start, 0)
         if int(status) != 0:
             with suppress(RuntimeError):
                 # CUDA reports a failed call once more, at the next launch: have it here.
@@ -163,7 +165,6 @@ class _Range:
                 f"CUDA cannot pin {(end - start) / 2**20:.0f} MiB of host memory for offloading "
                 f"(error {int(status)})"
             )
-        self._pinned.append(address)
 
     def tensor(self, size: int) -> Tensor:
         """The first `size` bytes as a CPU tensor."""
@@ -191,12 +192,12 @@ class _DeviceView:
         }
 
 
-def _unpin(memory: mmap.mmap, pinned: list[int], device: torch.device) -> None:
-    """Let go of pinned regions of `memory`, which has to exist until then."""
-    if pinned:
+def _unpin(memory: mmap.mmap, address: int, starts: list[int], device: torch.device) -> None:
+    """Let go of the pinned regions of `memory`, which has to exist until then."""
+    if starts:
         torch.cuda.synchronize(device)
-        for address in pinned:
-            torch.cuda.cudart().cudaHostUnregister(address)
+        for start in starts:
+            torch.cuda.cudart().cudaHostUnregister(address + start)
 
 
 def available() -> int:
