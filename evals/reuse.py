@@ -22,11 +22,11 @@ import torch
 import selfindex
 from selfindex.attention import attend
 from selfindex.backends import ops
+from selfindex.evaluation.texts import load_text
 from selfindex.index.select import sum_of_softmax
 
 from .environment import describe
 from .models import load_model
-from .texts import load_text
 
 SIZES = (1.0, 1.5, 2.0, 4.0)
 """Entries of a cache, in selections of one step."""

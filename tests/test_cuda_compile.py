@@ -34,13 +34,13 @@ WINDOW = (
     (256, 16, 2, torch.float32),
     (96, 5, 2, torch.float16),
 )
-KERNELS = {"decode": 3, "encode": 1, "dense": 3, "window": 2}
+KERNELS = {"decode": 3, "offloaded": 2, "encode": 1, "dense": 3, "window": 2}
 # Everything for the architecture the kernels are tuned for, what differs most for the others.
-SHAPES = {"decode": DECODE, "encode": ENCODE, "dense": DENSE, "window": WINDOW}
+SHAPES = {"decode": DECODE, "offloaded": DECODE, "encode": ENCODE, "dense": DENSE, "window": WINDOW}
 CASES = [(90, module, case) for module, cases in SHAPES.items() for case in cases]
 for other in (80, 100):
     CASES += [(other, "decode", case) for case in DECODE[:3]]
-    for module in ("encode", "dense", "window"):
+    for module in ("offloaded", "encode", "dense", "window"):
         CASES += [(other, module, case) for case in SHAPES[module][:2]]
 
 

@@ -6,12 +6,13 @@ import pytest
 from test_ops import arguments  # noqa: F401
 
 from selfindex.backends import reference
-from selfindex.backends.cuda import decode, dense, encode, window
+from selfindex.backends.cuda import decode, dense, encode, offloaded, window
 from selfindex.backends.cuda import register as register_cuda
 from selfindex.backends.cuda.loader import KernelsUnavailable
 from selfindex.backends.fallback import announce
 
 MODULES = {"encode": encode, "sparse_decode": decode, "dense_attend": dense, "window_attend": window}
+HOMES = MODULES | {"sparse_decode": offloaded}
 
 
 class Recorder:
@@ -42,7 +43,7 @@ def test_the_cuda_operators_are_wired(name, arguments, monkeypatch):  # noqa: F8
             raise KernelsUnavailable("it is too old")
         return "kernel"
 
-    monkeypatch.setattr(MODULES[name], name, kernel)
+    monkeypatch.setattr(HOMES[name], name, kernel)
     monkeypatch.setattr(MODULES[name], "supported", lambda *chosen: True)
     monkeypatch.setattr(reference, name, lambda *received: "reference")
     recorder = Recorder()

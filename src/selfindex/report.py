@@ -81,7 +81,12 @@ class Report:
             return f"self-indexing KV cache ({self.preset}): empty"
         tokens, read = layers[0].tokens, [layer.read for layer in layers]
         mib = 1 / 2**20
-        held = [f"         {memory.host * mib:.2f} MiB of it in host memory"] if memory.host else []
+        held = []
+        if memory.host:
+            held = [
+                f"         {memory.host * mib:.2f} MiB of it in host memory, {memory.recent * mib:.2f} MiB "
+                "of recently read tokens kept on the GPU as well"
+            ]
         return "\n".join(
             [
                 f"self-indexing KV cache ({self.preset}): {tokens} tokens in {len(layers)} layers, "

@@ -11,6 +11,8 @@ from caches import make_cache, tokens
 
 from selfindex.backends import ops
 from selfindex.backends.cuda.decode import select_keys
+from selfindex.backends.cuda.recent import Recent
+from selfindex.store.host import HostRows
 
 for dim, groups, bits, lengths in (
     (128, 4, 2, [1300, 300]),
@@ -21,6 +23,12 @@ for dim, groups, bits, lengths in (
     cache = make_cache(lengths, dim, 1, groups, bits, short=(1,))
     arguments = cache.decode_arguments([n // 4 for n in tokens(cache)])
     ops.sparse_decode(*arguments)
+    rows = HostRows(cache.fmt.payload_bytes, torch.device("cuda"))  # the same from host memory
+    rows.grow(len(cache.payload))
+    rows.write(list(range(len(cache.payload))), cache.payload)
+    recent = Recent(cache.fmt, rows.data)
+    for _ in range(2):
+        ops.sparse_decode(*arguments[:2], rows.data, *arguments[3:])
     for queries in (1, 40):  # the narrow and the wide kernel
         many = cache.query.expand(-1, -1, queries, -1)
         ops.dense_attend(many, *arguments[1:5], *arguments[7:])

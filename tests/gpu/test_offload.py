@@ -5,12 +5,16 @@ import gc
 
 import pytest
 import torch
+from caches import make_cache, tokens
 from tiny_models import VOCAB, forward, generate, make_model, prompt
 
 import selfindex
 from selfindex import SelfIndexCache, SelfIndexConfig
 from selfindex.attention import attend as attention
 from selfindex.attention.attend import attend
+from selfindex.backends import ops
+from selfindex.backends.cuda import recent
+from selfindex.backends.cuda.offloaded import prepared
 from selfindex.integrations.transformers.loop import DecodeLoop
 from selfindex.store import LayerStore, host
 from selfindex.store.host import HostRows
@@ -102,6 +106,79 @@ def test_a_long_prefix_is_staged_in_parts(monkeypatch):
     assert float((got - wanted).norm() / wanted.norm()) < 5e-3
 
 
+def offloaded(cache):
+    """The payload of a random cache in host memory (rows, tensor), and its cache of recent tokens."""
+    rows = HostRows(cache.fmt.payload_bytes, torch.device("cuda"))
+    rows.grow(len(cache.payload))
+    rows.write(list(range(len(cache.payload))), cache.payload)
+    return rows, rows.data, recent.Recent(cache.fmt, rows.data)
+
+
+@pytest.mark.parametrize("selections", [0, 0.2, 1, 4])
+@pytest.mark.parametrize(
+    ("dim", "groups", "bits", "shared"),
+    [(128, 4, 2, False), (128, 8, 3, True), (64, 1, 3, False), (96, 3, 3, True), (256, 2, 2, False)],
+)
+def test_a_cache_of_recent_tokens_changes_no_bit(dim, groups, bits, shared, selections, monkeypatch):
+    """Of no room at all, of so little that most tokens find none, of one step, of several."""
+    monkeypatch.setattr(recent, "SELECTIONS", selections)
+    cache = make_cache([5000, 700, 3000], dim, 2, groups, bits, short=(3,), shared=shared)
+    _, payload, held = offloaded(cache)
+    budgets = [400, 0, 300]
+    for _ in range(12):
+        # Neighbouring steps ask for much the same.
+        cache.query = (cache.query + 0.2 * torch.randn_like(cache.query)).to(cache.query.dtype)
+        arguments = list(cache.decode_arguments(budgets))
+        wanted = ops.sparse_decode(*arguments)
+        arguments[2] = payload
+        for got, exact in zip(ops.sparse_decode(*arguments), wanted, strict=True):
+            assert torch.equal(got, exact)
+    selected = 12 * 2 * sum(budgets)
+    assert held.fetched <= selected
+    if selections == 0:
+        assert held.sets == held.fetched == 0
+    if selections == 4:
+        assert 0 < held.fetched < 0.9 * selected
+
+
+def test_what_was_read_once_is_not_fetched_again():
+    cache = make_cache([5000, 700], short=(3,))
+    _, payload, held = offloaded(cache)
+    arguments = list(cache.decode_arguments([400, 100]))
+    arguments[2] = payload
+    call = prepared(*arguments)
+    call.run()
+    assert held.fetched == 2 * 500
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call.run()
+    for _ in range(5):
+        graph.replay()
+    # A set in which more than 8 tokens meet is rare.
+    assert held.fetched <= 1.02 * 2 * 500
+    before = held.fetched
+    held.forget(cache.table[0, :20].tolist())
+    graph.replay()
+    slots = call.selected[0, :, 0, :400]
+    dropped = int((slots < 20 * 128).sum())
+    assert dropped <= held.fetched - before <= dropped + 20
+
+
+def test_a_block_with_new_content_is_not_read_from_the_past():
+    cache = make_cache([3000], heads=2)
+    rows, payload, held = offloaded(cache)
+    arguments = list(cache.decode_arguments(tokens(cache)))
+    arguments[2] = payload
+    ops.sparse_decode(*arguments)
+    block = int(cache.table[0, 5])
+    cache.payload[block] = cache.payload[int(cache.table[0, 9])]
+    held.forget([block])
+    rows.write([block], cache.payload[block : block + 1])
+    wanted = ops.sparse_decode(*cache.decode_arguments(tokens(cache)))
+    for got, exact in zip(ops.sparse_decode(*arguments), wanted, strict=True):
+        assert torch.equal(got, exact)
+
+
 def test_the_payload_takes_no_gpu_memory_and_stays_in_place():
     torch.cuda.synchronize()
     start = torch.cuda.memory_allocated()
@@ -161,18 +238,21 @@ def both(model, **options):
     return [SelfIndexCache(model, offloading=offloading, **settings) for offloading in (False, True)]
 
 
-def test_steps_of_the_graph():
+def test_steps_of_the_graph_fetch_little():
     model, ids = model_on_gpu(), prompt(1500, batch=2).cuda()
     caches = both(model)
     for cache in caches:
         forward(model, ids, cache)
     loops = [DecodeLoop(model, cache, 300) for cache in caches]
     graphs = set()
-    for i, tokens in enumerate(prompt(300, batch=2, seed=1).cuda().unbind(1)):
-        wanted, got = (loop.step(tokens) for loop in loops)
+    for i, new in enumerate(prompt(300, batch=2, seed=1).cuda().unbind(1)):
+        wanted, got = (loop.step(new) for loop in loops)
         assert torch.equal(got, wanted), i
         graphs.add(loops[1]._graph)
     assert len(graphs) == 1, "pages were encoded on the way, and the graph stayed valid"
+    for layer in caches[1].compressed_layers:
+        assert 0 < layer.store.pool.recent.fetched < 0.9 * 300 * 2 * 2 * 200
+        assert layer.store.memory().recent > 2 * 2 * 200 * 64
     for loop in loops:
         loop.close()
     for more in (1, 30):

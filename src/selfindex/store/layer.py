@@ -402,5 +402,6 @@ class LayerStore:
             full_precision=full,
             statistics=constants + tables + self._query_square.nbytes,
             slack=unused + raw.keys.nbytes + raw.values.nbytes - full,
+            recent=0 if pool.recent is None else pool.recent.nbytes,
             host=(pages + free) * pool.payload.shape[1] if pool.offloading else 0,
         )

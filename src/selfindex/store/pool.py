@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backends.cuda.recent import Recent
 from ..codec import PageFormat
 from .host import HostRows
 
@@ -27,6 +28,7 @@ class BlockPool:
     Attributes:
         index: uint8 [capacity, format.index_bytes].
         payload: uint8 [capacity, format.payload_bytes], a tensor of `device` wherever its bytes are.
+        recent: tokens of an offloaded payload plane that the GPU keeps as well.
     """
 
     def __init__(self, fmt: PageFormat, device: torch.device, offloading: bool = False) -> None:
@@ -34,6 +36,7 @@ class BlockPool:
         self.index = torch.empty(0, fmt.index_bytes, dtype=torch.uint8, device=device)
         self._host = HostRows(fmt.payload_bytes, device) if offloading else None
         self.payload = torch.empty(0, fmt.payload_bytes, dtype=torch.uint8, device=device)
+        self.recent: Recent | None = None
         self._references: list[int] = []
         self._free: list[int] = []
         self._lock = threading.RLock()
@@ -135,6 +138,8 @@ class BlockPool:
         if self._host is not None:
             self._host.grow(capacity)
             capacity = self._host.capacity
+            if self.recent is None and self.index.is_cuda:
+                self.recent = Recent(self.format, self._host.data)
         index = self.index.new_empty(capacity, self.index.shape[1])
         index[:old] = self.index
         if self._host is not None:
@@ -146,6 +151,8 @@ class BlockPool:
 
     def _put_payload(self, blocks: list[int], payload: Tensor) -> None:
         if self._host is not None:
+            if self.recent is not None:
+                self.recent.forget(blocks)
             self._host.write(blocks, payload)
         else:
             self.payload[torch.tensor(blocks, dtype=torch.long, device=self.payload.device)] = payload.to(

@@ -22,6 +22,7 @@ from ...index.select import SHARPNESS
 SOURCES = Path(__file__).with_name("kernels")
 MODULES = {
     "decode": ("common", "rotate", "prepare", "cluster", "ring", "score", "select", "decode", "attend"),
+    "offloaded": ("common", "rotate", "fetch", "attend"),
     "encode": ("common", "rotate", "encode"),
     "dense": ("common", "rotate", "dense_rows", "dense", "dense_wgmma"),
     "window": ("common", "window"),

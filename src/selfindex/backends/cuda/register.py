@@ -14,7 +14,7 @@ from typing import Any
 from ...codec import PageFormat
 from .. import reference
 from ..fallback import with_fallback
-from . import decode, dense, encode, window
+from . import decode, dense, encode, offloaded, window
 from .loader import KernelsUnavailable
 
 
@@ -28,7 +28,7 @@ def register(ops: Any) -> None:
             ),
         ),
         "sparse_decode": (
-            decode.sparse_decode,
+            offloaded.sparse_decode,
             lambda query, index, payload, table, counts, budgets, width, *rest: decode.supported(
                 query, index, table, width, PageFormat.parse(rest[-1])
             ),

@@ -94,7 +94,12 @@ __device__ __forceinline__ void merge_parts(const Params& p, int row, int splits
   }
 }
 
-extern "C" __global__ void __launch_bounds__(256, D == 128 && G <= 4 && VALUE_BITS == 2 ? 4 : 2) attend(const __grid_constant__ Params p) {
+#ifdef OFFLOADED   // fetch.cuh: tokens lie in the cache or in host memory
+#define RECENT , const __grid_constant__ Recent recent
+#else
+#define RECENT
+#endif
+extern "C" __global__ void __launch_bounds__(256, D == 128 && G <= 4 && VALUE_BITS == 2 ? 4 : 2) attend(const __grid_constant__ Params p RECENT) {
   __shared__ AttendMemory m;
   const int tid = threadIdx.x, lane = tid & 31, w = tid >> 5, g = lane >> 2, j = lane & 3;
   const int row = blockIdx.y, h = row % p.heads;
@@ -116,7 +121,12 @@ extern "C" __global__ void __launch_bounds__(256, D == 128 && G <= 4 && VALUE_BI
   const float4 consts = *(const float4*)(crec + HEADS);
   const u8* index = p.index + (i64)__float_as_int(consts.z) * p.index_stride + (i64)h * INDEX_RECORD;
   const u8* payload = p.payload + (i64)__float_as_int(consts.z) * p.payload_stride + (i64)h * PAYLOAD_RECORD;
-  const u64 token = (u64)(payload + t * TOKEN), codes = (u64)(index + t * CODE);
+  const u8 *content = payload + t * TOKEN, *value_scale = payload + VALUE_SCALES + t;
+#ifdef OFFLOADED
+  const int place = recent.place[(i64)row * p.width + min(base + lane, k - 1)];
+  if (place >= 0) { content = recent.data + (i64)place * ENTRY; value_scale = recent.scales + place; }
+#endif
+  const u64 token = (u64)content, codes = (u64)(index + t * CODE);
   // Issue every gather before the first use: lane (g, j) reads keys of tokens 8 i + g, channels
   // CHUNK j ..., and values of tokens 8 j + i, channels 16 g ....
   constexpr int SIGN_WORDS = WORDS == 4 ? 2 : 1;
@@ -145,7 +155,7 @@ extern "C" __global__ void __launch_bounds__(256, D == 128 && G <= 4 && VALUE_BI
   }
 #endif
   const float key_scale = scale_of(index[KEY_SCALES + t]) * consts.x * LEVEL_UNIT;
-  const float value_log = lg2(fmaxf(scale_of(payload[VALUE_SCALES + t]) * consts.y, 1e-30f));
+  const float value_log = lg2(fmaxf(scale_of(*value_scale) * consts.y, 1e-30f));
   const float* offsets = p.crec + (i64)row * p.pages * (HEADS + 4);
   float logit[QUADS][4];
 #pragma unroll

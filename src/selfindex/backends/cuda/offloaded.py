@@ -1,0 +1,56 @@
+"""`sparse_decode` over a payload plane in host memory: what is not on the GPU is fetched before attention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...codec import PageFormat
+from .decode import PAGE_SIZE, Decode
+from .loader import load
+from .recent import Recent
+
+FETCH_TOKENS = 32
+"""Selected tokens a block of the fetching kernel takes, as in fetch.cuh."""
+
+
+class OffloadedDecode(Decode):
+    """A prepared call whose attention finds recently selected tokens on the GPU."""
+
+    def __init__(self, recent: Recent, query: Tensor, *rest: Any) -> None:
+        super().__init__(query, *rest)
+        payload, width, fmt = rest[1], self.params.width, PageFormat.parse(rest[-1])
+        recent.fit(query.shape[0] * width, payload.shape[0] * PAGE_SIZE)
+        self._arguments: list[Any] = [self.params]
+        if recent.sets:
+            self.kernels = self.kernels | load(
+                "offloaded", query.device, fmt.head_dim, self.groups, fmt.value_bits, query.dtype
+            )
+            self._place = torch.empty(self.rows * width, dtype=torch.int32, device=query.device)
+            self._arguments.append(recent.params(self._place.data_ptr()))
+
+    def run(self, stages: tuple[str, ...] = ("decode", "fetch", "attend")) -> tuple[Tensor, Tensor]:
+        """Launch the kernels; `stages` leaves some out."""
+        if len(self._arguments) == 1:  # no room for recent tokens: attention reads all from host memory
+            return super().run(stages)
+        super().run(tuple(stage for stage in stages if stage == "decode"))
+        with torch.cuda.device(self.output.device):
+            if "fetch" in stages:
+                grid = -(-self.params.width // FETCH_TOKENS), self.rows
+                self.kernels["fetch"](grid, 256, self._arguments, overlap=self.modern)
+            if "attend" in stages:
+                self.kernels["attend"]((self.splits, self.rows), 256, self._arguments, overlap=self.modern)
+        return self.output, self.lse
+
+
+def prepared(*arguments: Any) -> Decode:
+    """A call of `sparse_decode` on a GPU, wherever the payload plane is; arguments of the operator."""
+    recent = Recent.of(arguments[2])
+    return Decode(*arguments) if recent is None else OffloadedDecode(recent, *arguments)
+
+
+def sparse_decode(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """The operator `selfindex::sparse_decode` for a supported call; see `decode.sparse_decode`."""
+    return prepared(*arguments).run()
