@@ -9,6 +9,7 @@ from .config import SelfIndexConfig
 from .errors import (
     ConfigError,
     FormatError,
+    HostMemoryError,
     InputError,
     SelfIndexError,
     StateError,
@@ -23,6 +24,7 @@ __all__ = [
     "BalanceProfile",
     "ConfigError",
     "FormatError",
+    "HostMemoryError",
     "InputError",
     "Report",
     "SelfIndexCache",

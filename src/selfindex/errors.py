@@ -23,3 +23,7 @@ class StateError(SelfIndexError, RuntimeError):
 
 class FormatError(SelfIndexError, ValueError):
     """Encoded bytes, a format name or a profile file that cannot be read."""
+
+
+class HostMemoryError(SelfIndexError, MemoryError):
+    """An offloaded cache needs more host memory than there is or can be pinned."""

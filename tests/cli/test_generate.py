@@ -25,6 +25,12 @@ def test_paper_preset_and_token_budget(invoke, folder):
     assert "self-indexing KV cache (paper)" in output
 
 
+def test_offloading_gives_the_same_text(invoke, folder):
+    resident, offloaded = (generate(invoke, folder, LONG, *more) for more in ((), ("--offloading",)))
+    assert resident.output.splitlines()[0] == offloaded.output.splitlines()[0]
+    assert "in host memory" in offloaded.output
+
+
 def test_short_prompt_gives_the_dense_text(invoke, folder):
     ours = generate(invoke, folder, "hello", "--raw")
     dense = generate(invoke, folder, "hello", "--raw", "--dense")

@@ -9,7 +9,7 @@ from caches import make_cache, tokens
 from tiny_models import VOCAB, forward, generate, make_model, prompt
 
 import selfindex
-from selfindex import SelfIndexCache, SelfIndexConfig
+from selfindex import HostMemoryError, SelfIndexCache, SelfIndexConfig
 from selfindex.attention import attend as attention
 from selfindex.attention.attend import attend
 from selfindex.backends import ops
@@ -220,7 +220,7 @@ def test_memory_that_cannot_be_pinned_is_refused_and_nothing_else_fails():
     rows = HostRows(4096, torch.device("cuda"))
     cudart = torch.cuda.cudart()
     assert int(cudart.cudaHostRegister(rows._range.address, 4096, 0)) == 0
-    with pytest.raises(MemoryError, match="cannot pin"):
+    with pytest.raises(HostMemoryError, match="cannot pin"):
         rows.grow(10)
     assert int(cudart.cudaHostUnregister(rows._range.address)) == 0
     assert (torch.zeros(3, device="cuda") + 1).sum() == 3

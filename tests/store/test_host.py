@@ -9,7 +9,7 @@ import pytest
 import torch
 from pages import page_format
 
-from selfindex import ConfigError
+from selfindex import ConfigError, HostMemoryError
 from selfindex.store import host
 from selfindex.store.host import HostRows
 from selfindex.store.pool import BlockPool
@@ -74,10 +74,10 @@ def test_too_little_memory_is_refused_and_changes_nothing(monkeypatch):
     rows, _ = grown(16)
     rows.write([3], content(3))
     monkeypatch.setattr(host, "available", lambda: 5 << 20)
-    with pytest.raises(MemoryError, match=r"needs 8 MiB more host memory, 5 MiB are available"):
+    with pytest.raises(HostMemoryError, match=r"needs 8 MiB more host memory, 5 MiB are available"):
         rows.grow(16 + (8 << 20) // ROW)
     monkeypatch.undo()
-    with pytest.raises(MemoryError, match="more host memory"):
+    with pytest.raises(HostMemoryError, match=r"may take \d+ GiB, no more"):
         rows.grow(1 << 40)
     assert rows.capacity == 16
     assert torch.equal(rows.data[3:4], content(3))

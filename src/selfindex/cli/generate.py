@@ -41,6 +41,9 @@ def generate(
     file: Path | None = typer.Option(None, help="Read the prompt from a UTF-8 file."),
     budget: str = BUDGET,
     preset: str = PRESET,
+    offloading: bool = typer.Option(
+        False, "--offloading", help="Keep most of the cache in host memory, for contexts beyond the GPU's."
+    ),
     max_new_tokens: int = typer.Option(256, min=1, help="Tokens to generate at most."),
     dense: bool = typer.Option(False, "--dense", help="Use the model's ordinary cache, to compare."),
     raw: bool = typer.Option(False, "--raw", help="Do not wrap the prompt in the model's chat template."),
@@ -49,7 +52,7 @@ def generate(
 ) -> None:
     """Generate text; the text goes to stdout, a report on the cache to stderr."""
     with errors_in_one_line():
-        config = SelfIndexConfig.make(preset=preset, budget=parse_budget(budget))
+        config = SelfIndexConfig.make(preset=preset, budget=parse_budget(budget), offloading=offloading)
         text = _read_prompt(prompt, file)
         quiet()
         with err.status(f"loading {model}"):

@@ -16,16 +16,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError
+from ..errors import ConfigError, HostMemoryError
 
 _MAP_NORESERVE = 0x4000
 """Of Linux; the mmap module names it from Python 3.13 on."""
+
+MOST_BYTES = 64 << 30
+"""Addresses reserved at most: a process has 128 TiB of them for all layers of all caches."""
 
 
 class HostRows:
     """Rows that stay at one address while they grow, pinned and mapped for a GPU.
 
-    A range of addresses as large as the machine's memory is reserved once, which takes no memory.
+    A range of addresses is reserved once, for more than a layer will ever hold; it takes no memory.
     Growing pins what follows the rows there are: nothing is copied, and a captured CUDA graph
     stays valid. PyTorch's own pinned tensors could not grow in place, and are rounded up to a
     power of two.
@@ -40,7 +43,7 @@ class HostRows:
 
     Raises:
         ConfigError: the device or the operating system cannot do this.
-        MemoryError: the addresses cannot be reserved.
+        HostMemoryError: the addresses cannot be reserved.
     """
 
     def __init__(self, row_bytes: int, device: torch.device) -> None:
@@ -65,7 +68,7 @@ class HostRows:
         """Have room for `rows` rows at least.
 
         Raises:
-            MemoryError: there is not enough host memory, or it cannot be pinned. Nothing changes.
+            HostMemoryError: there is not enough host memory, or it cannot be pinned. Nothing changes.
         """
         if rows <= self.capacity:
             return
@@ -114,13 +117,13 @@ class _Range:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._size = os.sysconf("SC_PHYS_PAGES") * mmap.PAGESIZE
+        self._size = min(MOST_BYTES, os.sysconf("SC_PHYS_PAGES") * mmap.PAGESIZE)
         try:
             self._memory = mmap.mmap(
                 -1, self._size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
             )
         except OSError as error:
-            raise MemoryError(
+            raise HostMemoryError(
                 f"cannot reserve {self._size >> 30} GiB of addresses for offloading: {error}; see ulimit -v "
                 "and vm.overcommit_memory"
             ) from error
@@ -141,8 +144,10 @@ class _Range:
         start, free = self._used, available()
         if end <= start:
             return
-        if end > self._size or end - start > free:
-            raise MemoryError(
+        if end > self._size:
+            raise HostMemoryError(f"a layer's offloaded payload may take {self._size >> 30} GiB, no more")
+        if end - start > free:
+            raise HostMemoryError(
                 f"offloading needs {(end - start) / 2**20:.0f} MiB more host memory, "
                 f"{free / 2**20:.0f} MiB are available"
             )
@@ -161,7 +166,7 @@ class _Range:
                 # CUDA reports a failed call once more, at the next launch: have it here.
                 torch.zeros(1, device=self._device)
             self._memory.madvise(mmap.MADV_DONTNEED, start, end - start)
-            raise MemoryError(
+            raise HostMemoryError(
                 f"CUDA cannot pin {(end - start) / 2**20:.0f} MiB of host memory for offloading "
                 f"(error {int(status)})"
             )
