@@ -66,12 +66,18 @@ def beside_others(evaluations: list[dict[str, Any]], comparisons: list[dict[str,
     lines += paragraph(
         "SmolLM2-135M-Instruct (d = 64), teacher-forced over the last tokens of each text; brackets are 95 %",
         "bootstrap intervals over tokens. Sparse methods read the same share of the tokens, and all keep 16",
-        "sinks and 64 recent tokens in full precision (KIVI its own 128). Bytes are per token and KV head,",
-        'scales and index included; "read" is what one decode step reads of them. The methods, with their',
-        "sources: src/selfindex/evaluation/rivals/.",
+        "sinks and 64 recent tokens in full precision (KIVI its own 128, paper 64 of its choice). Bytes are",
+        'per token and KV head, scales and index included; "read" is what one decode step reads of them. The',
+        "methods, with their sources: src/selfindex/evaluation/rivals/.",
     )
+    measured = [r for r in evaluations if r["fidelity"]] or comparisons
+    if measured is comparisons:
+        lines += paragraph(
+            "These prefixes do not end with a whole page, so the default preset keeps 48 recent tokens more",
+            "than the others in full precision; `selfindex eval` cuts prefixes so that it does not.",
+        )
     tables: dict[str, dict[str, Any]] = {}
-    for result in [r for r in evaluations if r["fidelity"]] or comparisons:
+    for result in measured:
         found = result.get("fidelity") or {n: {"methods": rows} for n, rows in result["lengths"].items()}
         for length, rows in found.items():
             lines += [f"### {int(length):,} tokens", "", *fidelity_table(rows)]

@@ -16,6 +16,7 @@ from .records import Records
 from .replies import read, replies
 from .suites import Suite
 from .tasks import TASKS, Sample, Source, needle, score
+from .tasks.sample import whole_pages
 
 START = 20000
 """First character of a text that is used: past title pages and tables of contents."""
@@ -104,8 +105,9 @@ class Run:
 
     def _fidelity(self) -> None:
         for text, length, todo, ids in self._prefixes("fidelity", self.suite.fidelity):
-            cut = length - self.suite.continuation
-            fed, targets = ids[:, cut:length], ids[0, cut + 1 :]
+            cut = whole_pages(length - self.suite.continuation)
+            end = cut + self.suite.continuation
+            fed, targets = ids[:, cut:end], ids[0, cut + 1 : end + 1]
             recording = record(self.model, ids[:, :cut])
             dense = continue_from(self.model, recording.dense_copy(), fed)
             for name in todo:
@@ -117,9 +119,9 @@ class Run:
 
     def _layers(self) -> None:
         for text, length, todo, ids in self._prefixes("layers", self.suite.layers):
-            cut = length - LAYER_QUERIES
+            cut = whole_pages(length - LAYER_QUERIES)
             recording = record(self.model, ids[:, :cut])
-            seen = observe(self.model, recording, ids[:, cut:length])
+            seen = observe(self.model, recording, ids[:, cut : cut + LAYER_QUERIES])
             for name in todo:
                 cache, _ = self._fill(name, recording)
                 found = measure(cache, recording, seen, self.budget)

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from ...errors import InputError
 
 MARK = "@TEXT@"
-ROOM = 64
+LEAST = 208  # the shortest prefix with a whole page
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
 
 
@@ -119,12 +119,22 @@ class Source:
 def assemble(
     head: list[int], haystack: list[int], tail: list[int], answers: Sequence[str], new: int
 ) -> Sample:
-    """A sample. The document's last tokens fill the question up to a multiple of ROOM: most samples
-    of a task can then be cut in the same place, and make a batch.
+    """A sample, its document cut where `whole_pages` says; most samples of a task are cut alike and
+    make a batch. What the document loses precedes the question.
     """
-    room = -(-len(tail) // ROOM) * ROOM
     prompt = head + haystack + tail
-    return Sample(prompt[:-room], prompt[-room:], tuple(answers), new)
+    cut = whole_pages(len(prompt) - len(tail))
+    return Sample(prompt[:cut], prompt[cut:], tuple(answers), new)
+
+
+def whole_pages(tokens: int) -> int:
+    """The longest prefix of at most `tokens` that the default preset stores in whole pages.
+
+    Besides its sinks and recent tokens it keeps a page that is not full in full precision. Such a
+    prefix has none, so that all methods keep as many tokens exactly.
+    """
+    exact, page = 16 + 64, 128
+    return exact + max(1, (tokens - exact) // page) * page
 
 
 def space(length: int, head: list[int], tail: list[int], new: int) -> int:
@@ -134,6 +144,6 @@ def space(length: int, head: list[int], tail: list[int], new: int) -> int:
         InputError: too few.
     """
     left = length - len(head) - len(tail) - new
-    if left < 64:
+    if left < 64 or len(head) + left < LEAST:
         raise InputError(f"{length} tokens are too few for this task")
     return left
