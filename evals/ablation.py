@@ -126,7 +126,7 @@ def model_level(args: argparse.Namespace, loaded: Callable[[], Any]) -> dict[str
             at = replace(designs.DEFAULT, budget=budget)
             budgets_of[budget] = shares(profile, encode_record(profile, at, kinds), at)
     for record, kinds in windows(args, loaded):
-        texts.append(record.text)
+        texts.append(Path(record.text).stem)
         head_dim = next(iter(record.layers.values())).k.shape[-1]
         for name, variant in todo.items():
             prefixes = encode_record(record, replace(variant, spread="uniform", dense_layers=0), kinds)

@@ -31,10 +31,10 @@ for part in ${PARTS:-tasks heatmap fidelity layers ablation stream chat profile}
       "$python" -m evals.ablation model --model "$model" --texts "$(IFS=,; echo "${names[*]}")" --take 1 --parts 2 \
         --designs open --budgets 0.05,0.075,0.1 --threads 8 --device "$device" --tag=-open --out "$out" || failed=1 ;;
     stream)
-      for kind in "" --generated; do
-        "$python" -m evals.stream --model "$model" --texts "${names[@]:0:2}" --device "$device" $kind \
-          --output "$out/stream$kind.json" || failed=1
-      done ;;
+      "$python" -m evals.stream --model "$model" --texts "${names[@]:0:2}" --device "$device" \
+        --output "$out/stream.json" || failed=1
+      "$python" -m evals.stream --model "$model" --texts "${names[0]}" --device "$device" --generated \
+        --output "$out/stream-generated.json" || failed=1 ;;
     chat)
       "$python" -m evals.chat --model "$model" --texts "${names[@]}" --device "$device" --output "$out/chat.json" ||
         failed=1 ;;
