@@ -216,6 +216,22 @@ def test_host_memory_is_given_back():
     assert host.available() > before + (1 << 30)
 
 
+def test_a_cache_may_go_while_a_graph_is_captured():
+    rows = HostRows(1 << 20, torch.device("cuda"))
+    rows.grow(16)
+    graph, x = torch.cuda.CUDAGraph(), torch.zeros(4, device="cuda")
+    with torch.cuda.graph(graph):
+        x += 1
+        del rows
+        gc.collect()
+        x += 1
+    graph.replay()
+    assert (x == 2).all()
+    assert len(host._late) == 1
+    HostRows(1 << 20, torch.device("cuda")).grow(1)
+    assert not host._late
+
+
 def test_memory_that_cannot_be_pinned_is_refused_and_nothing_else_fails():
     rows = HostRows(4096, torch.device("cuda"))
     cudart = torch.cuda.cudart()

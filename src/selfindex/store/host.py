@@ -159,6 +159,8 @@ class _Range:
         self._used = end
 
     def _pin(self, start: int, end: int) -> None:
+        for waiting in [_late.pop() for _ in range(len(_late))]:
+            _unpin(*waiting)
         with torch.cuda.device(self._device):
             status = torch.cuda.cudart().cudaHostRegister(self.address + start, end - start, 0)
         if int(status) != 0:
@@ -197,9 +199,15 @@ class _DeviceView:
         }
 
 
+_late: list[tuple[mmap.mmap, int, list[int], torch.device]] = []
+"""What was let go of while a graph was captured, when CUDA allows no such call."""
+
+
 def _unpin(memory: mmap.mmap, address: int, starts: list[int], device: torch.device) -> None:
     """Let go of the pinned regions of `memory`, which has to exist until then."""
-    if starts:
+    if torch.cuda.is_current_stream_capturing():
+        _late.append((memory, address, starts, device))
+    elif starts:
         torch.cuda.synchronize(device)
         for start in starts:
             torch.cuda.cudart().cudaHostUnregister(address + start)
