@@ -1,6 +1,6 @@
 """Time per token of a whole model, and the largest batch of long sequences that fits one GPU.
 
-    python benchmarks/end_to_end.py --output end_to_end.json [--compiled]
+    python benchmarks/end_to_end.py --output end_to_end.json [--compile 8192 131072]
 
 Llama-3.1-8B's shapes with random bfloat16 weights (their values do not change the time). The caches
 are filled with random content. Ways to decode:
@@ -8,7 +8,8 @@ are filled with random content. Ways to decode:
     layer encodes one page on the way.
   - dense: the same model and the same kind of graph-captured step, with keys and values in place
     and the best dense SDPA kernel on exactly the tokens that exist, without a mask.
-  - compiled (with --compiled): transformers' StaticCache and torch.compile, as users have it.
+At the lengths after --compile also both of these with the model run through torch.compile, and
+transformers' StaticCache compiled, as users have it.
 """
 
 from __future__ import annotations
@@ -88,12 +89,12 @@ def filled_cache(model: Any, batch: int, length: int, **options: Any) -> selfind
     return cache
 
 
-def time_sparse(model: Any, batch: int, length: int) -> dict[str, float]:
+def time_sparse(model: Any, batch: int, length: int, compile: bool = False) -> dict[str, float]:
     """Milliseconds a step and bytes, of the self-indexing cache."""
     torch.cuda.reset_peak_memory_stats()
     cache = filled_cache(model, batch, length)
     size = cache.report().memory.total
-    loop = DecodeLoop(model, cache, STEPS + 3)
+    loop = DecodeLoop(model, cache, STEPS + 3, compile)
     token = torch.zeros(batch, dtype=torch.long, device="cuda")
     found = time_steps(lambda: loop.step(token), STEPS)
     loop.close()
@@ -111,14 +112,15 @@ class DenseLayer(CacheLayerMixin):
         self.keys, self.values = (
             torch.randn(batch, 8, length, 128, device="cuda", dtype=DTYPE) for _ in range(2)
         )
+        self.last = torch.tensor([length - 1], device="cuda")
         self.length, self.backend, self.is_initialized = length, backend, True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         return NewKeys(self, key_states, value_states), value_states
 
     def attend(self, module: Any, query: Tensor, new: Any, mask: Any, scaling: float, *rest: Any) -> Tensor:
-        self.keys[:, :, -1:] = new.new_keys
-        self.values[:, :, -1:] = new.new_values
+        self.keys.index_copy_(2, self.last, new.new_keys)
+        self.values.index_copy_(2, self.last, new.new_values)
         with sdpa_kernel(self.backend):
             out = F.scaled_dot_product_attention(
                 query, self.keys, self.values, scale=scaling, enable_gqa=True
@@ -138,7 +140,7 @@ class DenseLayer(CacheLayerMixin):
         pass
 
 
-def time_dense(model: Any, batch: int, length: int) -> dict[str, Any]:
+def time_dense(model: Any, batch: int, length: int, compile: bool = False) -> dict[str, Any]:
     """Milliseconds a step of the better dense kernel."""
     prepare(model)
     torch.cuda.reset_peak_memory_stats()
@@ -147,12 +149,13 @@ def time_dense(model: Any, batch: int, length: int) -> dict[str, Any]:
     size = sum(x.nbytes for layer in layers for x in (layer.keys, layer.values))
     cache, ids = Cache(layers=layers), torch.zeros(batch, 1, dtype=torch.long, device="cuda")
     at = torch.full((batch, 1), length - 1, device="cuda")
+    run = torch.compile(model.forward, fullgraph=True) if compile else model
     for name, backend in BACKENDS.items():
         for layer in layers:
             layer.backend = backend
 
         def forward() -> None:
-            model(input_ids=ids, position_ids=at, past_key_values=cache, use_cache=True).logits.float()
+            run(input_ids=ids, position_ids=at, past_key_values=cache, use_cache=True).logits.float()
 
         try:
             stream = torch.cuda.Stream()
@@ -172,7 +175,7 @@ def time_dense(model: Any, batch: int, length: int) -> dict[str, Any]:
     return {"ms": found[best], "kernel": best, "all": found, "cache_gb": size / 1e9, "peak_gb": peak}
 
 
-def time_compiled(model: Any, batch: int, length: int) -> dict[str, float]:
+def time_static(model: Any, batch: int, length: int) -> dict[str, float]:
     """Milliseconds a step of StaticCache and torch.compile(mode="reduce-overhead")."""
     cache = StaticCache(config=model.config, max_cache_len=length)
     ids = torch.zeros(batch, 1, dtype=torch.long, device="cuda")
@@ -220,7 +223,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 32768, 65536, 131072])
     parser.add_argument("--guess", type=int, nargs=2, default=[3, 22], help="largest batches to try first")
-    parser.add_argument("--compiled", action="store_true", help="also transformers' StaticCache, compiled")
+    parser.add_argument("--compile", type=int, nargs="*", default=[], help="lengths to run compiled as well")
+    parser.add_argument("--skip-largest", action="store_true", help="no search for the largest batch")
     options = parser.parse_args()
     torch.manual_seed(0)
     model = llama(options.layers)
@@ -239,10 +243,10 @@ def main() -> None:
             flush=True,
         )
     most = options.lengths[-1]
-    full = {
-        "dense": largest(time_dense, model, most, options.guess[0]),
-        "selfindex": largest(time_sparse, model, most, options.guess[1]),
-    }
+    full: dict[str, dict[str, Any]] = {}
+    if not options.skip_largest:
+        full["dense"] = largest(time_dense, model, most, options.guess[0])
+        full["selfindex"] = largest(time_sparse, model, most, options.guess[1])
     for name, row in full.items():
         row["tokens_per_s"] = 1000 * row["batch"] / row["ms"]
         print(
@@ -250,18 +254,25 @@ def main() -> None:
             f"{row['tokens_per_s']:.0f} tokens/s, peak {row['peak_gb']:.1f} GB",
             flush=True,
         )
-    if options.compiled:
-        model.set_attn_implementation("sdpa")
-        for row in rows[-1:]:
+    compiled: list[dict[str, Any]] = []
+    for length in options.compile:
+        compiled.append({"batch": 1, "length": length})
+        for name, way in (("selfindex", time_sparse), ("dense", time_dense)):
             clean()
-            row["compiled"] = time_compiled(model, 1, row["length"])
-            print(f"compiled 1 x {row['length']}: {row['compiled']['ms']:.2f} ms", flush=True)
+            compiled[-1][name] = way(model, 1, length, True)
+            print(f"compiled {name} 1 x {length}: {compiled[-1][name]['ms']:.2f} ms", flush=True)
+    model.set_attn_implementation("sdpa")
+    for row in compiled[-1:]:
+        clean()
+        row["static"] = time_static(model, 1, row["length"])
+        print(f"StaticCache compiled 1 x {row['length']}: {row['static']['ms']:.2f} ms", flush=True)
     result = {
         "environment": environment(),
         "model": f"Llama-3.1-8B shapes, {options.layers} layers, random bfloat16 weights",
         "weights_gb": weights,
         "budget": 0.05,
         "results": rows,
+        "compiled": compiled,
         "largest": full,
     }
     options.output.parent.mkdir(parents=True, exist_ok=True)

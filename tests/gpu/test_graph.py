@@ -44,11 +44,13 @@ def test_steps_agree_with_single_steps(family, dtype, budget, tolerance):
     assert fixed.get_seq_length() == single.get_seq_length() == 1800
 
 
-def test_generate_equals_generate_of_the_model():
+@pytest.mark.parametrize("compile", [False, True])
+def test_generate_equals_generate_of_the_model(compile):
     model, ids = model_on_gpu(dtype=torch.float32), prompt(700, batch=2).cuda()
     options = {"budget": 1.0}
     wanted = generate(model, ids, selfindex.SelfIndexCache(model, **options), max_new_tokens=150)
-    got = selfindex.generate(model, ids, max_new_tokens=150, eos_token_id=VOCAB, pad_token_id=0, **options)
+    options |= {"eos_token_id": VOCAB, "pad_token_id": 0, "compile": compile}
+    got = selfindex.generate(model, ids, max_new_tokens=150, **options)
     assert torch.equal(got, wanted)
 
 

@@ -1,5 +1,7 @@
 """`selfindex.generate` gives the tokens of `model.generate`, from steps of fixed shape."""
 
+from functools import partial
+
 import pytest
 import torch
 from decoded_cache import check_tokens, small_cache
@@ -41,6 +43,16 @@ def test_equals_generate_of_the_model(family, length, steps):
     assert len(steps) >= (29 if length == 40 else 5)
     assert cache.get_seq_length() == length + 29
     check_tokens(cache, dense, got[0, :-1])
+
+
+def test_compiled_steps_are_the_same_graph_for_any_prompt(monkeypatch):
+    # Everything torch.compile does but generating code, which takes a minute.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    _, ours = pair("llama")
+    for length in (40, 67):  # the sizes of the second become symbols
+        ids = prompt(length, batch=2)
+        wanted = fast(ours, ids, small_cache(ours, budget=12))
+        assert torch.equal(fast(ours, ids, small_cache(ours, budget=12), compile=True), wanted)
 
 
 @pytest.mark.parametrize("options", [{"budget": 0.3, "min_tokens": 4}, {"budget": 9, "dense_below": 40}])

@@ -22,10 +22,12 @@ from .loader import INPUT_TYPES, load
 HEAD_DIMS, PAGE_SIZE, MAX_GROUPS = (64, 96, 128, 256), 128, 16
 STAGES, SELECT_BYTES = 2, 17 * 1024
 """As in the kernels' ring.cuh and select.cuh."""
-WARPS, CLUSTERS = (8, 16), (1, 2, 4, 8, 16)
+WARPS, CLUSTERS = (8, 16), (1, 2, 3, 4, 5, 6, 7, 8, 16)
 """Warps of a block and blocks of a row that the score + select kernel may be launched with."""
 ATTEND_TOKENS = 256
 """Selected tokens a block of the attention kernel takes."""
+RESERVED = 6 * 1024
+"""Bytes of shared memory a block uses beside its dynamic shared memory, at most."""
 MOST_BLOCKS = 1 << 24
 """A block number and a page's count share 32 bits in the score kernel."""
 LOG2_E = 1.4426950408889634
@@ -49,7 +51,7 @@ class Params(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("qstep", "crec", "selected", "counter")),
         *((name, ctypes.c_void_p) for name in ("parts", "out", "lse")),
         *((name, ctypes.c_int) for name in ("heads", "pages", "width", "splits", "cluster", "cta_pages")),
-        ("shared_keys", ctypes.c_int),
+        *((name, ctypes.c_int) for name in ("resident", "ring_keys")),
         ("scale", ctypes.c_float),
     )
 
@@ -61,22 +63,34 @@ class Plan:
     Attributes:
         cluster: blocks a row; warps: warps a block; pages: pages a block, at most.
         shared: bytes of dynamic shared memory of a block.
-        shared_keys: selection keys lie in shared memory, codes do not.
-        scratch: bytes of device memory a block needs for codes that shared memory does not hold.
+        resident: pages of a block whose score codes lie in shared memory.
+        ring_keys: selection keys of its other pages lie in shared memory too.
+        scratch: bytes of device memory a block needs for the other pages' codes.
     """
 
     cluster: int
     warps: int
     pages: int
     shared: int
-    shared_keys: bool
+    resident: int
+    ring_keys: bool
     scratch: int
 
 
-BLOCK_COST, WARP_COST, PAGE_COST, BYTES_PER_US = 8.0, 0.1, 1.1, 2.4e6
+BLOCK_COST, WARP_COST, PAGE_COST, BYTES_PER_US = 8.0, 0.1, 1.7, 2.4e6
 CLUSTER_COST, CLUSTER_BLOCK_COST = 2.0, 0.15
 """Rough microseconds of a block, each of its warps and a warp's further pages, memory bandwidth, and
 microseconds of a cluster and each of its blocks, on an H100."""
+
+
+def layout(cluster: int, warps: int, pages: int, record: int, quads: int, room: int) -> Plan:
+    """A plan whose blocks keep as many score codes in `room` bytes of shared memory as fit."""
+    share, chunk = -(-pages // cluster), 528 * quads
+    ring = warps * STAGES * (-(-(record + 16) // 128) * 128)
+    resident = max(0, min(share, (room - ring) // chunk))
+    rest = share - resident
+    ring_keys = rest * 2 * PAGE_SIZE <= ring - SELECT_BYTES
+    return Plan(cluster, warps, share, ring + resident * chunk, resident, ring_keys, rest * chunk)
 
 
 def plan(
@@ -97,29 +111,24 @@ def plan(
         clusters: whether the device has thread block clusters.
         at_once: (warps, cluster, shared bytes) -> rows that fit on the device together.
     """
-    slot, chunk = STAGES * (-(-record // 128) * 128), 528 * quads
     found: list[tuple[float, int, Plan]] = []
     for cluster in CLUSTERS if clusters else (1,):
         if cluster > 1 and cluster * 4 > pages:
             continue
-        share = -(-pages // cluster)
         for warps, limit in limits.items():
-            ring = warps * slot
-            places = (
-                (0.0, ring + share * chunk, False, 0),
-                (2.0, max(ring, SELECT_BYTES + share * 2 * PAGE_SIZE), True, share * chunk),
-                (10.0, ring, False, share * chunk),
-            )
-            for extra, shared, shared_keys, scratch in places:
-                together = min(rows, at_once(warps, cluster, shared)) if shared <= limit else 0
+            for blocks in (1, 2, 3):  # on a multiprocessor: each leaves the others their shared memory
+                room = (limit - RESERVED * (blocks - 1)) // blocks
+                choice = layout(cluster, warps, pages, record, quads, room)
+                together = min(rows, at_once(warps, cluster, choice.shared)) if choice.shared <= limit else 0
                 if together:
                     reading = together * pages * record / BYTES_PER_US
-                    working = (-(-share // warps) - 1) * PAGE_COST
-                    fixed = BLOCK_COST + WARP_COST * warps + extra
+                    working = (-(-choice.pages // warps) - 1) * PAGE_COST
+                    fixed = BLOCK_COST + WARP_COST * warps
+                    if choice.scratch:
+                        fixed += 2.0 if choice.ring_keys else 10.0
                     if cluster > 1:
                         fixed += CLUSTER_COST + CLUSTER_BLOCK_COST * cluster
                     cost = -(-rows // together) * (fixed + max(reading, working))
-                    choice = Plan(cluster, warps, share, shared, shared_keys, scratch)
                     found.append((cost, len(found), choice))
     return min(found)[2]
 
@@ -251,7 +260,8 @@ class Decode:
             splits=splits,
             cluster=self.plan.cluster,
             cta_pages=self.plan.pages,
-            shared_keys=self.plan.shared_keys,
+            resident=self.plan.resident,
+            ring_keys=self.plan.ring_keys,
             scale=scaling * LOG2_E,
             **{name: base + start for name, start in starts.items() if sizes[name]},
         )
@@ -293,7 +303,10 @@ class Decode:
                     overlap=self.modern,
                 )
             if "attend" in stages:
-                self.kernels["attend"]((self.splits, self.rows), 256, arguments, overlap=self.modern)
+                # Starting early, it gets the cache that the first kernel left beside its shared memory:
+                # too little for its gathers where codes fill that.
+                overlap = self.modern and not plan.scratch
+                self.kernels["attend"]((self.splits, self.rows), 256, arguments, overlap=overlap)
         return self.output, self.lse
 
 

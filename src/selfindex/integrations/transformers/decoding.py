@@ -46,6 +46,7 @@ def generate(
     top_p: float = 1.0,
     eos_token_id: int | list[int] | None = None,
     pad_token_id: int | None = None,
+    compile: bool = False,
     **options: Any,
 ) -> Tensor:
     """Continue a prompt, greedily or by sampling; the fast way to decode on a GPU.
@@ -62,6 +63,8 @@ def generate(
         temperature, top_k, top_p: sampling; 0 and 1.0 mean all tokens.
         eos_token_id: tokens that end a row; None takes the model's.
         pad_token_id: what fills rows that have ended; None takes the model's, or the first eos.
+        compile: run the steps through torch.compile, for long generations: the first step takes a
+            minute or more, the others less than without. Rounding differs a little.
     Returns:
         int64 [B, T + n], n <= max_new_tokens.
 
@@ -104,7 +107,7 @@ def generate(
             if left == 0 or (ends and len(produced) % CHECK_EVERY == 0 and bool(ended.all())):
                 break
             if loop is None and reason is None and ready(cache):
-                loop = DecodeLoop(model, cache, left)
+                loop = DecodeLoop(model, cache, left, compile)
             if loop is not None:
                 logits = loop.step(token)
             else:

@@ -8,7 +8,9 @@ Between steps, once per page of tokens, the host encodes the page that left the 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NoReturn, cast
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +39,22 @@ def ready(cache: SelfIndexCache) -> bool:
     return all(x.store is not None and x.store.constants is not None for x in cache.compressed_layers)
 
 
+_compiled_models: WeakKeyDictionary[PreTrainedModel, Callable[..., Any]] = WeakKeyDictionary()
+
+
+def _compiled(model: PreTrainedModel) -> Callable[..., Any]:
+    """The model's forward, compiled as one graph; later loops use what was compiled before."""
+    if model not in _compiled_models:
+        # Without a reference to the model, which would keep its own entry alive.
+        itself = ref(model)
+
+        def forward(**given: Any) -> Any:
+            return cast(PreTrainedModel, itself())(**given)
+
+        _compiled_models[model] = torch.compile(forward, fullgraph=True)
+    return _compiled_models[model]
+
+
 class _Layer(CacheLayerMixin):
     """A layer's stand-in during the loop."""
 
@@ -47,7 +65,7 @@ class _Layer(CacheLayerMixin):
         super().__init__()
         assert layer.store is not None
         self.store: LayerStore = layer.store
-        self._loop = loop
+        self._loop, self.format = loop, self.store.format.name
         shape, device = (self.store.batch, pages), self.store.raw.keys.device
         self.table = torch.zeros(shape, dtype=torch.int32, device=device)
         self.counts = torch.zeros(shape, dtype=torch.int32, device=device)
@@ -85,7 +103,7 @@ class _Layer(CacheLayerMixin):
             loop.width,
             store.constants,
             scaling,
-            store.format.name,
+            self.format,
         )
         return ops.window_attend(
             query,
@@ -121,16 +139,21 @@ class DecodeLoop:
     Args:
         cache: filled by a forward pass of `model`, `ready`, and not refused by `why_not`.
         steps: most steps to come; more raise StateError.
+        compile: run the model through torch.compile: the first step takes a minute or more, the
+            others less than before.
 
     Attributes:
         logits: float32 [B, vocabulary] of the last step. Overwritten by the next one.
     """
 
-    def __init__(self, model: PreTrainedModel, cache: SelfIndexCache, steps: int) -> None:
+    def __init__(
+        self, model: PreTrainedModel, cache: SelfIndexCache, steps: int, compile: bool = False
+    ) -> None:
         reason = why_not(cache)
         if reason is not None or not ready(cache):
             raise StateError(f"no decode loop for this cache: {reason or 'its balance is not known yet'}")
-        self.config, self._model, self._real = cache.config, model, cache
+        self.config, self._real = cache.config, cache
+        self._run = _compiled(model) if compile else model
         self._stores = [cast(LayerStore, layer.store) for layer in cache.compressed_layers]
         first, config = self._stores[0], cache.config
         device = first.raw.keys.device
@@ -224,7 +247,7 @@ class DecodeLoop:
         self.budgets.copy_(torch.minimum(budgets, self.encoded))
         self._positions += 1
         given: dict[str, Any] = {self._argument: self._cache, "use_cache": True}
-        logits = self._model(input_ids=self._ids, position_ids=self._positions, **given).logits[:, -1].float()
+        logits = self._run(input_ids=self._ids, position_ids=self._positions, **given).logits[:, -1].float()
         if self.logits.shape != logits.shape:
             self.logits = torch.empty_like(logits)
         self.logits.copy_(logits)

@@ -37,7 +37,9 @@ template <int N> __device__ __forceinline__ void load_words(u32* to, u64 address
 #pragma unroll
     for (int i = 0; i < N; i++) to[i] = ((const u32*)address)[i]; }
 
-constexpr bool OWN_SUMS = G * D <= 512;   // every warp has sums of its own, else they add up by atomics
+// Every warp has sums of its own, else they add up by atomics: what shared memory does not take is left
+// to the cache, which gathers need to have many loads in flight.
+constexpr bool OWN_SUMS = G * D <= 256;
 
 struct AttendMemory {
   int sums[OWN_SUMS ? ATTEND_WARPS : 1][G][D + 8];   // padded: the heads of a quad meet different banks

@@ -48,7 +48,7 @@ struct Params {
   const int* table;           // [B, M]
   const int* counts;          // [B, M]
   const int* budgets;         // [B]
-  u8* scratch;                // score codes that do not fit shared memory, or null
+  u8* scratch;                // score codes that do not fit shared memory
   int* take;                  // [rows]: tokens to select
   u8* qfrag;                  // [rows, G, 2, FRAGMENT] query bytes in the attention's order
   float* qstep;               // [rows, G]: step of the 15-bit query
@@ -59,18 +59,20 @@ struct Params {
   float* out;                 // [B, H * G, 1, D]
   float* lse;                 // [B, H * G, 1]
   int heads, pages, width, splits, cluster, cta_pages;
-  int shared_keys;            // selection keys of a block lie in shared memory, codes do not
+  int resident;               // pages of a block whose codes lie in shared memory
+  int ring_keys;              // keys of its other pages lie where the ring was, else over their codes in scratch
   float scale;                // softmax scaling * log2(e)
 };
 
 __device__ __forceinline__ u32 prmt(u32 a, u32 b, u32 s) {
   u32 d; asm("prmt.b32 %0,%1,%2,%3;" : "=r"(d) : "r"(a), "r"(b), "r"(s)); return d; }
 __device__ __forceinline__ float ex2(float x) { float y; asm("ex2.approx.ftz.f32 %0,%1;" : "=f"(y) : "f"(x)); return y; }
+// Division proper has a slow path, whose branch keeps loads from being issued together.
+__device__ __forceinline__ float reciprocal(float x) { float y; asm("rcp.approx.ftz.f32 %0,%1;" : "=f"(y) : "f"(x)); return y; }
 __device__ __forceinline__ float lg2(float x) { float y; asm("lg2.approx.ftz.f32 %0,%1;" : "=f"(y) : "f"(x)); return y; }
 // Store to device memory what should stay in the L2 cache until it is read.
-__device__ __forceinline__ void store_kept(void* p, u32 v, u64 policy) {
-  asm volatile("st.global.L2::cache_hint.u32 [%0],%1,%2;" ::"l"(p), "r"(v), "l"(policy) : "memory"); }
-__device__ __forceinline__ u64 keep_policy() { u64 p; asm("createpolicy.fractional.L2::evict_last.b64 %0,1.0;" : "=l"(p)); return p; }
+__device__ __forceinline__ void store_kept(void* p, u32 v) {
+  asm volatile("st.global.L2::cache_hint.u32 [%0],%1,%2;" ::"l"(p), "r"(v), "l"(0x14F0000000000000ull) : "memory"); }   // evict_last
 __device__ __forceinline__ float half_to_float(u32 h) {
   float f; asm("{.reg .b16 t; cvt.u16.u32 t,%1; cvt.f32.f16 %0,t;}" : "=f"(f) : "r"(h)); return f; }
 __device__ __forceinline__ u32 float_to_half(float f) {

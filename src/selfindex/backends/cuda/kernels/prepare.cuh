@@ -36,7 +36,7 @@ __device__ __forceinline__ void prepare_head(const Params& p, int row, int g, Qu
     divisor[r] = balance[r * 32 + lane];
   }
 #pragma unroll
-  for (int r = 0; r < R; r++) x[r] *= sign_of(r * 32 + lane, 1) * rotation_gain() / divisor[r];
+  for (int r = 0; r < R; r++) x[r] *= sign_of(r * 32 + lane, 1) * rotation_gain() * reciprocal(divisor[r]);
   rotate(x, lane, line);
 #pragma unroll
   for (int r = 0; r < R; r++) top = fmaxf(top, fabsf(x[r]));

@@ -28,6 +28,7 @@ __device__ __forceinline__ void binary_mma(int* d, u32 a0, u32 a1, u32 positive,
       : "r"(a0), "r"(a1), "r"(~a0), "r"(~a1), "r"(positive), "r"(negative), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3])); }
 
 __device__ __forceinline__ u32 load_shared(u32 at) { u32 v; asm volatile("ld.shared.u32 %0,[%1];" : "=r"(v) : "r"(at)); return v; }
+__device__ __forceinline__ void store_shared(u32 at, u32 v) { asm volatile("st.shared.u32 [%0],%1;" ::"r"(at), "r"(v) : "memory"); }
 __device__ __forceinline__ void load_shared2(u32* to, u32 at) { asm volatile("ld.shared.v2.u32 {%0,%1},[%2];" : "=r"(to[0]), "=r"(to[1]) : "r"(at)); }
 __device__ __forceinline__ void load_shared4(u32* to, u32 at) {
   asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3},[%4];" : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(at)); }
@@ -76,10 +77,10 @@ struct QueryPart {
   }
 };
 
-// Returns whether any of the warp's pages is not full.
+// Sets *ragged if any page is not full.
 template <int WARPS>
-__device__ __forceinline__ bool score_pages(const Params& p, int row, int first, int last, u8* ring_memory,
-                                            u8* chunks, float2 (*totals)[HEADS], u64* barriers, const QueryMemory& query) {
+__device__ __forceinline__ void score_pages(const Params& p, int row, int first, int last, u8* ring_memory,
+                                            u32 resident, u8* scratch, float2 (*totals)[HEADS], const QueryMemory& query, bool* ragged) {
   // Read through a shuffle, the lane and what follows from it stay in registers.
   const int b = row / p.heads, h = row % p.heads, lane = __shfl_sync(~0u, threadIdx.x, threadIdx.x) & 31, w = threadIdx.x >> 5;
   const int g = lane >> 2, j = lane & 3;
@@ -87,19 +88,20 @@ __device__ __forceinline__ bool score_pages(const Params& p, int row, int first,
   const int* counts = p.counts + (i64)b * p.pages;
   const u8* index = p.index + (i64)h * INDEX_RECORD;
   const int mine = max(0, (last - first - w + WARPS - 1) / WARPS);   // pages of this warp: first + w + n WARPS
-  // Lane l holds block and count (upper 8 bits) of page n = 32 i + l, and of the 32 after those.
+  // Lane l holds block and count (upper 8 bits) of page n = 32 i + l.
   const auto at = [&](int n) { return min(first + w + n * WARPS, max(last - 1, 0)); };
   const auto entry = [&](int n) { return (u32)table[at(n)] | (u32)counts[at(n)] << 24; };
-  u32 entries = entry(lane), next_entries = entry(32 + lane);
+  u32 entries = entry(lane);
   const u32 stride = (u32)p.index_stride;
   Ring ring;
-  ring.open(ring_memory + w * STAGES * SLOT, barriers + w * STAGES, lane);
-  u32 flight[STAGES];   // entries of the pages in flight
+  ring.open(ring_memory + w * STAGES * SLOT, lane);
+  const auto fetch = [&](int n) {
+    if (n && (n & 31) == 0) entries = entry(n + lane);
+    const u32 name = __shfl_sync(~0u, entries, n);
+    ring.fetch(n % STAGES, n < mine, index + (u64)(name & 0xffffff) * stride, name, lane);
+  };
 #pragma unroll
-  for (int s = 0; s < STAGES; s++) {
-    flight[s] = __shfl_sync(~0u, entries, s);
-    ring.fetch(s, s < mine, index + (u64)(flight[s] & 0xffffff) * stride, lane);
-  }
+  for (int n = 0; n < STAGES; n++) fetch(n);
   QueryPart part;
   float best[QUADS], total[QUADS];
 #pragma unroll
@@ -111,22 +113,12 @@ __device__ __forceinline__ bool score_pages(const Params& p, int row, int first,
   const u32 sign_at = sign_place(lane), scale_at = KEY_SCALES + g * 4, mean_at = MEAN + j * MEAN_WORDS * 4;
   const u32 natural = shared_address(&query.natural[g >> 1][g & 1][0]) + j * MEAN_WORDS * 4;
   const u32 constant_at = CONSTS + (lane == 5 ? 8 : 4);
-  u8* chunk = chunks + (i64)w * CHUNK_BYTES + lane * 4;
-  float* crec = p.crec + ((i64)row * p.pages + first + w) * (HEADS + 4) + (lane < 4 ? lane : HEADS + lane - 4);
-  const u64 policy = keep_policy();
-  bool ragged = false;
+  // Offsets of 32 bits, as registers are few.
+  u32 chunk_at = w * CHUNK_BYTES + lane * 4;
+  u32 crec = (row * p.pages + first + w) * (HEADS + 4) + (lane < 4 ? lane : HEADS + lane - 4);
   for (int n = 0; n < mine; n++) {
-    const int here = flight[0] & 0xffffff, tokens = flight[0] >> 24;
-    ragged |= tokens < PAGE;
-    const int ahead = n + STAGES;
-    if ((ahead & 31) == 0) {
-      entries = next_entries;
-      if (ahead + 32 < mine) next_entries = entry(ahead + 32 + lane);
-    }
-#pragma unroll
-    for (int s = 0; s + 1 < STAGES; s++) flight[s] = flight[s + 1];
-    flight[STAGES - 1] = __shfl_sync(~0u, entries, ahead);
-    const u32 record = ring.wait();
+    const u32 record = ring.wait(n), name = load_shared(record + SLOT - 16);
+    const int here = name & 0xffffff, tokens = name >> 24;
     u32 constants[2], mean[MEAN_WORDS];
     load_shared2(constants, record + CONSTS);
     const float mean_step = __uint_as_float(constants[0]), key_base = __uint_as_float(constants[1]);
@@ -175,9 +167,13 @@ __device__ __forceinline__ bool score_pages(const Params& p, int row, int first,
         }
       }
       if (tokens < PAGE) {
+        *ragged = true;
+        int left = tokens - 4 * g, place = order;
+        // Rare: nothing of it may be computed before the loop and kept in registers.
+        asm volatile("" : "+r"(left), "+r"(place));
 #pragma unroll
         for (int i = 0; i < 16; i++)
-          if ((i >> 2) * 32 + 4 * g + ((i & 3) ^ order) >= tokens) logit[i / 2] = prmt(logit[i / 2], FAR_HALF, i & 1 ? 0x5410 : 0x3254);
+          if ((i >> 2) * 32 + ((i & 3) ^ place) >= left) logit[i / 2] = prmt(logit[i / 2], FAR_HALF, i & 1 ? 0x5410 : 0x3254);
       }
 #pragma unroll
       for (int i = 0; i < 8; i++) top = max2(top, logit[i]);
@@ -193,31 +189,34 @@ __device__ __forceinline__ bool score_pages(const Params& p, int row, int first,
         // Bits 7..14 of the halves: dropping the sign leaves 5 exponent and 3 mantissa bits a code.
         const u32 others = __funnelshift_l(e[2 * round + 1], e[2 * round + 1], 5);
         const u32 codes = (e[2 * round] >> 3 & CODE_PAIR) | (others & ~CODE_PAIR);
-        u8* to = chunk + quad * 512 + round * 128;
-        if (p.scratch) store_kept(to, codes, policy);
-        else *(u32*)to = codes;
+        const u32 to = chunk_at + quad * 512 + round * 128;
+        if (n * WARPS + w < p.resident) store_shared(resident + to, codes);
+        else store_kept(scratch + to, codes);
       }
       const float page_top = TOP - half_to_float(lift_half) + offset;
       // A page without tokens is so far below any other that it does not count.
       const float both = fmaxf(best[quad], page_top), sum = half_to_float(sums & 0xffff) + half_to_float(sums >> 16);
       total[quad] = fmaf(sum, ex2(page_top - both), total[quad] * ex2(best[quad] - both));
       best[quad] = both;
-      if (lane < 4) *(float*)(chunk + CHUNK_MAXIMA + quad * 16) = page_top;
+      if (lane < 4) {
+        const u32 to = chunk_at + CHUNK_MAXIMA + quad * 16;
+        if (n * WARPS + w < p.resident) store_shared(resident + to, __float_as_uint(page_top));
+        else *(float*)(scratch + to) = page_top;
+      }
       // The attention wants the logit itself, not the flatter vote.
       const float own = lane < 4 ? offset * (1.f / SELECT_SHARPNESS) : lane == 6 ? __int_as_float(here) : own_constant;
-      if (lane < (quad ? 4 : 7)) crec[quad * 4] = own;
+      if (lane < (quad ? 4 : 7)) p.crec[crec + quad * 4] = own;
     }
     __syncwarp();
-    ring.fetch(ring.stage, ahead < mine, index + (u64)(flight[STAGES - 1] & 0xffffff) * stride, lane);
-    ring.next();
-    chunk += (i64)WARPS * CHUNK_BYTES;
+    fetch(n + STAGES);
+    chunk_at += WARPS * CHUNK_BYTES;
     crec += WARPS * (HEADS + 4);
   }
+  ring.close(lane);
 #pragma unroll
   for (int quad = 0; quad < QUADS; quad++) {
 #pragma unroll
     for (int m = 4; m < 32; m <<= 1) total[quad] += __shfl_xor_sync(~0u, total[quad], m);
     if (lane < 4) totals[w][quad * 4 + lane] = make_float2(best[quad], total[quad]);
   }
-  return ragged;
 }

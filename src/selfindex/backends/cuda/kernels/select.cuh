@@ -3,7 +3,7 @@
 // threshold, equal to it), and a prefix sum over warps and blocks the place of every selected slot,
 // so that slots come out ascending and the result does not depend on timing. Key 0: no token here.
 //
-// A block's keys lie in chunks of 128 (one page), `stride` bytes apart, and are overwritten.
+// A block's keys lie in chunks of 128 (one page), and are overwritten.
 constexpr int BINS = 2048, MOST_BLOCKS = 16;
 constexpr int SELECT_BYTES = 17 * 1024;   // room for SelectMemory
 
@@ -11,6 +11,14 @@ template <int WARPS> struct SelectMemory {
   u32 histogram[BINS], sums[BINS];        // of the block, of the row
   u32 warp_sums[8], message[2];
   uint2 warp_counts[WARPS], block_counts[MOST_BLOCKS];   // tokens above and at the threshold
+};
+
+// Where the keys of a block's pages are: the first `split` in one place, the others in another.
+struct KeyPlaces {
+  u8 *near, *far;
+  int split, near_stride, far_stride;
+  __device__ __forceinline__ u8* at(int page) const {
+    return page < split ? near + page * near_stride : far + (i64)page * far_stride; }
 };
 
 // Bit i is set where key i of eight is >= the threshold (1 .. 2048).
@@ -24,7 +32,7 @@ __device__ __forceinline__ u32 at_least(const uint4& keys, u32 threshold) {
 
 // The histogram of this block's keys > 0 is in memory.histogram; slots start at first_slot.
 template <int WARPS>
-__device__ __forceinline__ void select_keys(SelectMemory<WARPS>& m, u8* keys, int stride, int pages, i64 first_slot,
+__device__ __forceinline__ void select_keys(SelectMemory<WARPS>& m, const KeyPlaces& keys, int pages, i64 first_slot,
                                             int k, int rank, int size, int* selected) {
   constexpr int THREADS = WARPS * 32, PER = BINS / 256;
   static_assert(WARPS >= 8, "256 threads look for the threshold");
@@ -83,7 +91,7 @@ __device__ __forceinline__ void select_keys(SelectMemory<WARPS>& m, u8* keys, in
   u32 above = 0, equals = 0;
   for (int start = begin; start < end; start += 2) {
     const int page = start + (lane >> 4);
-    u8* at = keys + (i64)page * stride;
+    u8* at = keys.at(page);
     u32 over = 0, equal = 0;
     if (page < end) {
       const uint4 v = *(const uint4*)(at + (lane & 15) * 16);
@@ -111,7 +119,7 @@ __device__ __forceinline__ void select_keys(SelectMemory<WARPS>& m, u8* keys, in
     const int i = start + lane;
     u32 over = 0, equal = 0;
     if (i < end * 4) {
-      const u32* bits = (const u32*)(keys + (i64)(i >> 2) * stride) + (i & 3);
+      const u32* bits = (const u32*)keys.at(i >> 2) + (i & 3);
       over = bits[0];
       equal = bits[4];
     }
