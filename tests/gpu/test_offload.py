@@ -276,6 +276,26 @@ def test_steps_of_the_graph_fetch_little():
         assert torch.equal(got, wanted)
 
 
+def test_a_fork_that_selects_more_does_not_mislead_the_graph_of_another():
+    model, ids = model_on_gpu(), prompt(1500).cuda()
+    caches = both(model)
+    for cache in caches:
+        forward(model, ids, cache)
+    forks = [cache.fork() for cache in caches]
+    loops = [DecodeLoop(model, cache, 20) for cache in caches]
+    for i, new in enumerate(prompt(20, seed=1).cuda().unbind(1)):
+        wanted, got = (loop.step(new) for loop in loops)
+        assert torch.equal(got, wanted), i
+        if i == 9:
+            # Needs more room for recent tokens, which the forks share.
+            before = caches[1].compressed_layers[0].store.pool.recent.address
+            for fork in forks:
+                fork.set_budget(900)
+            wanted, got = (forward(model, new[:, None], fork) for fork in forks)
+            assert torch.equal(got, wanted)
+            assert caches[1].compressed_layers[0].store.pool.recent.address != before
+
+
 def test_generation():
     model, ids = model_on_gpu(), prompt(700, batch=2).cuda()
     for run in (

@@ -270,11 +270,12 @@ class DecodeLoop:
 
     def _addresses(self) -> list[int]:
         """Where the graph finds what may be moved."""
-        return [
+        moved = [
             x.data_ptr()
             for store in self._stores
             for x in (store.pool.index, store.pool.payload, store.raw.keys, store.raw.values)
         ]
+        return moved + [x.pool.recent.address for x in self._stores if x.pool.recent is not None]
 
     def _encode(self) -> None:
         self._count()
