@@ -49,16 +49,15 @@ def chat(model: Any, tokenizer: Any, text: str, args: argparse.Namespace) -> lis
     dense = DynamicCache(config=model.config)
     ours = selfindex.SelfIndexCache(model, budget=args.budget, dense_below=0, sparse_queries=args.reply)
     messages: list[dict[str, str]] = []
-    before, turns = "", []
+    before, closing, turns = "", "", []
+    left: list[int] = []  # the last token of a reply, which no cache has seen yet
     for turn in range(args.turns):
         at = args.start + turn * args.passage
         passage = text[at : at + args.passage].strip()
         messages.append({"role": "user", "content": f"{passage}\n\n{QUESTION}"})
         rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        if not rendered.startswith(before):
-            raise ValueError("the model's chat template or tokenizer rewrites earlier turns")
-        new = tokenizer(rendered[len(before) :], return_tensors="pt", add_special_tokens=False).input_ids
-        new = new.to(args.device)
+        ids = tokenizer(closing + rendered[len(before) :], add_special_tokens=False).input_ids
+        new = torch.tensor([left + ids], device=args.device)
         past = dense.get_seq_length()
         reply = answer(model, dense, new, args.reply)
         # The reply again as one chunk: what both caches predict for its tokens.
@@ -70,7 +69,10 @@ def chat(model: Any, tokenizer: Any, text: str, args: argparse.Namespace) -> lis
         turns.append({"tokens": dense.get_seq_length(), "ratio": ours.report().ratio} | found)
         words = tokenizer.decode(reply, skip_special_tokens=True)
         messages.append({"role": "assistant", "content": words})
-        before = rendered + tokenizer.decode(reply[:-1])
+        before = tokenizer.apply_chat_template(messages, tokenize=False)
+        if not before.startswith(rendered + words):
+            raise ValueError("the model's chat template rewrites earlier turns")
+        closing, left = before[len(rendered) + len(words) :], reply[-1:]
     return turns
 
 
