@@ -39,7 +39,8 @@ class OffloadedDecode(Decode):
         with torch.cuda.device(self.output.device):
             if "fetch" in stages:
                 grid = -(-self.params.width // FETCH_TOKENS), self.rows
-                self.kernels["fetch"](grid, 256, self._arguments, overlap=self.modern)
+                overlap = self.modern and not self.plan.scratch  # as attention after `decode`
+                self.kernels["fetch"](grid, 256, self._arguments, overlap=overlap)
             if "attend" in stages:
                 self.kernels["attend"]((self.splits, self.rows), 256, self._arguments, overlap=self.modern)
         return self.output, self.lse
