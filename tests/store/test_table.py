@@ -1,5 +1,7 @@
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from pages import page_format
 
 from selfindex.store.pool import BlockPool
@@ -53,6 +55,22 @@ def test_crop_keeps_whole_pages_and_a_part_of_one(table, keep, counts):
     # The mirror follows, and the other row is untouched.
     assert table.tensors()[1][0].tolist() == counts + [0] * (max(1, len(counts)) - len(counts))
     assert table.rows[1].counts == [16]
+
+
+@given(appended=st.lists(st.tuples(st.integers(0, 1), st.integers(0, 3), st.booleans()), max_size=12))
+def test_tensors_follow_appended_pages(appended):
+    table = BlockTable(2, BlockPool(FORMAT, torch.device("cpu")))
+    block = 0
+    for row, pages, look in appended:
+        table.append(row, list(range(block, block + pages)), [16] * pages)
+        block += pages
+        if look:
+            table.tensors()
+    for mirror, lists in zip(
+        table.tensors(), zip(*((r.blocks, r.counts) for r in table.rows), strict=True), strict=True
+    ):
+        assert mirror.tolist() == [x + [0] * (table.pages - len(x)) for x in lists]
+    table.rows = []  # its blocks never were the pool's
 
 
 def test_select_shares_blocks(table):

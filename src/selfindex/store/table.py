@@ -33,6 +33,8 @@ class BlockTable:
         self.pool = pool
         self.rows = [Row() for _ in range(batch)]
         self._tensors: tuple[Tensor, Tensor] | None = None
+        self._added: list[tuple[int, int, int, int]] = []
+        """Row, place in the row, block and count of pages that are not in `_tensors` yet."""
 
     def __del__(self) -> None:
         # Forks of a cache share the pool, which then lives longer than this table.
@@ -58,9 +60,11 @@ class BlockTable:
 
     def append(self, row: int, blocks: list[int], counts: list[int]) -> None:
         """Add pages, already referenced once in the pool, to the end of a row."""
+        place = len(self.rows[row].blocks)
         self.rows[row].blocks += blocks
         self.rows[row].counts += counts
-        self._tensors = None
+        if self._tensors is not None:
+            self._added += [(row, place + i, *page) for i, page in enumerate(zip(blocks, counts, strict=True))]
 
     def crop(self, row: int, tokens: int) -> None:
         """Keep the first `tokens` tokens of a row; whole pages beyond them are released."""
@@ -96,7 +100,21 @@ class BlockTable:
         if self._tensors is None:
             blocks, counts = [row.blocks for row in self.rows], [row.counts for row in self.rows]
             self._tensors = (self._tensor(blocks), self._tensor(counts))
+        elif self._added:
+            self._tensors = self._extended(self._tensors)
+        self._added = []
         return self._tensors
+
+    def _extended(self, old: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """`old` with the pages of `_added`: a long batch gets a page a row, and is not listed anew."""
+        added = torch.tensor(self._added, dtype=torch.long).T.to(old[0].device)
+        new = []
+        for before, values in zip(old, added[2:].int(), strict=True):
+            after = before.new_zeros(len(self.rows), self.pages)
+            after[:, : before.shape[1]] = before
+            after[added[0], added[1]] = values
+            new.append(after)
+        return new[0], new[1]
 
     def stage(self, first: int, last: int) -> tuple[Tensor, Tensor, Tensor]:
         """Copy pages `first` to `last` of every row into small pools of their own on the device.
