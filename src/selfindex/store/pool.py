@@ -48,10 +48,11 @@ class BlockPool:
         with self._lock:
             new.index, new.payload = new._resized(self.capacity)
             new.index.copy_(self.index)
-            everything = list(range(self.capacity))
-            if self._host is not None:
+            if self._host is None or new._host is None:
+                new.payload.copy_(self.payload)
+            else:
                 self._host.synchronize()
-            new._put_payload(everything, self.payload if self._host is None else self._host.host)
+                new._host.write(list(range(self.capacity)), self._host.host)
             new._references, new._free = list(self._references), list(self._free)
         return new
 
@@ -78,9 +79,13 @@ class BlockPool:
         with self._lock:
             self.reserve(count)
             blocks = self._free[-count:][::-1] if count else []
-            at = torch.tensor(blocks, dtype=torch.long, device=self.index.device)
-            self.index[at] = index.to(self.index.device)
-            self._put_payload(blocks, payload)
+            if self._host is None:
+                self._put(blocks, (self.index, index), (self.payload, payload))
+            else:
+                self._put(blocks, (self.index, index))
+                if self.recent is not None:
+                    self.recent.forget(blocks)
+                self._host.write(blocks, payload)
             # Taken once they are written: what failed before this line has cost nothing.
             for block in blocks:
                 self._references[block] = 1
@@ -149,12 +154,14 @@ class BlockPool:
             payload[:old] = self.payload
         return index, payload
 
-    def _put_payload(self, blocks: list[int], payload: Tensor) -> None:
-        if self._host is not None:
-            if self.recent is not None:
-                self.recent.forget(blocks)
-            self._host.write(blocks, payload)
-        else:
-            self.payload[torch.tensor(blocks, dtype=torch.long, device=self.payload.device)] = payload.to(
-                self.payload.device
-            )
+    @staticmethod
+    def _put(blocks: list[int], *planes: tuple[Tensor, Tensor]) -> None:
+        """Write pages, of any device, to blocks of planes: (plane, pages) pairs."""
+        run = range(blocks[0], blocks[0] + len(blocks)) if blocks else range(0)
+        # One copy where the blocks lie together, as those of a prompt and of a loaded prefix do.
+        together = blocks == list(run)
+        at: Any = slice(run.start, run.stop)
+        if not together:
+            at = torch.tensor(blocks, dtype=torch.long, device=planes[0][0].device)
+        for plane, pages in planes:
+            plane[at] = pages if together else pages.to(plane.device)

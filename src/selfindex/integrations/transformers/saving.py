@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,7 +77,7 @@ def save(cache: SelfIndexCache, model: PreTrainedModel, path: str | Path) -> Non
     header = {
         "options": options,
         "layers": layers,
-        "checksums": {n: _checksum(x) for n, x in tensors.items()},
+        "checksums": _checksums(tensors),
     }
     metadata = {
         "format": KIND,
@@ -155,10 +156,17 @@ def _read(path: str | Path, model: PreTrainedModel) -> tuple[dict[str, Any], dic
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except Exception as error:
         raise FormatError(f"cannot read the cache {path}: {error}") from error
+    found = _checksums(tensors)
     for name in header["checksums"].keys() | tensors.keys():
-        if name not in tensors or header["checksums"].get(name) != _checksum(tensors[name]):
+        if name not in tensors or header["checksums"].get(name) != found[name]:
             raise FormatError(f"{path} is damaged: {name} is missing or not what was written")
     return header, tensors
+
+
+def _checksums(tensors: dict[str, Tensor]) -> dict[str, str]:
+    # Hashing a large buffer leaves the interpreter to other threads; one thread is slower than a disk.
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return dict(zip(tensors, pool.map(_checksum, tensors.values()), strict=True))
 
 
 def _checksum(x: Tensor) -> str:
