@@ -13,6 +13,7 @@ import argparse
 import gc
 import json
 import os
+import shlex
 import statistics
 import sys
 import tempfile
@@ -25,9 +26,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import selfindex
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from evals.environment import describe
+from selfindex.evaluation.environment import describe
 
 Spent = tuple[float, float]
 """Seconds: by the clock, and of all processors together. The latter do not depend on what else runs."""
@@ -144,8 +143,9 @@ def main() -> None:
     for name, (clock, processors) in found.items():
         print(f"{name:10} {clock:8.2f} s, {processors:8.2f} s of processors, {size / 1e9 / clock:6.2f} GB/s")
     if args.output:
+        command = shlex.join(["python", "benchmarks/prefix.py", *(Path(a).name for a in sys.argv[1:])])
         result = {
-            "environment": describe("prefix"),
+            "environment": describe(command),
             "shape": {"tokens": args.tokens, "layers": args.layers, "kv_heads": 8, "head_dim": 128},
             "device": args.device,
             "bytes": size,

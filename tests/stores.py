@@ -66,3 +66,26 @@ def held_tokens(store, row):
         full = full[row, :, : raw.lengths[row]].float()
         tokens.append(torch.cat((full[:, :sinks], pages, full[:, sinks:]), 1))
     return tokens
+
+
+def live_tensors(thing, seen=None):
+    """Storages of all tensors reachable from an object: address -> bytes."""
+    seen = {} if seen is None else seen
+    if id(thing) in seen:
+        return {}
+    seen[id(thing)] = thing  # keeps the object alive, so that its id stays its own
+    if isinstance(thing, torch.Tensor):
+        storage = thing.untyped_storage()
+        return {storage.data_ptr(): storage.nbytes()} if storage.nbytes() else {}
+    if isinstance(thing, dict):
+        children = list(thing.values())
+    elif isinstance(thing, (list, tuple, set)):
+        children = list(thing)
+    elif type(thing).__module__.startswith("selfindex"):
+        children = list(vars(thing).values())
+    else:
+        children = []
+    found = {}
+    for child in children:
+        found |= live_tensors(child, seen)
+    return found

@@ -1,32 +1,9 @@
 import pytest
 import torch
-from stores import fill, new_store, paper_config, small_config
+from stores import fill, live_tensors, new_store, paper_config, small_config
 
 from selfindex import SelfIndexConfig
 from selfindex.store import Memory
-
-
-def live_tensors(thing, seen=None):
-    """Storages of all tensors reachable from an object: address -> bytes."""
-    seen = {} if seen is None else seen
-    if id(thing) in seen:
-        return {}
-    seen[id(thing)] = thing  # keeps the object alive, so that its id stays its own
-    if isinstance(thing, torch.Tensor):
-        storage = thing.untyped_storage()
-        return {storage.data_ptr(): storage.nbytes()} if storage.nbytes() else {}
-    if isinstance(thing, dict):
-        children = list(thing.values())
-    elif isinstance(thing, (list, tuple, set)):
-        children = list(thing)
-    elif type(thing).__module__.startswith("selfindex"):
-        children = list(vars(thing).values())
-    else:
-        children = []
-    found = {}
-    for child in children:
-        found |= live_tensors(child, seen)
-    return found
 
 
 @pytest.mark.parametrize("make_config", [small_config, paper_config])

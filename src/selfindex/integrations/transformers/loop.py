@@ -221,19 +221,18 @@ class DecodeLoop:
             return
         self._closed = True
         if not self._real.guard.torn:
-            self._count()
-            for layer in self._real.compressed_layers:
-                layer.read = self.budgets.tolist()
+            self.settle()
 
-    def _count(self) -> None:
-        """Tell the cache of the tokens that steps have put into its tensors."""
+    def settle(self) -> None:
+        """Tell the cache of the tokens that steps have put into its tensors, for its report to be right."""
         new, columns = self._steps - self._counted, self._real.columns
         if columns is not None:
             columns = torch.cat((columns, columns.new_ones(columns.shape[0], new)), 1)
+        read = self.budgets.tolist()
         with self._real.guard.change():
             for layer, store in zip(self._real.compressed_layers, self._stores, strict=True):
                 store.raw.lengths = [n + new for n in store.raw.lengths]
-                layer.columns += new
+                layer.columns, layer.read = layer.columns + new, read
             self._real.columns, self._counted = columns, self._steps
 
     def _forward(self) -> None:
@@ -278,7 +277,7 @@ class DecodeLoop:
         return moved + [x.pool.recent.address for x in self._stores if x.pool.recent is not None]
 
     def _encode(self) -> None:
-        self._count()
+        self.settle()
         for store in self._stores:
             change = store.plan_overflow()
             with self._real.guard.change():
