@@ -197,7 +197,8 @@ class SelfIndexCache(Cache):
 
         The way to serve many requests with one prefix: full-precision tokens (the sinks and the
         recent window) are copied, pages are freed when the last cache that holds them lets go.
-        Each fork may run in a thread of its own; on a GPU, all of them on one CUDA stream.
+        Each fork may run in a thread of its own, except with offloading, where one runs at a time;
+        on a GPU, all of them on one CUDA stream.
 
         Raises:
             StateError: the cache is in use, or has to be reset.
@@ -209,8 +210,7 @@ class SelfIndexCache(Cache):
     def _copied(self, memo: dict[int, Any], share: bool) -> SelfIndexCache:
         with self.guard.use():
             new = type(self).__new__(type(self))
-            guard = Guard()
-            guard.stream = self.guard.stream if share else None
+            guard = self.guard.of_fork(self.config.offloading) if share else Guard()
             memo |= {id(self): new, id(self._modules): self._modules, id(self.guard): guard}
             for layer in self._compressed:
                 memo |= {id(layer._cache): weakref.proxy(new), id(layer._pending): None}

@@ -32,6 +32,14 @@ class Guard:
         self.stream: int | None = None
         self._lock = threading.RLock()
 
+    def of_fork(self, one_at_a_time: bool) -> Guard:
+        """The guard of a fork; with `one_at_a_time`, a thread in one of them keeps the others closed."""
+        new = Guard()
+        new.stream = self.stream
+        if one_at_a_time:
+            new._lock = self._lock
+        return new
+
     @contextmanager
     def use(self) -> Iterator[None]:
         """Run a block that reads the cache.
