@@ -34,6 +34,11 @@ def where(result: dict[str, Any], command: str) -> str:
     return f"`{command}`, {found['date']}, {found['device']}, torch {found['torch']}, CUDA {found['cuda']}."
 
 
+def lengths(result: dict[str, Any]) -> str:
+    """The lengths that were measured, as arguments."""
+    return " ".join(map(str, sorted({row["length"] for row in result["results"]})))
+
+
 def size(length: int) -> str:
     """A length in units of 1024 tokens."""
     return f"{length // 1024}k"
@@ -58,7 +63,7 @@ def decode_section(result: dict[str, Any]) -> list[str]:
     """The decode operator against dense attention."""
     lines = ["## Decode attention"]
     lines += paragraph(
-        where(result, "python benchmarks/decode_attention.py --output FILE"),
+        where(result, f"python benchmarks/decode_attention.py --lengths {lengths(result)} --output FILE"),
         "32 query heads, 8 KV heads, head_dim 128, bf16, 5 % budget, `balanced`. Microseconds per layer,",
         "medians of CUDA-graph replays over rotating inputs; dense is the best of PyTorch's flash and cuDNN",
         "kernels in the same run. The sparse call covers scoring, exact selection, attention to the selected",
@@ -93,7 +98,7 @@ def end_section(result: dict[str, Any]) -> list[str]:
     """A whole model."""
     lines = ["## A whole model"]
     lines += paragraph(
-        where(result, "python benchmarks/end_to_end.py --output FILE"),
+        where(result, f"python benchmarks/end_to_end.py --lengths {lengths(result)} --output FILE"),
         f"{result['model']} ({result['weights_gb']:.1f} GB). selfindex is the loop behind",
         "`selfindex.generate` over 128 steps, the encoding of a page included; dense is the same model in a",
         "captured graph with the best dense SDPA kernel on exactly the tokens that exist.",
@@ -126,12 +131,12 @@ def end_section(result: dict[str, Any]) -> list[str]:
         f"{full(ours)}: {ours['batch'] / dense['batch']:.1f} times the batch,",
         f"{ours['tokens_per_s'] / dense['tokens_per_s']:.1f} times the throughput.",
     )
-    for found in result["results"]:
-        if "compiled" in found:
-            lines += paragraph(
-                "transformers' StaticCache with torch.compile at",
-                f"{found['batch']} x {size(found['length'])}: {found['compiled']['ms']:.2f} ms a token.",
-            )
+    for found in result.get("compiled", ()):
+        others = f", StaticCache {found['static']['ms']:.2f}" if "static" in found else ""
+        lines += paragraph(
+            f"Through torch.compile, {found['batch']} x {size(found['length'])}: dense",
+            f"{found['dense']['ms']:.2f} ms a token, selfindex {found['selfindex']['ms']:.2f}{others}.",
+        )
     return lines
 
 
@@ -167,14 +172,15 @@ def encode_section(result: dict[str, Any]) -> list[str]:
 def offload_section(result: dict[str, Any]) -> list[str]:
     """The payload in host memory."""
     here, direct, there = (result[name] for name in ("resident", "direct", "offloaded"))
+    budgets = " ".join(f"{x['budget']:g}" for x in here["budgets"])
     lines = ["## Payload in host memory (`offloading=True`)"]
     lines += paragraph(
-        where(result, "python benchmarks/offload.py --output FILE"),
+        where(result, f"python benchmarks/offload.py --budgets {budgets} --output FILE"),
         f"{result['model']}, one sequence of {size(result['length'])} random tokens, which as 16-bit keys",
         f"and values would take {result['dense_gb']:.0f} GB. All on the GPU the cache takes",
         f"{here['gpu_gb']:.1f} GB, offloaded {there['gpu_gb']:.1f} GB there and {there['host_gb']:.1f} GB of",
         f"pinned host memory (filled in {there['fill_s']:.0f} s); recently selected tokens are on the GPU as",
-        f"well, at 5 % {there['gpu_gb'] - direct['gpu_gb']:.1f} GB of them. A copy from pinned memory moves",
+        f"well, {there['gpu_gb'] - direct['gpu_gb']:.1f} GB of them. A copy from pinned memory moves",
         f"{result['copy_gb_per_s']:.1f} GB/s, a kernel that reads all of it",
         f"{result['mapped_gb_per_s']:.1f} GB/s. Attention is the operators of all layers, milliseconds;",
         "`direct` reads every selected token from host memory. Queries drift from step to step (cosine in",
