@@ -15,7 +15,8 @@ TESTS = Path(__file__).parents[1]
 @pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
     make_model("llama", max_position_embeddings=2048).save_pretrained(tmp_path)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([*sys.path, str(TESTS)]), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([*sys.path, str(TESTS)])
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     if not torch.cuda.is_available():
         environment["CUDA_VISIBLE_DEVICES"] = ""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

@@ -64,7 +64,8 @@ class BlockTable:
         self.rows[row].blocks += blocks
         self.rows[row].counts += counts
         if self._tensors is not None:
-            self._added += [(row, place + i, *page) for i, page in enumerate(zip(blocks, counts, strict=True))]
+            pages = zip(range(place, place + len(blocks)), blocks, counts, strict=True)
+            self._added += [(row, *page) for page in pages]
 
     def crop(self, row: int, tokens: int) -> None:
         """Keep the first `tokens` tokens of a row; whole pages beyond them are released."""
