@@ -13,4 +13,4 @@ trap 'rm -rf "$folder"' EXIT
 "$python" -c "
 from tiny_models import make_model
 make_model('llama', num_attention_heads=16, num_key_value_heads=8, max_position_embeddings=2048).save_pretrained('$folder')"
-"$python" -m torch.distributed.run --standalone --nproc-per-node "$count" tests/tensor_parallel.py "$folder"
+timeout 300 "$python" -m torch.distributed.run --standalone --nproc-per-node "$count" tests/tensor_parallel.py "$folder"

@@ -50,6 +50,13 @@ def main():
     assert stores[0][0].encoded(0) == stores[1][0].encoded(0) > 0
     error = float((got - wanted).norm() / wanted.norm())
     agree = float((got.argmax(-1) == wanted.argmax(-1)).float().mean())
+    # The project's own loop, which replays a graph on a GPU.
+    options = OPTIONS | {"budget": 1.0}
+    texts = [
+        selfindex.generate(model, ids[:, :PROMPT], max_new_tokens=30, eos_token_id=[], **options)
+        for model in (split, whole)
+    ]
+    assert torch.equal(*texts)
     # Every process holds its heads: the bytes of all of them together are those of one.
     pages = torch.tensor([sum(s.memory().payload for s in stores[0])], device=device)
     dist.all_reduce(pages)

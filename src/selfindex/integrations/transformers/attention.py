@@ -77,6 +77,7 @@ def dense_attention(
     return function(module, query, key, value, mask, **kwargs)
 
 
+@torch.compiler.disable
 def attention_forward(
     base: str,
     module: nn.Module,

@@ -49,6 +49,7 @@ class SelfIndexLayer(CacheLayerMixin):
         self.store = LayerStore(self._cache.config, key_states, self._balance)
         self.is_initialized = True
 
+    @torch.compiler.disable
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Any, Tensor]:
@@ -89,6 +90,8 @@ class SelfIndexLayer(CacheLayerMixin):
             keys, values, store = new.new_keys, new.new_values, self.store
             check_query(query, keys)
             valid = cache.step_columns(self, mask, keys.shape[2])
+            if valid is not None:
+                valid = valid.to(keys.device)  # with device_map, layers are on several devices
             encoded = any(store.encoded(b) for b in range(store.batch))
             if self.columns == 0:
                 # Prefill is the model's own attention on its own tensors.

@@ -31,6 +31,8 @@ def why_not(cache: SelfIndexCache) -> str | None:
         return f"preset {cache.config.preset!r} has no kernels"
     if len(cache.compressed_layers) != len(cache.layers):
         return "the model has sliding-window layers, whose cache changes its shape at every step"
+    if len({x.store.raw.keys.device for x in cache.compressed_layers if x.store is not None}) > 1:
+        return "the model's layers are on several devices"
     return None
 
 

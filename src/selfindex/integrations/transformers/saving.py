@@ -100,10 +100,10 @@ def save(cache: SelfIndexCache, model: PreTrainedModel, path: str | Path) -> Non
 def load(cache: SelfIndexCache, model: PreTrainedModel, path: str | Path) -> None:
     """Fill an empty cache from a file; see `SelfIndexCache.load`."""
     header, tensors = _read(path, model)
-    device, dtype = model.device, model.dtype
+    dtype = model.dtype
     stores = {}
     for numbers in header["layers"]:
-        start = f"layers.{numbers['layer']}."
+        start, device = f"layers.{numbers['layer']}.", _device(model, int(numbers["layer"]))
         own = {n.removeprefix(start): x for n, x in tensors.items() if n.startswith(start)}
         # Pages go straight to where the pool keeps them.
         own = {n: x if n in ("index", "payload") else x.to(device) for n, x in own.items()}
@@ -119,7 +119,15 @@ def load(cache: SelfIndexCache, model: PreTrainedModel, path: str | Path) -> Non
         layer.store, layer.columns = stores[layer.layer_idx]
         layer.is_initialized = True
     if "columns" in tensors:
-        cache.columns = tensors["columns"].to(device)
+        cache.columns = tensors["columns"].to(_device(model, cache.compressed_layers[0].layer_idx))
+
+
+def _device(model: PreTrainedModel, layer: int) -> torch.device:
+    """Where a layer is: with device_map, not all are on one device."""
+    for name, weight in model.named_parameters():
+        if f"layers.{layer}." in name and not weight.is_meta:
+            return weight.device
+    return model.device
 
 
 def read_options(path: str | Path, model: PreTrainedModel) -> SelfIndexConfig:
