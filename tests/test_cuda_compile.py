@@ -1,6 +1,10 @@
 """The CUDA kernels compile for every supported generation of GPUs, without spilling registers."""
 
+import hashlib
+import os
 import re
+import resource
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
@@ -86,7 +90,86 @@ def test_processes_that_compile_at_once_leave_one_whole_entry(tmp_path, monkeypa
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_a_cache_that_cannot_be_written_costs_one_warning(tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_two_processes_compile_the_same_kernel_at_once(tmp_path):
+    program = (
+        "import torch; from selfindex.backends.cuda import loader;"
+        "d = loader.macros(64, 1, 2, torch.float16, 90);"
+        "import hashlib; print(hashlib.sha256(loader.cubin('window', 90, d)).hexdigest())"
+    )
+    environment = os.environ | {"SELFINDEX_CACHE": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    running = [
+        subprocess.Popen([sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    digests = {process.communicate(timeout=300)[0].strip() for process in running}
+    assert [process.returncode for process in running] == [0, 0]
+    (entry,) = tmp_path.iterdir()
+    assert digests == {hashlib.sha256(entry.read_bytes()[:-32]).hexdigest()}
+
+
+@pytest.fixture
+def warned():
+    loader._warn_cache.cache_clear()
+    yield
+    loader._warn_cache.cache_clear()
+
+
+def test_a_full_disk_costs_one_warning_and_leaves_no_part_of_a_file(tmp_path, monkeypatch, warned):
+    monkeypatch.setenv("SELFINDEX_CACHE", str(tmp_path))
+    monkeypatch.setattr(loader, "compile_module", lambda *_: (bytes(100_000), ""))
+    defines = loader.macros(64, 1, 2, torch.float16, 90)
+    # The operating system refuses to write more than this, as it does where the disk is full.
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        with pytest.warns(RuntimeWarning, match="cannot be kept") as caught:
+            found = [loader.cubin("encode", 90, defines) for _ in range(2)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert found == [bytes(100_000)] * 2
+    assert len(caught) == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not hasattr(os, "seteuid"), reason="needs users")
+def test_a_read_only_folder_costs_one_warning_and_can_be_read(tmp_path, monkeypatch, warned):
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("SELFINDEX_CACHE", str(folder))
+    monkeypatch.setattr(loader, "compile_module", lambda module, *_: (module.encode(), ""))
+    defines = loader.macros(64, 1, 2, torch.float16, 90)
+    assert loader.cubin("encode", 90, defines) == b"encode"
+    for path in folder.iterdir():
+        path.chmod(0o444)
+    for path in (folder, tmp_path, tmp_path.parent, tmp_path.parent.parent):
+        path.chmod(0o555 if path == folder else 0o755)
+    monkeypatch.setattr(loader, "source", lambda module: module)  # the sources may be out of its reach
+    user = os.geteuid()
+    try:
+        if user == 0:
+            os.seteuid(65534)  # the administrator may write anywhere
+        with pytest.warns(RuntimeWarning, match="cannot be kept"):
+            assert loader.cubin("dense", 90, defines) == b"dense"
+    finally:
+        os.seteuid(user)
+    assert len(list(folder.iterdir())) == 1
+    folder.chmod(0o755)
+
+
+def test_an_interrupt_while_an_entry_is_written_leaves_no_part_of_a_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("SELFINDEX_CACHE", str(tmp_path))
+    monkeypatch.setattr(loader, "compile_module", lambda *_: (b"code", ""))
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", stop)
+    with pytest.raises(KeyboardInterrupt):
+        loader.cubin("encode", 90, loader.macros(64, 1, 2, torch.float16, 90))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_cache_that_cannot_be_written_costs_one_warning(tmp_path, monkeypatch, warned):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("SELFINDEX_CACHE", str(tmp_path / "file" / "cache"))
     monkeypatch.setattr(loader, "compile_module", lambda *_: (b"code", ""))

@@ -134,7 +134,8 @@ def cubin(module: str, arch: int, defines: dict[str, str]) -> bytes:
             with os.fdopen(handle, "wb") as file:
                 file.write(code + hashlib.sha256(code).digest())
             os.replace(name, path)
-        except OSError:
+        except BaseException:
+            # Also Ctrl-C: a part of a file nobody would ever remove.
             os.unlink(name)
             raise
     except OSError as error:
