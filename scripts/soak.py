@@ -41,7 +41,7 @@ from selfindex.integrations.transformers.loop import DecodeLoop, ready, why_not
 MOST, LONGEST = 6, 1500
 """Caches alive at a time, and tokens of a row after which a cache is given up."""
 TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 2e-2}
-"""Relative error of an operator's output; the last bits decide which of nearly equal tokens are selected."""
+"""Relative error of an operator's output on the same tokens."""
 
 
 class Soak:
@@ -199,12 +199,16 @@ class Soak:
         wanted = torch.tensor(budgets, dtype=torch.int32, device=self.device)
         common = (store.constants, dim**-0.5, store.format.name)
         planes = (store.pool.index, store.pool.payload, table, pages)
-        got, _ = ops.sparse_decode(query, *planes, wanted, max(budgets), *common)
-        exact, _ = reference.sparse_decode(query, *planes, wanted, max(budgets), *common)
+        got, mass = ops.sparse_decode(query, *planes, wanted, max(budgets), *common)
+        exact, wanted_mass = reference.sparse_decode(query, *planes, wanted, max(budgets), *common)
         error = float((got - exact).norm() / exact.norm())
-        # One other token at the edge of a small budget is not an error of the arithmetic.
-        limit = TOLERANCE[dtype] if budgets == counts else 0.1
-        assert error < limit, f"sparse_decode differs from the reference by {error:.1e}"
+        if budgets == counts:
+            assert error < TOLERANCE[dtype], f"sparse_decode differs from the reference by {error:.1e}"
+        else:
+            # Of nearly equal tokens at the edge of the budget, tables of 8 bits may take others: no
+            # worse ones on average.
+            lost = float((wanted_mass - mass)[torch.isfinite(wanted_mass)].mean())
+            assert abs(lost) < 0.2, f"the selection has exp({-lost:.2f}) of the reference's softmax mass"
         got, _ = ops.dense_attend(query, *planes, *common)
         exact, _ = reference.dense_attend(query, *planes, *common)
         error = float((got - exact).norm() / exact.norm())

@@ -71,7 +71,7 @@ def save(cache: SelfIndexCache, model: PreTrainedModel, path: str | Path) -> Non
         }
         layers.append({"layer": layer.layer_idx, "columns": layer.columns} | numbers)
     if cache.columns is not None:
-        tensors["columns"] = cache.columns.cpu()
+        tensors["columns"] = cache.columns.cpu().contiguous().clone()
     # A profile's balance is in the constants; its file need not exist where this one is read.
     options = dataclasses.asdict(cache.config) | {"profile": None}
     header = {
