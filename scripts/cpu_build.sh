@@ -9,6 +9,7 @@ cd "$1"
 shift
 read -r nanobind headers < <("${PYTHON:-python3}" -c \
   'import nanobind, sysconfig; print(nanobind.source_dir(), sysconfig.get_path("include"))')
+[ -f "$headers/Python.h" ] || { echo "Python's headers are not in $headers: install them" >&2; exit 1; }
 
 export NATIVE_FLAGS="-std=c++17 -fPIC -fvisibility=hidden -Wno-psabi ${*:--O2} -I$nanobind/../include
   -I$nanobind/../ext/robin_map/include -I$headers"

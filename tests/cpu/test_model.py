@@ -4,6 +4,7 @@ import torch
 from tiny_models import forward, prompt
 
 from selfindex import SelfIndexCache
+from selfindex.cli import selfcheck
 
 
 def test_logits_are_close_to_the_references(isa, llama, monkeypatch):
@@ -18,3 +19,10 @@ def test_logits_are_close_to_the_references(isa, llama, monkeypatch):
         results[name] = torch.cat([forward(ours, step[None, None], cache) for step in prompt(40)[0]], 1)
     error = (results[isa] - results["reference"]).norm() / results["reference"].norm()
     assert error < 0.05
+
+
+def test_the_self_check_of_doctor_has_room_for_rounding(isa):
+    for dim in (64, 256):
+        found = selfcheck.check("balanced", dim, torch.device("cpu"))
+        assert found.failures == []
+        assert found.difference < selfcheck.TOLERANCE / 5

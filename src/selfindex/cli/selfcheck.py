@@ -12,12 +12,17 @@ from ..codec import Codec, PageFormat, codec_for, measure_balance
 from ..codec.paper import prompt_statistics
 from ..index.select import sum_of_softmax
 
-HEADS, GROUP, PAGE, PAGES, PLANTED = 2, 2, 64, 4, 8
-TOLERANCE = 1e-4
-"""Allowed difference between an operator and its plain form, both float32."""
+HEADS, GROUP, PAGE, PAGES = 2, 2, 64, 4
+BUDGET = 32
+"""Tokens selected, and planted so that they stand out: rounding of scores cannot change the selection."""
+TOLERANCE = 1e-3
+"""Allowed difference between an operator and its plain form.
+
+Compiled operators keep queries in 15 bits, which moves outputs by up to 1e-4 here. One exchanged
+token or a scale that is off by one step moves them by 5e-3 and more.
+"""
 SIMILARITY = 0.7
 """Least cosine between attention over 2-bit codes and over the originals; 0.8 to 0.95 is usual here."""
-BUDGET = 32
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,7 @@ def check(preset: str, head_dim: int, device: torch.device) -> Check:
 
     query = random(1, HEADS, 1, 1, head_dim).expand(-1, -1, GROUP, -1, -1).flatten(1, 2)  # [1, Hq, 1, d]
     keys, values = random(1, HEADS, tokens, head_dim), random(1, HEADS, tokens, head_dim)
-    planted = torch.randperm(tokens, generator=generator)[:PLANTED].sort().values
+    planted = torch.randperm(tokens, generator=generator)[:BUDGET].sort().values
     keys[:, :, planted] += 2 * query[:, ::GROUP]  # tokens that attention must find
     query, keys, values = query.to(device), keys.to(device), values.to(device)
     pages = [x[0].unflatten(1, (PAGES, PAGE)).transpose(0, 1) for x in (keys, values)]  # [M, H, P, d]
