@@ -103,6 +103,18 @@ def processor() -> str:
         return platform.processor() or platform.machine()
 
 
+def environment(threads: int) -> dict[str, Any]:
+    """What the numbers depend on."""
+    return {
+        "date": datetime.date.today().isoformat(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "processor": processor(),
+        "threads": threads,
+        "instruction_set": instruction_set(),
+    }
+
+
 @torch.inference_mode()
 def main() -> None:
     """Measure, print, write JSON."""
@@ -131,14 +143,7 @@ def main() -> None:
         print(f"{dim:>4} {name:>9} {length:>7} {times}", flush=True)
     if options.output:
         result = {
-            "environment": {
-                "date": datetime.date.today().isoformat(),
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "processor": processor(),
-                "threads": options.threads,
-                "instruction_set": instruction_set(),
-            },
+            "environment": environment(options.threads),
             "shape": {"query_heads": HEADS * GROUPS, "kv_heads": HEADS, "budget": BUDGET},
             "results": rows,
         }
