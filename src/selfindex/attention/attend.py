@@ -32,16 +32,40 @@ def attend(
     Returns:
         (output [B, Hq, T, d] in the query's dtype, encoded tokens read per row).
     """
-    raw = _raw_part(store, query, keys, values, valid, scaling)
     encoded = [store.encoded(b) for b in range(store.batch)]
     if not any(encoded):
+        raw = _raw_part(store, query, keys, values, valid, scaling)
         return merge_parts([raw], sink_logit).to(query.dtype), encoded
     budgets = [store.config.budget_tokens(store.length(b) + query.shape[2], n) for b, n in enumerate(encoded)]
     if query.shape[2] > store.config.sparse_queries or budgets == encoded:
         part, read = _dense_part(store, query, scaling), encoded
     else:
         part, read = _sparse_part(store, query, budgets, scaling), budgets
+    if query.shape[2] == 1 and valid is None and query.device.type == "cpu":
+        return _finish_step(store, query, keys, values, part, scaling, sink_logit), read
+    raw = _raw_part(store, query, keys, values, valid, scaling)
     return merge_parts([part, raw], sink_logit).to(query.dtype), read
+
+
+def _finish_step(
+    store: LayerStore,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    part: tuple[Tensor, Tensor],
+    scaling: float,
+    sink_logit: Tensor | None,
+) -> Tensor:
+    """The full-precision part of one new token a row, in one operator: on a CPU, many small ones cost more.
+
+    Writes the new token where `append` will put it, behind the tokens that are held.
+    """
+    store.reserve(0, store.raw.width + 1)
+    lengths = torch.tensor(store.raw.lengths, dtype=torch.int32, device=query.device)
+    output = ops.window_attend(
+        query, keys, values, store.raw.keys, store.raw.values, lengths, *part, sink_logit, scaling
+    )
+    return output.transpose(1, 2)
 
 
 def _raw_part(
