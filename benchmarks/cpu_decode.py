@@ -13,6 +13,7 @@ import argparse
 import datetime
 import itertools
 import json
+import os
 import platform
 import statistics
 import time
@@ -112,6 +113,8 @@ def environment(threads: int) -> dict[str, Any]:
         "processor": processor(),
         "threads": threads,
         "instruction_set": instruction_set(),
+        # Real-time scheduling (chrt -f 10) keeps other programs of a shared machine off the processors.
+        "real_time": hasattr(os, "sched_getscheduler") and os.sched_getscheduler(0) == os.SCHED_FIFO,
     }
 
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -132,7 +131,7 @@ def main() -> None:
     quiet()
     torch.manual_seed(0)
     torch.set_num_threads(options.threads)
-    load_before, results = os.getloadavg()[0], []
+    results = []
     for name in options.dtypes:
         model = load("smollm2", "cpu", name).model
         for length in options.lengths:
@@ -145,7 +144,7 @@ def main() -> None:
             gc.collect()
     if options.output:
         result = {
-            "environment": environment(options.threads) | {"load_before": load_before},
+            "environment": environment(options.threads),
             "model": "SmolLM2-135M-Instruct",
             "steps": options.steps - WARM_UP,
             "results": results,

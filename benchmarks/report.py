@@ -227,6 +227,30 @@ def cpu_section(result: dict[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
+def cpu_model_section(result: dict[str, Any]) -> list[str]:
+    """A small model's decode steps on a CPU."""
+    found = result["environment"]
+    lines = ["## A whole model on a CPU"]
+    lines += paragraph(
+        f"`{'chrt -f 10 ' if found['real_time'] else ''}python benchmarks/cpu_model.py --output FILE`,",
+        f"{found['date']}, {found['processor']}, {found['threads']} threads, {found['instruction_set']},",
+        f"torch {found['torch']}. {result['model']}, one row; milliseconds per token, medians of",
+        f"{result['steps']} steps of each way in turn, over caches with random content.",
+        "*transformers* is its DynamicCache with SDPA, which copies the cache in every step; *in place* is",
+        "SDPA on keys and values that lie in place, the strongest dense step; *generate* is",
+        "`selfindex.generate`, *forward* a plain forward pass, as `model.generate` makes it, with the",
+        "default budget.",
+    )
+    lines += head("dtype", "tokens", "transformers", "in place", "generate", "forward",
+                  "times as fast as transformers", "as in place")  # fmt: skip
+    for each in result["results"]:
+        ms = each["ms"]
+        times = [f"{ms[way]:.0f}" for way in ("transformers", "in place", "generate", "forward")]
+        ratios = [f"{ms[way] / ms['generate']:.2f}" for way in ("transformers", "in place")]
+        lines.append(row(each["dtype"], size(each["length"]), *times, *ratios))
+    return [*lines, ""]
+
+
 def draw(result: dict[str, Any], target: Path) -> None:
     """Speed over dense against the length, one line a batch size."""
     figure, axis = plt.subplots(figsize=(6.4, 3.6))
@@ -262,6 +286,7 @@ def main() -> None:
     if (RESULTS / "offload-h100.json").exists():
         lines += offload_section(load("offload-h100.json"))
     lines += cpu_section(load("cpu_decode.json"))
+    lines += cpu_model_section(load("cpu_model.json"))
     lines += (ROOT / "benchmarks" / "notes.md").read_text().splitlines()
     (ROOT / "docs" / "performance.md").write_text("\n".join(lines).rstrip() + "\n")
     draw(decode, ROOT / "docs" / FIGURE)
