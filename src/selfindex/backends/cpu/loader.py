@@ -10,7 +10,7 @@ from typing import Any
 VARIABLE = "SELFINDEX_CPU"
 """Environment variable that forces an instruction set, or `reference` for plain PyTorch."""
 
-SETS = ("avx512", "avx2", "generic")
+SETS = ("avx512", "avx2", "neon", "generic")
 
 
 class NativeUnavailable(Exception):

@@ -10,6 +10,9 @@ namespace generic { extern const Kernels kernels; }
 namespace avx2 { extern const Kernels kernels; }
 namespace avx512 { extern const Kernels kernels; }
 #endif
+#ifdef SELFINDEX_NEON
+namespace neon { extern const Kernels kernels; }
+#endif
 
 const Kernels* kernels_named(const char* name) {
 #ifdef SELFINDEX_X86
@@ -22,6 +25,10 @@ const Kernels* kernels_named(const char* name) {
                ? &avx512::kernels
                : nullptr;
   if (!std::strcmp(name, "avx2")) return can_avx2 ? &avx2::kernels : nullptr;
+#endif
+#ifdef SELFINDEX_NEON
+  // Every 64-bit ARM processor has it.
+  if (!std::strcmp(name, "neon")) return &neon::kernels;
 #endif
   return !std::strcmp(name, "generic") ? &generic::kernels : nullptr;
 }

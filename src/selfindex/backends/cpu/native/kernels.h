@@ -104,7 +104,7 @@ struct Kernels {
   void (*window)(const WindowHead& head);
 };
 
-// The named instruction set ("generic", "avx2", "avx512"), null where it cannot run here.
+// The named instruction set ("generic", "avx2", "avx512", "neon"), null where it cannot run here.
 const Kernels* kernels_named(const char* name);
 
 }  // namespace selfindex

@@ -64,7 +64,7 @@ void lookup(const uint8_t* codes, int tokens, int bytes, const uint8_t* tables, 
     const uint8_t* block = codes + (int64_t)start * bytes;
     if (n < kBlock) {
       __builtin_memset(part, 0, sizeof part);
-      __builtin_memcpy(part, block, (size_t)n * bytes);
+      __builtin_memcpy(part, block, (int64_t)n * bytes);
       block = part;
     }
     transpose(block, bytes, turned);
@@ -78,7 +78,7 @@ void lookup(const uint8_t* codes, int tokens, int bytes, const uint8_t* tables, 
       else lookup_rows<1>(turned, bytes, from, to, to_stride);
       if (n < kBlock)
         for (int i = 0; i < step; i++)
-          __builtin_memcpy(sums + (r + i) * stride + start, part_sums + i * kBlock, 2 * (size_t)n);
+          __builtin_memcpy(sums + (r + i) * stride + start, part_sums + i * kBlock, 2 * (int64_t)n);
       r += step;
     }
   }

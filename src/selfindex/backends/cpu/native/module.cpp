@@ -158,7 +158,7 @@ NB_MODULE(_native, m) {
 
   m.def("instruction_sets", [] {
     std::vector<std::string> names;
-    for (const char* name : {"avx512", "avx2", "generic"})
+    for (const char* name : {"avx512", "avx2", "neon", "generic"})
       if (kernels_named(name)) names.push_back(name);
     return names;
   });
