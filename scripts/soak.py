@@ -211,7 +211,8 @@ class Soak:
         table, pages = store.table.tensors()
         heads, dim, dtype = store.format.kv_heads, store.format.head_dim, store.raw.keys.dtype
         query = torch.randn(store.batch, 2 * heads, 1, dim, device=self.device).to(dtype)
-        budgets = [max(1, n // self.random.choice([1, 4, 20])) if n else 0 for n in counts]
+        share = self.random.choice([1, 4, 20])
+        budgets = [min(n, max(32, n // share)) for n in counts]
         wanted = torch.tensor(budgets, dtype=torch.int32, device=self.device)
         common = (store.constants, dim**-0.5, store.format.name)
         planes = (store.pool.index, store.pool.payload, table, pages)
@@ -221,8 +222,8 @@ class Soak:
         if budgets == counts:
             assert error < TOLERANCE[dtype], f"sparse_decode differs from the reference by {error:.1e}"
         else:
-            # Of nearly equal tokens at the edge of the budget, tables of 8 bits may take others: no
-            # worse ones on average.
+            # Of nearly equal tokens at the edge of the budget, tables of 8 bits may take others, but
+            # no worse ones on average.
             lost = float((wanted_mass - mass)[torch.isfinite(wanted_mass)].mean())
             assert abs(lost) < 0.2, f"the selection has exp({-lost:.2f}) of the reference's softmax mass"
         got, _ = ops.dense_attend(query, *planes, *common)
