@@ -61,7 +61,7 @@ def setting(result: dict[str, Any]) -> list[str]:
 
 
 def beside_others(evaluations: list[dict[str, Any]], comparisons: list[dict[str, Any]]) -> list[str]:
-    """Fidelity of all methods, from `selfindex eval` where there is a result, else `evals.compare`."""
+    """Fidelity of all methods: from `selfindex eval`, and from `evals.compare` at lengths that lack."""
     lines = ["## Beside other caches", ""]
     lines += paragraph(
         "SmolLM2-135M-Instruct (d = 64), teacher-forced over the last tokens of each text; brackets are 95 %",
@@ -70,20 +70,23 @@ def beside_others(evaluations: list[dict[str, Any]], comparisons: list[dict[str,
         'per token and KV head, scales and index included; "read" is what one decode step reads of them. The',
         "methods, with their sources: src/selfindex/evaluation/rivals/.",
     )
-    measured = [r for r in evaluations if r["fidelity"]] or comparisons
-    if measured is comparisons:
-        lines += paragraph(
-            "These prefixes do not end with a whole page, so the default preset keeps 48 recent tokens more",
-            "than the others in full precision; `selfindex eval` cuts prefixes so that it does not.",
-        )
     tables: dict[str, dict[str, Any]] = {}
-    for result in measured:
-        found = result.get("fidelity") or {n: {"methods": rows} for n, rows in result["lengths"].items()}
+    for result in [*(r for r in evaluations if r["fidelity"]), *comparisons]:
+        fair = "fidelity" in result
+        found = (
+            result["fidelity"] if fair else {n: {"methods": rows} for n, rows in result["lengths"].items()}
+        )
         for length, rows in found.items():
-            lines += [f"### {int(length):,} tokens", "", *fidelity_table(rows)]
+            if length in tables:
+                continue
+            lines += [f"### {int(length):,} tokens", "", *fidelity_table(rows), *setting(result)]
             tables[length] = rows["methods"]
-            lines += [] if "fidelity" in result else setting(result)
-        lines += setting(result) if "fidelity" in result else []
+            if not fair:
+                lines += paragraph(
+                    "This prefix does not end with a whole page, so the default preset keeps 48 recent",
+                    "tokens more than the others in full precision; `selfindex eval` cuts prefixes so that",
+                    "it does not.",
+                )
         head_dim, title = result.get("head_dim") or result["settings"]["head_dim"], name_of(result)
     figures.pareto(tables, head_dim, title, FIGURES / "pareto.png")
     lines += ["![Fidelity against bytes held and read](figures/pareto.png)", ""]
