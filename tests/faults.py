@@ -31,6 +31,15 @@ class AtOperation(TorchDispatchMode):
         return self.left < 0
 
 
+def _deleting(frame):
+    """Whether an object is being deleted: Python swallows what is raised there, wherever that happens."""
+    while frame is not None:
+        if frame.f_code.co_name == "__del__":
+            return True
+        frame = frame.f_back
+    return False
+
+
 class AtLine:
     """Raises `error` before line `number` of the files that hold state, as Ctrl-C may."""
 
@@ -38,7 +47,7 @@ class AtLine:
         self.left, self.error = number, error
 
     def _trace(self, frame, event, _):
-        if not frame.f_code.co_filename.startswith(STATEFUL):
+        if not frame.f_code.co_filename.startswith(STATEFUL) or _deleting(frame):
             return None
         if event == "line":
             self.left -= 1

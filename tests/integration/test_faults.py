@@ -119,8 +119,6 @@ def going_on_is_right_or_refused(ours, dense, cache, outcomes):
     check_one_of(cache, dense, outcomes, new)
 
 
-# Python swallows an interrupt in the middle of a cache's deletion.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("kind", [AtOperation, AtLine])
 @pytest.mark.parametrize(
     ("action", "preset"),

@@ -77,7 +77,6 @@ def dense_attention(
     return function(module, query, key, value, mask, **kwargs)
 
 
-@torch.compiler.disable
 def attention_forward(
     base: str,
     module: nn.Module,

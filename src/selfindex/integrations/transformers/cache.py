@@ -69,6 +69,7 @@ class SelfIndexLayer(CacheLayerMixin):
             self._pending = NewKeys(self, key_states, value_states)
             return self._pending, value_states
 
+    @torch.compiler.disable
     def attend(
         self,
         module: nn.Module,

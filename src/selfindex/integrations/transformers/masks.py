@@ -11,7 +11,6 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask
 from ...errors import InputError, StateError
 
 
-@torch.compiler.disable
 def compact_mask(base: str, **kwargs: Any) -> Tensor | None:
     """Mask function registered with transformers: keeps plain causal masks two-dimensional.
 
