@@ -6,6 +6,7 @@ import pytest
 import torch
 from decoded_cache import check_tokens, small_cache
 from tiny_models import VOCAB, forward, generate, pair, prompt
+from torch._dynamo.backends.debugging import aot_eager
 
 import selfindex
 from selfindex.integrations.transformers.loop import DecodeLoop, ready, why_not
@@ -47,12 +48,22 @@ def test_equals_generate_of_the_model(family, length, steps):
 
 def test_compiled_steps_are_the_same_graph_for_any_prompt(monkeypatch):
     # Everything torch.compile does but generating code, which takes a minute.
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     _, ours = pair("llama")
     for length in (40, 67):  # the sizes of the second become symbols
         ids = prompt(length, batch=2)
         wanted = fast(ours, ids, small_cache(ours, budget=12))
         assert torch.equal(fast(ours, ids, small_cache(ours, budget=12), compile=True), wanted)
+    calls = [[str(node.target) for node in graph.graph.nodes] for graph in graphs]
+    assert len(calls) == 2
+    layers = ours.config.num_hidden_layers
+    assert all(sum("sparse_decode" in target for target in targets) == layers for targets in calls)
 
 
 @pytest.mark.parametrize("options", [{"budget": 0.3, "min_tokens": 4}, {"budget": 9, "dense_below": 40}])
