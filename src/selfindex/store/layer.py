@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import wraps
 from typing import Any, cast
 
@@ -16,6 +16,7 @@ from ..codec import PageFormat, measure_balance
 from ..codec.paper import choose_pinned, prompt_statistics
 from ..config import SelfIndexConfig
 from ..errors import InputError, StateError
+from .change import Change, RowChange, Statistics
 from .memory import Memory
 from .pool import BlockPool
 from .raw import RawTokens
@@ -37,43 +38,6 @@ def _outside_inference_mode(method: Callable[..., Any]) -> Callable[..., Any]:
             return method(*args, **kwargs)
 
     return run
-
-
-@dataclass(frozen=True)
-class _Row:
-    """What one row's tokens become: (keys, values) [H, n, d] to encode and to keep raw."""
-
-    encode: tuple[Tensor, Tensor]
-    keep: tuple[Tensor, Tensor]
-    prompt: Tensor | None = None
-    """Keys of the row's prompt, if its statistics come from them (paper preset)."""
-
-
-@dataclass(frozen=True)
-class _Statistics:
-    """What pages share and what it is measured from; fields as in `LayerStore`."""
-
-    constants: Tensor | None
-    query_square: Tensor
-    queries_seen: int
-    has_constants: list[bool]
-    prompt_tokens: list[int]
-
-
-@dataclass(frozen=True)
-class Change:
-    """New content of a store, worked out by `LayerStore.plan`, stored by `LayerStore.commit`.
-
-    Attributes:
-        pages: index and payload planes, and the rows that get them with the tokens of each page.
-        raw: rows, a first token, and the keys and values that rows hold from there on.
-        step: keys and values [B, H, 1, d] that every row appends.
-    """
-
-    statistics: _Statistics | None = None
-    pages: tuple[tuple[Tensor, Tensor, list[tuple[int, list[int]]]], ...] = ()
-    raw: tuple[tuple[slice, int, Tensor, Tensor], ...] = ()
-    step: tuple[Tensor, Tensor] | None = None
 
 
 class LayerStore:
@@ -218,7 +182,7 @@ class LayerStore:
         kept = [x[:, :, last:held].clone() for x in (raw.keys, raw.values)]
         return Change(pages=((*planes, owners),), raw=((slice(None), first, kept[0], kept[1]),))
 
-    def _encode_rows(self, rows: list[_Row], statistics: _Statistics) -> Change:
+    def _encode_rows(self, rows: list[RowChange], statistics: Statistics) -> Change:
         statistics = self._fix_statistics(rows, statistics)
         page, pages = self.config.page_size, []
         for b, row in enumerate(rows):
@@ -234,7 +198,7 @@ class LayerStore:
         raw = tuple((slice(b, b + 1), 0, row.keep[0], row.keep[1]) for b, row in enumerate(rows))
         return Change(statistics, tuple(pages), raw)
 
-    def _plan_window(self, row: int, new_k: Tensor, new_v: Tensor) -> _Row:
+    def _plan_window(self, row: int, new_k: Tensor, new_v: Tensor) -> RowChange:
         """Whole pages leave the front of the window, right behind the sinks."""
         config, held = self.config, self.raw.lengths[row]
         k = torch.cat((self.raw.keys[row, :, :held], new_k), 1)
@@ -242,19 +206,19 @@ class LayerStore:
         beyond = max(0, k.shape[1] - config.sinks - config.recent)
         first, last = config.sinks, config.sinks + beyond // config.page_size * config.page_size
         kept = [torch.cat((x[:, :first], x[:, last:]), 1) for x in (k, v)]
-        return _Row((k[:, first:last], v[:, first:last]), (kept[0], kept[1]))
+        return RowChange((k[:, first:last], v[:, first:last]), (kept[0], kept[1]))
 
-    def _plan_prompt(self, k: Tensor, v: Tensor, q: Tensor, scaling: float) -> _Row:
+    def _plan_prompt(self, k: Tensor, v: Tensor, q: Tensor, scaling: float) -> RowChange:
         """Paper preset: pinned tokens stay in full precision, the rest of the prompt is encoded."""
         queries = q[:, -OBSERVED_QUERIES:].unflatten(0, (k.shape[0], -1))
         pinned = choose_pinned(k, queries, self.config.sinks, scaling)
         rest = torch.ones(k.shape[:2], dtype=torch.bool, device=k.device).scatter(1, pinned, False)
         shape = (k.shape[0], k.shape[1] - self.config.sinks, k.shape[2])
         at = pinned[..., None].expand(-1, -1, k.shape[2])
-        return _Row((k[rest].view(shape), v[rest].view(shape)), (k.gather(1, at), v.gather(1, at)), k)
+        return RowChange((k[rest].view(shape), v[rest].view(shape)), (k.gather(1, at), v.gather(1, at)), k)
 
-    def _statistics(self) -> _Statistics:
-        return _Statistics(
+    def _statistics(self) -> Statistics:
+        return Statistics(
             self.constants,
             self._query_square,
             self._queries_seen,
@@ -262,7 +226,7 @@ class LayerStore:
             list(self._prompt_tokens),
         )
 
-    def _fix_statistics(self, rows: list[_Row], now: _Statistics) -> _Statistics:
+    def _fix_statistics(self, rows: list[RowChange], now: Statistics) -> Statistics:
         """Fix what pages share, from the first tokens that rows encode; then never again."""
         if self.config.preset == "paper":
             fresh = {}
@@ -318,7 +282,7 @@ class LayerStore:
         ]
         return torch.cat([i for i, _ in planes]), torch.cat([p for _, p in planes])
 
-    def _observe(self, now: _Statistics, query: Tensor, valid: Tensor | None) -> _Statistics:
+    def _observe(self, now: Statistics, query: Tensor, valid: Tensor | None) -> Statistics:
         """Sum squares of the queries of the first page, which fix the balance with its keys."""
         room = self.config.sinks + self.config.page_size - max(map(self.length, range(self.batch)))
         if room <= 0:

@@ -13,7 +13,8 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 from ...errors import StateError
 
 if TYPE_CHECKING:
-    from .cache import SelfIndexCache, SelfIndexLayer
+    from .cache import SelfIndexCache
+    from .layer import SelfIndexLayer
 
 
 class Guard:

@@ -21,7 +21,8 @@ from ...backends import ops
 from ...errors import StateError
 from ...store import LayerStore
 from .attention import NewKeys
-from .cache import SelfIndexCache, SelfIndexLayer
+from .cache import SelfIndexCache
+from .layer import SelfIndexLayer
 from .models import cache_argument
 
 
