@@ -19,6 +19,7 @@ import gc
 import json
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,8 @@ def filled_cache(model: Any, batch: int, length: int, **options: Any) -> selfind
         like = torch.randn(batch, 8, window, 128, device="cuda", dtype=DTYPE)
         layer.lazy_initialization(like, like)
         store: Any = layer.store
-        index, payload, store.constants = encoded_pages(store.format, 128)
+        index, payload, balance = encoded_pages(store.format, 128)
+        store.statistics = replace(store.statistics, constants=balance)
         store.reserve(batch * (pages + 2), window)
         for b in range(batch):
             source = torch.randint(index.shape[0], (pages,), device="cuda")

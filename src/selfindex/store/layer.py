@@ -60,19 +60,22 @@ class LayerStore:
         self.pool = BlockPool(self.format, like.device, config.offloading)
         self.table = BlockTable(like.shape[0], self.pool)
         self.raw = RawTokens(like)
-        self.constants: Tensor | None = None
+        constants = None
         if balance is not None:
             if balance.shape != (like.shape[1], like.shape[3]):
                 raise InputError(
                     f"the profile's balance has shape {tuple(balance.shape)}, this layer needs "
                     f"{(like.shape[1], like.shape[3])}; it was made for another model"
                 )
-            self.constants = balance.to(like.device, torch.float32)[None]
-        self._query_square = like.new_zeros(like.shape[1], like.shape[3], dtype=torch.float32)
-        self._queries_seen = 0
-        # Paper preset only: rows whose statistics are fixed, and the length of their prompts.
-        self._has_constants = [False] * like.shape[0]
-        self._prompt_tokens = [0] * like.shape[0]
+            constants = balance.to(like.device, torch.float32)[None]
+        square = like.new_zeros(like.shape[1], like.shape[3], dtype=torch.float32)
+        none = (False,) * like.shape[0], (0,) * like.shape[0]
+        self.statistics = Statistics(constants, square, 0, *none)
+
+    @property
+    def constants(self) -> Tensor | None:
+        """What operators need to read pages; see `Statistics`."""
+        return self.statistics.constants
 
     @property
     def batch(self) -> int:
@@ -106,7 +109,7 @@ class LayerStore:
         Raises:
             InputError: a key or value to be encoded is not finite.
         """
-        config, statistics = self.config, self._statistics()
+        config, statistics = self.config, self.statistics
         if self.constants is None and config.preset == "balanced":
             statistics = self._observe(statistics, query, valid)
         limit = config.sinks + config.recent + config.page_size
@@ -137,10 +140,7 @@ class LayerStore:
         if change.step is not None:
             self.raw.append_step(*change.step)
         if change.statistics is not None:
-            new = change.statistics
-            self.constants, self._has_constants = new.constants, new.has_constants
-            self._query_square, self._queries_seen = new.query_square, new.queries_seen
-            self._prompt_tokens = new.prompt_tokens
+            self.statistics = change.statistics
 
     @_outside_inference_mode
     def reserve(self, pages: int, raw_tokens: int) -> None:
@@ -160,7 +160,7 @@ class LayerStore:
             return self._plan_overflow_of_equal_rows()
         none = self.raw.keys[0, :, :0]
         return self._encode_rows(
-            [self._plan_window(b, none, none) for b in range(self.batch)], self._statistics()
+            [self._plan_window(b, none, none) for b in range(self.batch)], self.statistics
         )
 
     def _plan_overflow_of_equal_rows(self) -> Change:
@@ -217,23 +217,14 @@ class LayerStore:
         at = pinned[..., None].expand(-1, -1, k.shape[2])
         return RowChange((k[rest].view(shape), v[rest].view(shape)), (k.gather(1, at), v.gather(1, at)), k)
 
-    def _statistics(self) -> Statistics:
-        return Statistics(
-            self.constants,
-            self._query_square,
-            self._queries_seen,
-            list(self._has_constants),
-            list(self._prompt_tokens),
-        )
-
     def _fix_statistics(self, rows: list[RowChange], now: Statistics) -> Statistics:
         """Fix what pages share, from the first tokens that rows encode; then never again."""
         if self.config.preset == "paper":
-            fresh = {}
+            fresh, prompts = {}, list(now.prompt_tokens)
             for b, row in enumerate(rows):
                 if row.prompt is not None:
                     fresh[b] = prompt_statistics(row.prompt)
-                    now.prompt_tokens[b] = max(now.prompt_tokens[b], row.prompt.shape[1])
+                    prompts[b] = max(prompts[b], row.prompt.shape[1])
                 elif row.encode[0].shape[1] and not now.has_constants[b]:
                     fresh[b] = prompt_statistics(row.encode[0])
             if not fresh:
@@ -243,8 +234,9 @@ class LayerStore:
                 first.new_zeros(self.batch, *first.shape) if now.constants is None else now.constants.clone()
             )
             for b, own in fresh.items():
-                constants[b], now.has_constants[b] = own, True
-            return replace(now, constants=constants)
+                constants[b] = own
+            fixed = tuple(b in fresh or has for b, has in enumerate(now.has_constants))
+            return replace(now, constants=constants, has_constants=fixed, prompt_tokens=tuple(prompts))
         first_pages = [row.encode[0][:, : self.config.page_size] for row in rows if row.encode[0].shape[1]]
         if now.constants is None and first_pages:
             square = now.query_square / max(1, now.queries_seen)
@@ -300,12 +292,12 @@ class LayerStore:
 
     def check_crop(self, lengths: list[int]) -> None:
         """Raise StateError where `crop` to these lengths is impossible; change nothing."""
-        for b, keep in enumerate(lengths):
-            if 0 < keep < min(self._prompt_tokens[b], self.length(b)):
+        for b, (keep, prompt) in enumerate(zip(lengths, self.statistics.prompt_tokens, strict=True)):
+            if 0 < keep < min(prompt, self.length(b)):
                 raise StateError(
-                    f"the paper preset cannot crop row {b} to {keep} tokens, inside its prompt of "
-                    f"{self._prompt_tokens[b]}: each head keeps other prompt tokens in full precision. "
-                    "Use preset='balanced', or reset the cache"
+                    f"the paper preset cannot crop row {b} to {keep} tokens, inside its prompt of {prompt}: "
+                    "each head keeps other prompt tokens in full precision. Use preset='balanced', or reset "
+                    "the cache"
                 )
 
     def crop(self, lengths: list[int]) -> None:
@@ -326,7 +318,7 @@ class LayerStore:
                 self.table.crop(b, max(0, keep - sinks))
                 self.raw.lengths[b] = min(sinks, keep)
             if keep == 0:
-                self._prompt_tokens[b], self._has_constants[b] = 0, False
+                self.statistics = self.statistics.emptied(b)
 
     @_outside_inference_mode
     def select_rows(self, rows: Tensor) -> None:
@@ -335,10 +327,7 @@ class LayerStore:
         order = rows.tolist()
         self.raw.select(rows)
         self.table.select(order)
-        self._prompt_tokens = [self._prompt_tokens[i] for i in order]
-        self._has_constants = [self._has_constants[i] for i in order]
-        if self.constants is not None and self.config.preset == "paper":
-            self.constants = self.constants[rows]
+        self.statistics = self.statistics.selected(order, shared=self.config.preset == "balanced")
 
     @_outside_inference_mode
     def copied(self, share: bool) -> LayerStore:
@@ -347,7 +336,6 @@ class LayerStore:
         new.table = self.table.copied(share)
         new.pool = new.table.pool
         new.raw = copy.deepcopy(self.raw)
-        new._has_constants, new._prompt_tokens = list(self._has_constants), list(self._prompt_tokens)
         return new
 
     def memory(self) -> Memory:
@@ -364,7 +352,7 @@ class LayerStore:
             index=index,
             payload=payload,
             full_precision=full,
-            statistics=constants + tables + self._query_square.nbytes,
+            statistics=constants + tables + self.statistics.query_square.nbytes,
             slack=unused + raw.keys.nbytes + raw.values.nbytes - full,
             recent=0 if pool.recent is None else pool.recent.nbytes,
             host=(pages + free) * pool.payload.shape[1] if pool.offloading else 0,

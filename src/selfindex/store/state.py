@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..config import SelfIndexConfig
 from ..errors import FormatError
+from .change import Statistics
 from .layer import LayerStore
 
 NAMES = ("index", "payload", "keys", "values", "query_square", "constants")
@@ -29,7 +30,7 @@ def export(store: LayerStore) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "payload": payload,
         "keys": store.raw.keys[:, :, :width],
         "values": store.raw.values[:, :, :width],
-        "query_square": store._query_square,
+        "query_square": store.statistics.query_square,
     }
     for b, held in enumerate(store.raw.lengths):
         if held < width:
@@ -43,9 +44,9 @@ def export(store: LayerStore) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "format": store.format.name,
         "rows": [{"blocks": [place[x] for x in r.blocks], "counts": r.counts} for r in store.table.rows],
         "lengths": store.raw.lengths,
-        "queries_seen": store._queries_seen,
-        "prompt_tokens": store._prompt_tokens,
-        "has_constants": store._has_constants,
+        "queries_seen": store.statistics.queries_seen,
+        "prompt_tokens": store.statistics.prompt_tokens,
+        "has_constants": store.statistics.has_constants,
     }
     return tensors, numbers
 
@@ -71,12 +72,13 @@ def restore(config: SelfIndexConfig, tensors: dict[str, Tensor], numbers: dict[s
         store.pool.release(blocks)
         for b, held in enumerate(numbers["lengths"]):
             store.raw.put(slice(b, b + 1), 0, tensors["keys"][b, :, :held], tensors["values"][b, :, :held])
-        store._query_square = tensors["query_square"].clone()
-        store._queries_seen = int(numbers["queries_seen"])
-        store._prompt_tokens = [int(n) for n in numbers["prompt_tokens"]]
-        store._has_constants = [bool(x) for x in numbers["has_constants"]]
-        if "constants" in tensors:
-            store.constants = tensors["constants"].clone()
+        store.statistics = Statistics(
+            tensors["constants"].clone() if "constants" in tensors else None,
+            tensors["query_square"].clone(),
+            int(numbers["queries_seen"]),
+            tuple(bool(x) for x in numbers["has_constants"]),
+            tuple(int(n) for n in numbers["prompt_tokens"]),
+        )
         widths = {len(numbers[n]) for n in ("rows", "lengths", "prompt_tokens", "has_constants")}
         if widths != {store.batch}:
             raise FormatError(f"the layer has {store.batch} rows, its lists have {sorted(widths)}")
