@@ -171,7 +171,8 @@ def main() -> None:
     @functools.cache
     def loaded() -> tuple[Any, Any]:
         with torch.device("cpu"):
-            model, tokenizer = load_model(args.model, HOOK)
+            model, tokenizer = load_model(args.model)
+        model.set_attn_implementation(HOOK)
         return model.to(args.device), tokenizer
 
     # Everything else is made on the device it is used on.

@@ -11,7 +11,6 @@ reply's tokens: KL to the dense model and top-1 agreement.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from selfindex.evaluation.fidelity import compare, continue_from
 from selfindex.evaluation.stats import Array, bootstrap
 from selfindex.evaluation.texts import load_text
 
-from .environment import describe
+from .environment import arguments, save
 from .models import load_model
 
 QUESTION = "What is this passage about, and how does it differ from the passages before?"
@@ -78,19 +77,14 @@ def chat(model: Any, tokenizer: Any, text: str, args: argparse.Namespace) -> lis
 
 def main() -> None:
     """Parse the command line, run, print and write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--model", default="smollm2", help="smollm2 or a model path with a chat template")
-    parser.add_argument("--texts", nargs="+", default=["manual", "kjv"])
+    parser = arguments(__doc__, texts=("manual", "kjv"))
     parser.add_argument("--turns", type=int, default=10)
     parser.add_argument("--passage", type=int, default=1500, help="characters of the text in a turn")
     parser.add_argument("--reply", type=int, default=64, help="tokens of a reply at most")
     parser.add_argument("--start", type=int, default=20000, help="first character of the text to use")
     parser.add_argument("--budget", type=float, default=0.05)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--output", type=Path, help="JSON file to write")
     args = parser.parse_args()
-    model, tokenizer = load_model(args.model)
-    model.to(args.device)
+    model, tokenizer = load_model(args.model, args.device)
     chats = [chat(model, tokenizer, load_text(text), args) for text in args.texts]
     rows = []
     for turn in range(args.turns):
@@ -99,16 +93,14 @@ def main() -> None:
         row = {key: bootstrap(values) for key, values in parts.items()}
         rows.append({"turn": turn + 1, "tokens": max(t["tokens"] for t in here)} | row)
         print(rows[-1], flush=True)
-    if args.output:
-        report = {
-            "environment": describe("chat"),
-            "model": args.model,
-            "texts": [Path(t).stem for t in args.texts],
-            "budget": args.budget,
-            "ratio": [turns[-1]["ratio"] for turns in chats],
-            "rows": rows,
-        }
-        args.output.write_text(json.dumps(report, indent=1) + "\n")
+    result = {
+        "model": args.model,
+        "texts": [Path(t).stem for t in args.texts],
+        "budget": args.budget,
+        "ratio": [turns[-1]["ratio"] for turns in chats],
+        "rows": rows,
+    }
+    save(args.output, "chat", result)
 
 
 if __name__ == "__main__":

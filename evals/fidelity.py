@@ -10,9 +10,7 @@ and the perplexity of the true text.
 
 from __future__ import annotations
 
-import argparse
 import json
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -23,7 +21,7 @@ from selfindex.evaluation.methods import EVERY_QUERY
 from selfindex.evaluation.recording import Recording, record
 from selfindex.evaluation.texts import load_text
 
-from .environment import describe, show_table
+from .environment import arguments, save, show_table
 from .models import load_model
 
 BUDGETS = (0.05, 0.075, 0.1, 1.0)
@@ -59,23 +57,18 @@ def run_text(
 
 def main() -> None:
     """Parse the command line, run, print and write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--model", default="smollm2", help="smollm2, gemma3-270m, or a model path")
-    parser.add_argument("--texts", nargs="+", default=["manual", "stdlib", "kjv"])
+    parser = arguments(__doc__, texts=("manual", "stdlib", "kjv"))
     parser.add_argument("--lengths", nargs="+", type=int, default=[4096], help="context incl. continuation")
     parser.add_argument("--continuation", type=int, default=256)
     parser.add_argument("--start", type=int, default=20000, help="first character of the text to use")
     parser.add_argument("--variant", action="append", default=[], help='e.g. "v3:value_bits=3,budget=0.05"')
     parser.add_argument("--only", action="store_true", help="run only the variants given with --variant")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--output", type=Path, help="JSON file to write")
     args = parser.parse_args()
-    model, tokenizer = load_model(args.model)
-    model.to(args.device)
+    model, tokenizer = load_model(args.model, args.device)
     chosen = variants(args.variant)
     if args.only:
         chosen = {name: o for name, o in chosen.items() if any(v.split(":")[0] == name for v in args.variant)}
-    report: dict[str, Any] = {"environment": describe("fidelity"), "lengths": {}}
+    lengths: dict[str, Any] = {}
     for length in args.lengths:
         runs = []
         for text in args.texts:
@@ -86,12 +79,11 @@ def main() -> None:
             recording = record(model, ids[:, :prefix])
             runs.append(run_text(model, recording, ids[:, prefix:length], ids[0, prefix + 1 :], chosen))
         table = summarise(runs)
-        report["lengths"][str(length)] = table
+        lengths[str(length)] = table
         show_table(
             f"{args.model}, {length} tokens, {len(args.texts)} texts x {args.continuation} tokens", table
         )
-    if args.output:
-        args.output.write_text(json.dumps(report, indent=1) + "\n")
+    save(args.output, "fidelity", {"lengths": lengths})
 
 
 if __name__ == "__main__":

@@ -10,8 +10,6 @@ the cache is not to blame, so its row is printed as well.
 
 from __future__ import annotations
 
-import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,7 @@ from selfindex.evaluation.methods import EVERY_QUERY
 from selfindex.evaluation.recording import record
 from selfindex.evaluation.texts import load_text
 
-from .environment import describe
+from .environment import arguments, save
 from .models import load_model
 
 
@@ -43,18 +41,13 @@ def finds(model: Any, tokenizer: Any, cache: Any, ids: Tensor, answer: str, toke
 
 def main() -> None:
     """Parse the command line, run, print and write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--texts", nargs="+", default=["manual"])
+    parser = arguments(__doc__, texts=("manual",))
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--needles", type=int, default=10, help="per text")
     parser.add_argument("--budgets", nargs="+", type=float, default=[0.05])
     parser.add_argument("--presets", nargs="+", default=["balanced", "paper"])
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--output", type=Path)
     args = parser.parse_args()
-    model, tokenizer = load_model(args.model)
-    model.to(args.device)
+    model, tokenizer = load_model(args.model, args.device)
     found: dict[str, dict[str, list[bool]]] = {}
     for text in args.texts:
         content = load_text(text)
@@ -72,13 +65,12 @@ def main() -> None:
             for name, cache in caches.items():
                 hit = finds(model, tokenizer, cache, task.question_ids.to(args.device), task.answer)
                 found.setdefault(name, {}).setdefault(Path(text).stem, []).append(hit)
-    result = {"environment": describe("needles"), "needles": args.needles, "found": {}}
+    result: dict[str, Any] = {"needles": args.needles, "found": {}}
     for name, by_text in found.items():
         result["found"][name] = {text: sum(hits) for text, hits in by_text.items()}
         total = sum(result["found"][name].values())
         print(f"{name:16} {total} of {args.needles * len(args.texts)}   {result['found'][name]}")
-    if args.output:
-        args.output.write_text(json.dumps(result, indent=1) + "\n")
+    save(args.output, "needles", result)
 
 
 if __name__ == "__main__":

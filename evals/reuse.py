@@ -9,11 +9,8 @@ the bus. After a prompt, a real text is fed token by token; per layer and KV hea
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,7 +22,7 @@ from selfindex.backends import ops
 from selfindex.evaluation.texts import load_text
 from selfindex.index.select import sum_of_softmax
 
-from .environment import describe
+from .environment import arguments, save
 from .models import load_model
 
 SIZES = (1.0, 1.5, 2.0, 4.0)
@@ -43,8 +40,8 @@ def recorded(found: list[np.ndarray]) -> Iterator[None]:
             query, store.pool.index, table, counts, store.constants, scaling, store.format.name
         )
         mass = sum_of_softmax(logits, store.format.kv_heads)
-        slots = ops.select(mass, torch.tensor(budgets), max(budgets))
-        found.append(slots[0, :, 0].numpy())
+        slots = ops.select(mass, torch.tensor(budgets, device=query.device), max(budgets))
+        found.append(slots[0, :, 0].cpu().numpy())
         return plain(store, query, budgets, scaling)
 
     attend._sparse_part = run
@@ -74,20 +71,17 @@ def misses(steps: list[np.ndarray], slots: int, size: float) -> np.ndarray:
 
 def main() -> None:
     """Parse the command line, run, print and write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--model", default="smollm2", help="smollm2, gemma3-270m, or a model path")
-    parser.add_argument("--texts", nargs="+", default=["manual", "kjv"])
+    parser = arguments(__doc__, texts=("manual", "kjv"))
     parser.add_argument("--length", type=int, default=7000, help="tokens of the prompt")
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--skip", type=int, default=20, help="first steps, that fill the caches")
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.05])
-    parser.add_argument("--output", type=Path, help="JSON file to write")
     args = parser.parse_args()
-    model, tokenizer = load_model(args.model)
+    model, tokenizer = load_model(args.model, args.device)
     rows: list[dict[str, Any]] = []
     for text in args.texts:
         ids = tokenizer(load_text(text)[: 12 * args.length], return_tensors="pt").input_ids
-        ids = ids[:, : args.length + args.steps]
+        ids = ids[:, : args.length + args.steps].to(args.device)
         for budget in args.budgets:
             cache = selfindex.SelfIndexCache(model, budget=budget, dense_below=0)
             found: list[np.ndarray] = []
@@ -109,9 +103,7 @@ def main() -> None:
                 row[f"worst_layer_{size}"] = float(max(x.mean() for x in shares))
             rows.append(row)
             print(row, flush=True)
-    if args.output:
-        report = {"environment": describe("reuse"), "model": args.model, "length": args.length, "rows": rows}
-        args.output.write_text(json.dumps(report, indent=1) + "\n")
+    save(args.output, "reuse", {"model": args.model, "length": args.length, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -10,8 +10,6 @@ Per stretch of the text: KL to the dense model and top-1 agreement.
 
 from __future__ import annotations
 
-import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +23,7 @@ from selfindex.evaluation.fidelity import compare
 from selfindex.evaluation.stats import bootstrap
 from selfindex.evaluation.texts import load_text
 
-from .environment import describe
+from .environment import arguments, save
 from .models import load_model
 
 
@@ -51,9 +49,7 @@ def sample(model: Any, prompt: Tensor, tokens: int) -> Tensor:
 
 def main() -> None:
     """Parse the command line, run, print and write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--model", default="smollm2", help="smollm2, gemma3-270m, or a model path")
-    parser.add_argument("--texts", nargs="+", default=["manual", "kjv"])
+    parser = arguments(__doc__, texts=("manual", "kjv"))
     parser.add_argument("--prompt", type=int, default=200)
     parser.add_argument("--tokens", type=int, default=4000)
     parser.add_argument("--generated", action="store_true", help="go on with text the dense model samples")
@@ -61,11 +57,8 @@ def main() -> None:
     parser.add_argument("--stretch", type=int, default=500, help="tokens averaged in a row of the table")
     parser.add_argument("--start", type=int, default=20000, help="first character of the text to use")
     parser.add_argument("--budget", type=float, default=0.05)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--output", type=Path, help="JSON file to write")
     args = parser.parse_args()
-    model, tokenizer = load_model(args.model)
-    model.to(args.device)
+    model, tokenizer = load_model(args.model, args.device)
     runs, ratios = [], []
     for text in args.texts:
         content = load_text(text)[args.start : args.start + 12 * (args.prompt + args.tokens)]
@@ -90,19 +83,17 @@ def main() -> None:
         row = {key: bootstrap([run[key][part] for run in runs]) for key in ("kl", "top1")}
         rows.append({"from": args.prompt + first, "to": args.prompt + first + args.stretch} | row)
         print(rows[-1], flush=True)
-    if args.output:
-        report = {
-            "environment": describe("stream"),
-            "model": args.model,
-            "texts": [Path(t).stem for t in args.texts],
-            "prompt": args.prompt,
-            "generated": args.generated,
-            "step": args.step,
-            "budget": args.budget,
-            "ratio": ratios,
-            "rows": rows,
-        }
-        args.output.write_text(json.dumps(report, indent=1) + "\n")
+    result = {
+        "model": args.model,
+        "texts": [Path(t).stem for t in args.texts],
+        "prompt": args.prompt,
+        "generated": args.generated,
+        "step": args.step,
+        "budget": args.budget,
+        "ratio": ratios,
+        "rows": rows,
+    }
+    save(args.output, "stream", result)
 
 
 if __name__ == "__main__":
