@@ -10,6 +10,8 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from selfindex.evaluation.markdown import head, paragraph, row
+
 HERE = Path(__file__).parent
 MIB = 1 << 20
 
@@ -17,14 +19,8 @@ MIB = 1 << 20
 def where(result: dict[str, Any]) -> str:
     """Command, date and machine of a result."""
     found = result["environment"]
-    machine = found["gpu"] or f"{found['cpus']} CPU cores, shared with other work"
+    machine = found["gpu"] or f"{found['cpus']} CPU cores"
     return f"`{found['command']}`, {found['date']}, {machine}, torch {found['torch']}."
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def stream(result: dict[str, Any]) -> str:
@@ -33,36 +29,36 @@ def stream(result: dict[str, Any]) -> str:
     rows = []
     for name, found in result["rows"].items():
         chosen = found if name != "chat" else found[1::4] + found[-2:]
-        for row in chosen:
+        for part in chosen:
             rows.append(
-                [
-                    f"{names[name]}, {row['what']}",
-                    f"{row['held']:,}",
-                    f"{row['read']:,}",
-                    f"{row['ms']:.2f}",
-                    f"{row['accounted'] / MIB:.2f}",
-                    f"{row['live'] / MIB:.2f}",
-                    f"{row['resident'] / MIB:.0f}",
-                ]
+                row(
+                    f"{names[name]}, {part['what']}",
+                    f"{part['held']:,}",
+                    f"{part['read']:,}",
+                    f"{part['ms']:.2f}",
+                    f"{part['accounted'] / MIB:.2f}",
+                    f"{part['live'] / MIB:.2f}",
+                    f"{part['resident'] / MIB:.0f}",
+                )
             )
-    head = ["scenario", "tokens held", "read", "ms", "MiB accounted", "MiB live", "MiB resident"]
-    return f"{where(result)} Model: {result['model']}.\n\n{table(head, rows)}"
+    titles = head("scenario", "tokens held", "read", "ms", "MiB accounted", "MiB live", "MiB resident")
+    return "\n".join([*paragraph(where(result), f"Model: {result['model']}."), *titles, *rows])
 
 
 def prefix(result: dict[str, Any]) -> str:
     """What loading took."""
     shape, size = result["shape"], result["bytes"]
     rows = [
-        [name.replace("_", ", "), f"{clock:.2f}", f"{processors:.2f}", f"{size / 1e6 / clock:.0f}"]
+        row(name.replace("_", ", "), f"{clock:.2f}", f"{processors:.2f}", f"{size / 1e6 / clock:.0f}")
         for name, (clock, processors) in result["seconds"].items()
     ]
-    return (
-        f"{where(result)} {shape['tokens']:,} tokens, layers: {shape['layers']} of {shape['kv_heads']} KV "
-        f"heads with {shape['head_dim']} channels, {size / 1e6:.0f} MB. Seconds by the clock, seconds of all "
-        "processors (which other work hardly changes), and MB/s; `encode` is what making the prefix again "
-        "takes beside the model's own prefill, `read` is reading the file.\n\n"
-        + table(["what", "clock", "processors", "MB/s"], rows)
+    text = paragraph(
+        f"{where(result)} {shape['tokens']:,} tokens, layers: {shape['layers']} of {shape['kv_heads']} KV",
+        f"heads with {shape['head_dim']} channels, {size / 1e6:.0f} MB. Seconds by the clock, seconds of all",
+        "processors (which other work hardly changes), and MB/s; `encode` is what making the prefix again",
+        "takes beside the model's own prefill, `read` is reading the file.",
     )
+    return "\n".join([*text, *head("what", "clock", "processors", "MB/s"), *rows])
 
 
 def soak(result: dict[str, Any]) -> str:
@@ -70,10 +66,13 @@ def soak(result: dict[str, Any]) -> str:
     counts = ", ".join(f"{name} {n:,}" for name, n in sorted(result["counts"].items()))
     growth = ", ".join(f"{name} {n / MIB:+.1f} MiB" for name, n in result["growth"].items())
     errors = result["errors"]
-    return (
-        f"{where(result)} {result['actions']:,} actions ({counts}): {len(errors)} errors or mismatches. "
-        f"Growth from the end of the first of {len(result['memory'])} rounds to that of the last: {growth}."
-    )
+    return "\n".join(
+        paragraph(
+            f"{where(result)} {result['actions']:,} actions ({counts}): {len(errors)} errors or mismatches.",
+            f"Growth from the end of the first of {len(result['memory'])} rounds to that of the last:",
+            f"{growth}.",
+        )
+    ).rstrip()
 
 
 def main() -> None:

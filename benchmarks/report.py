@@ -6,7 +6,6 @@ python benchmarks/report.py
 from __future__ import annotations
 
 import json
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from selfindex.codec import PageFormat
+from selfindex.evaluation.markdown import head, paragraph, row
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -42,21 +42,6 @@ def lengths(result: dict[str, Any]) -> str:
 def size(length: int) -> str:
     """A length in units of 1024 tokens."""
     return f"{length // 1024}k"
-
-
-def paragraph(*parts: str) -> list[str]:
-    """Text in lines of readable length, and an empty line."""
-    return [*textwrap.wrap(" ".join(parts), 116, break_long_words=False, break_on_hyphens=False), ""]
-
-
-def row(*cells: object) -> str:
-    """A line of a table."""
-    return f"| {' | '.join(map(str, cells))} |"
-
-
-def head(*names: str) -> list[str]:
-    """The first two lines of a table."""
-    return [row(*names), "|" + "---|" * len(names)]
 
 
 def decode_section(result: dict[str, Any]) -> list[str]:
@@ -254,8 +239,8 @@ def cpu_model_section(result: dict[str, Any]) -> list[str]:
 def draw(result: dict[str, Any], target: Path) -> None:
     """Speed over dense against the length, one line a batch size."""
     figure, axis = plt.subplots(figsize=(6.4, 3.6))
-    for batch in sorted({row["batch"] for row in result["results"]}):
-        rows = [row for row in result["results"] if row["batch"] == batch]
+    for batch in sorted({found["batch"] for found in result["results"]}):
+        rows = [found for found in result["results"] if found["batch"] == batch]
         axis.plot(
             [r["length"] / 1024 for r in rows], [r["ratio"] for r in rows], "o-", label=f"batch {batch}"
         )

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import json
 import math
-import textwrap
 from pathlib import Path
 from typing import Any
 
 from selfindex.evaluation import figures
+from selfindex.evaluation.markdown import head, paragraph, row
 from selfindex.evaluation.report import (
     fidelity_table,
     heat_table,
@@ -41,11 +41,6 @@ def wilson(hits: int, total: int) -> list[float]:
     centre = (share + z * z / (2 * total)) / (1 + z * z / total)
     half = z / (1 + z * z / total) * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
     return [share, max(0.0, centre - half), min(1.0, centre + half)]
-
-
-def paragraph(*parts: str) -> list[str]:
-    """Text in lines of readable length, and an empty line."""
-    return [*textwrap.wrap(" ".join(parts), 116, break_long_words=False, break_on_hyphens=False), ""]
 
 
 def setting(result: dict[str, Any]) -> list[str]:
@@ -110,12 +105,11 @@ def needles(result: dict[str, Any]) -> list[str]:
             "compression, every query selecting its own tokens.",
             f"Of {found['asked']} needles the dense cache finds {total}; of those:",
         ),
-        "| method | found | share, 95 % Wilson interval |",
-        "|---|---|---|",
+        *head("method", "found", "share, 95 % Wilson interval"),
     ]
-    rows = {name: row for name, row in found.items() if isinstance(row, dict)}
-    for name, row in sorted(rows.items(), key=lambda item: -item[1]["found"]):
-        lines.append(f"| {name} | {row['found']} of {total} | {interval(wilson(row['found'], total), 2)} |")
+    rows = {name: own["found"] for name, own in found.items() if isinstance(own, dict)}
+    for name, hits in sorted(rows.items(), key=lambda item: -item[1]):
+        lines.append(row(name, f"{hits} of {total}", interval(wilson(hits, total), 2)))
     return [*lines, "", *setting(result)]
 
 
@@ -164,8 +158,8 @@ def positions(result: dict[str, Any]) -> list[str]:
     """KL by the distance from the compressed prefix."""
     length, found = list(result["fidelity"].items())[-1]
     shown = {
-        m: row["position"]
-        for m, row in found["methods"].items()
+        m: own["position"]
+        for m, own in found["methods"].items()
         if m.startswith(("selfindex balanced 5", "selfindex paper", "oracle", "KIVI-2", "Quest"))
     }
     ends = [32 * (i + 1) for i in range(len(next(iter(shown.values()))["kl"]))]
@@ -178,11 +172,10 @@ def positions(result: dict[str, Any]) -> list[str]:
             "distance that grows",
             "would be an error that feeds on itself.",
         ),
-        f"| method | {' | '.join(f'to {n}' for n in ends)} |",
-        "|---" * (len(ends) + 1) + "|",
+        *head("method", *(f"to {n}" for n in ends)),
     ]
-    for method, row in shown.items():
-        lines.append(f"| {method} | {' | '.join(number(x) for x in row['kl'])} |")
+    for method, own in shown.items():
+        lines.append(row(method, *map(number, own["kl"])))
     return [*lines, ""]
 
 
@@ -196,11 +189,10 @@ def drift(streams: list[dict[str, Any]], chats: list[dict[str, Any]]) -> list[st
             "all that is cached was written while decoding. At the end the cache is",
             f"{min(result['ratio']):.1f} times smaller than in 16 bits.",
         )
-        lines += ["| tokens | KL to dense | top-1 agreement |", "|---|---|---|"]
-        for row in result["rows"]:
-            lines.append(
-                f"| {row['from']:,} to {row['to']:,} | {interval(row['kl'])} | {interval(row['top1'])} |"
-            )
+        lines += head("tokens", "KL to dense", "top-1 agreement")
+        for part in result["rows"]:
+            stretch = f"{part['from']:,} to {part['to']:,}"
+            lines.append(row(stretch, interval(part["kl"]), interval(part["top1"])))
         lines += ["", *setting(result)]
     for result in chats:
         lines += paragraph(
@@ -208,10 +200,10 @@ def drift(streams: list[dict[str, Any]], chats: list[dict[str, Any]]) -> list[st
             "compressed cache reads the same turns. Over the tokens of each reply, every one",
             "selecting for itself:",
         )
-        lines += ["| turn | cached tokens | KL to dense | top-1 agreement |", "|---|---|---|---|"]
-        for row in result["rows"]:
+        lines += head("turn", "cached tokens", "KL to dense", "top-1 agreement")
+        for part in result["rows"]:
             lines.append(
-                f"| {row['turn']} | {row['tokens']:,} | {interval(row['kl'])} | {interval(row['top1'])} |"
+                row(part["turn"], f"{part['tokens']:,}", interval(part["kl"]), interval(part["top1"]))
             )
         lines += ["", *setting(result)]
     return lines
@@ -230,25 +222,23 @@ def choices(ablations: list[dict[str, Any]], profiles: list[dict[str, Any]]) -> 
     )
     order = list(open_choices())
     for result in ablations:
-        lines += [
-            "| design | read | bytes | KL to dense | KL less the default's at 5 % | top-1 agreement |",
-            "|---|---|---|---|---|---|",
-        ]
+        lines += head("design", "read", "bytes", "KL to dense", "KL less the default's at 5 %",
+                      "top-1 agreement")  # fmt: skip
         rows = sorted(result["result"].items(), key=lambda x: (order.index(x[0].split(" @ ")[0]), x[0]))
-        for name, row in rows:
-            cells = (interval(row[metric]) for metric in ("kl", "kl_diff", "top1"))
-            read = f"{100 * row['read'][0]:.1f} % | {row['bytes_read']:.1f}"
-            lines.append(f"| {label(name)} | {read} | {' | '.join(cells)} |")
+        for name, own in rows:
+            cells = (interval(own[metric]) for metric in ("kl", "kl_diff", "top1"))
+            read = f"{100 * own['read'][0]:.1f} %", f"{own['bytes_read']:.1f}"
+            lines.append(row(label(name), *read, *cells))
         lines += ["", *setting(result)]
     for result in profiles:
         lines += paragraph(
             "The balance of `selfindex profile` on another text, against the prompt's first page:"
         )
-        lines += ["| balance | KL to dense | top-1 agreement |", "|---|---|---|"]
+        lines += head("balance", "KL to dense", "top-1 agreement")
         for length, found in result["lengths"].items():
             lines += [
-                f"| {name}, {int(length):,} tokens | {interval(row['kl'])} | {interval(row['top1'])} |"
-                for name, row in found.items()
+                row(f"{name}, {int(length):,} tokens", interval(own["kl"]), interval(own["top1"]))
+                for name, own in found.items()
                 if name != "dense"
             ]
         lines += ["", *setting(result)]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from .markdown import head, row
+
 OURS = "selfindex balanced 5"
 
 
@@ -26,30 +28,22 @@ def bold(name: str) -> str:
 
 def fidelity_table(found: dict[str, Any]) -> list[str]:
     """One length: a row a method, by KL."""
-    lines = [
-        "| method | bytes a token | read a step | KL to dense | worst text | top-1 agreement | perplexity |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for name, row in sorted(found["methods"].items(), key=lambda item: item[1]["kl"][0]):
-        lines.append(
-            f"| {bold(name)} | {row['bytes']:.1f} | {row['read']:.1f} | {interval(row['kl'])} | "
-            f"{number(max(row['kl_by_text']))} | {interval(row['top1'])} | {row['perplexity']:.2f} |"
-        )
+    lines = head("method", "bytes a token", "read a step", "KL to dense", "worst text", "top-1 agreement",
+                 "perplexity")  # fmt: skip
+    for name, own in sorted(found["methods"].items(), key=lambda item: item[1]["kl"][0]):
+        sizes = f"{own['bytes']:.1f}", f"{own['read']:.1f}"
+        kl = interval(own["kl"]), number(max(own["kl_by_text"]))
+        lines.append(row(bold(name), *sizes, *kl, interval(own["top1"]), f"{own['perplexity']:.2f}"))
     return [*lines, ""]
 
 
 def layer_table(found: dict[str, Any]) -> list[str]:
     """One length: a row a method, by error."""
-    lines = [
-        "| method | softmax mass read | worst head | output error | worst head | oracle's tokens read |",
-        "|---|---|---|---|---|---|",
-    ]
-    for name, row in sorted(found.items(), key=lambda item: item[1]["error"]["mean"]):
-        mass, error = row["mass"], row["error"]
-        lines.append(
-            f"| {bold(name)} | {number(mass['mean'])} | {number(mass['worst'])} | {number(error['mean'])} | "
-            f"{number(error['worst'])} | {number(row['overlap']['mean'])} |"
-        )
+    lines = head("method", "softmax mass read", "worst head", "output error", "worst head",
+                 "oracle's tokens read")  # fmt: skip
+    for name, own in sorted(found.items(), key=lambda item: item[1]["error"]["mean"]):
+        cells = [own[metric][kind] for metric in ("mass", "error") for kind in ("mean", "worst")]
+        lines.append(row(bold(name), *map(number, cells), number(own["overlap"]["mean"])))
     return [*lines, ""]
 
 
@@ -60,15 +54,15 @@ def task_table(tasks: dict[str, Any]) -> list[str]:
     lines: list[str] = []
     methods = [m for m in next(iter(known.values()), {}) if all(m in rows for rows in known.values())]
     if known:
-        lines = [f"| method | {' | '.join(known)} | mean |", "|---" * (len(known) + 2) + "|"]
+        lines = head("method", *known, "mean")
         means = {m: sum(rows[m]["score"][0] for rows in known.values()) / len(known) for m in methods}
         for method in sorted(methods, key=lambda m: -means[m]):
             cells = [interval(rows[method]["score"], 2) for rows in known.values()]
-            lines.append(f"| {bold(method)} | {' | '.join(cells)} | {number(means[method], 2)} |")
+            lines.append(row(bold(method), *cells, number(means[method], 2)))
         samples = sorted({rows[m]["samples"] for rows in known.values() for m in methods})
         lines += ["", f"{' to '.join(map(str, samples[:: max(1, len(samples) - 1)]))} samples a task."]
     if failed:
-        scores = ", ".join(f"{name} {interval(row['score'], 2)}" for name, row in failed.items())
+        scores = ", ".join(f"{name} {interval(own['score'], 2)}" for name, own in failed.items())
         lines += ["", f"The dense model itself fails: {scores}. Nothing can be said about caches there."]
     return [*lines, ""]
 
@@ -76,13 +70,10 @@ def task_table(tasks: dict[str, Any]) -> list[str]:
 def heat_table(found: dict[str, Any]) -> list[str]:
     """Mean over depths; the figure shows the rest."""
     lengths = list(next(iter(found.values())))
-    lines = [
-        f"| needles found | {' | '.join(f'{int(n):,} tokens' for n in lengths)} |",
-        "|---" * (len(lengths) + 1) + "|",
-    ]
+    lines = head("needles found", *(f"{int(n):,} tokens" for n in lengths))
     for method, by_length in found.items():
         cells = [number(sum(by_length[n].values()) / len(by_length[n]), 2) for n in lengths]
-        lines.append(f"| {bold(method)} | {' | '.join(cells)} |")
+        lines.append(row(bold(method), *cells))
     return [*lines, ""]
 
 
