@@ -1,11 +1,17 @@
 #!/usr/bin/env bash
-# The compiled CPU operators without CMake: scripts/cpu_build.sh FOLDER [COMPILER FLAGS]
-# writes FOLDER/_native.so, which Python finds beside selfindex/backends/cpu/loader.py.
+# The package with its compiled CPU operators, without CMake: scripts/cpu_build.sh FOLDER [COMPILER FLAGS]
+# writes FOLDER/src, to be put on PYTHONPATH.
 # Needs a C++17 compiler (CXX, default g++) and nanobind in the environment of PYTHON (default python3).
 set -euo pipefail
-native=$(cd "$(dirname "$0")/.." && pwd)/src/selfindex/backends/cpu/native
-mkdir -p "$1"
-cd "$1"
+root=$(cd "$(dirname "$0")/.." && pwd)
+native=$root/src/selfindex/backends/cpu/native
+mkdir -p "$1/build"
+cp -r "$root/src" "$1/src"
+rm -f "$1"/src/selfindex/backends/cpu/_native*
+# An editable installation would bring its own module: its import hook goes.
+echo 'import sys; sys.meta_path[:] = [f for f in sys.meta_path if "ScikitBuild" not in type(f).__name__]' \
+  > "$1/src/sitecustomize.py"
+cd "$1/build"
 shift
 read -r nanobind headers < <("${PYTHON:-python3}" -c \
   'import nanobind, sysconfig; print(nanobind.source_dir(), sysconfig.get_path("include"))')
@@ -34,4 +40,4 @@ export -f compile
 # The longest first.
 { echo "$nanobind/nb_combined.cpp"; ls "$native"/*.cpp | grep -Ev "kernels_($others)\.cpp"; } |
   xargs -P "$(nproc)" -I{} bash -ec 'compile {}'
-${CXX:-g++} ${*:--O2} -shared -o _native.so ./*.o -lpthread -ldl
+${CXX:-g++} ${*:--O2} -shared -o ../src/selfindex/backends/cpu/_native.so ./*.o -lpthread -ldl

@@ -8,13 +8,7 @@ cd "$(dirname "$0")/.."
 export PYTHON=${PYTHON:-python3}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-cp -r src "$work/src"
-rm -f "$work"/src/selfindex/backends/cpu/_native*
-scripts/cpu_build.sh "$work/build" -O3
-mv "$work/build/_native.so" "$work/src/selfindex/backends/cpu/"
-# An editable installation would bring its own module: its import hook goes.
-echo 'import sys; sys.meta_path[:] = [f for f in sys.meta_path if "ScikitBuild" not in type(f).__name__]' \
-  > "$work/src/sitecustomize.py"
+scripts/cpu_build.sh "$work" -O3
 export PYTHONPATH="$work/src${PYTHONPATH:+:$PYTHONPATH}"
 sets=$("$PYTHON" -c 'from selfindex.backends.cpu.loader import native; print(*native().instruction_sets())')
 echo "instruction sets of this processor: $sets"

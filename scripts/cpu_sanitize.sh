@@ -6,14 +6,8 @@ cd "$(dirname "$0")/.."
 export PYTHON=${PYTHON:-python3}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-cp -r src "$work/src"
-rm -f "$work"/src/selfindex/backends/cpu/_native*
-scripts/cpu_build.sh "$work/build" -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined \
+scripts/cpu_build.sh "$work" -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined \
   -fno-omit-frame-pointer
-mv "$work/build/_native.so" "$work/src/selfindex/backends/cpu/"
-# An editable installation would bring its own module: its import hook goes.
-echo 'import sys; sys.meta_path[:] = [f for f in sys.meta_path if "ScikitBuild" not in type(f).__name__]' \
-  > "$work/src/sitecustomize.py"
 # Python itself is not instrumented: the runtime has to be there first, and its leaks are not ours.
 export LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)" OMP_NUM_THREADS=1 \
   ASAN_OPTIONS=detect_leaks=0:malloc_context_size=4:quarantine_size_mb=32 PYTHONPATH="$work/src"
