@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-from pages import gaussian
+from pages import block_table, gaussian
 from torch import Tensor
 
 from selfindex.backends import reference
@@ -81,18 +81,7 @@ def make_cache(
     blocks, fmt = sum(pages) + 1, PageFormat("balanced", heads, dim, page, bits)
     query, constants, index, payload = _pools(fmt.name, len(lengths), blocks, groups, queries, seed)
     order = torch.randperm(blocks, generator=torch.Generator().manual_seed(seed)).int()
-    table = torch.zeros(len(lengths), max(pages), dtype=torch.int32)
-    counts = torch.zeros_like(table)
-    at = 0
-    for b, n in enumerate(pages):
-        table[b, :n] = order[:n] if shared else order[at : at + n]
-        at += n
-        counts[b, :n] = page
-        if n:
-            counts[b, n - 1] = lengths[b] - page * (n - 1)
-        for cut in short:
-            if cut < n:
-                counts[b, cut] = min(int(counts[b, cut]), 1 + 37 * (cut + b) % (page - 1))
+    table, counts = block_table(lengths, order, page, short, shared)
     return Cache(fmt, query.to(dtype, copy=True), index, payload, table, counts, constants, dim**-0.5)
 
 
@@ -109,7 +98,3 @@ def _pools(name, batch, blocks, groups, queries, seed):
     constants = torch.linspace(0.5, 2.0, heads * dim).view(1, heads, dim)
     full = torch.full((blocks,), page, dtype=torch.int32)
     return query, constants, *reference.encode(keys + 0.4 * along, values, full, constants, name)
-
-
-def relative_error(got, wanted):
-    return float((got - wanted).norm() / wanted.norm().clamp(min=1e-30))

@@ -57,5 +57,29 @@ def page_format(preset="balanced", bits=2, heads=2, dim=64, page=16):
     return PageFormat(preset, heads, dim, page, bits)
 
 
+def block_table(lengths, order, page, short=(), shared=False):
+    """Block table and token counts of rows of `lengths` tokens, in blocks taken from `order`.
+
+    Args:
+        short: pages of every row whose count is cut to an arbitrary smaller number.
+        shared: all rows use the blocks of the longest one.
+    """
+    pages = [-(-n // page) for n in lengths]
+    table = torch.zeros(len(lengths), max(1, *pages), dtype=torch.int32)
+    counts = torch.zeros_like(table)
+    at = 0
+    for b, n in enumerate(pages):
+        table[b, :n] = order[:n] if shared else order[at : at + n]
+        at += n
+        counts[b, :n] = page
+        if n:
+            counts[b, n - 1] = lengths[b] - page * (n - 1)
+        for cut in short:
+            if cut < n:
+                counts[b, cut] = min(int(counts[b, cut]), 1 + 37 * (cut + b) % (page - 1))
+    return table, counts
+
+
 def relative_error(got, wanted):
-    return float((got - wanted).norm() / wanted.norm())
+    """Relative L2 error, in float64."""
+    return float((got.double() - wanted.double()).norm() / wanted.double().norm().clamp(min=1e-30))

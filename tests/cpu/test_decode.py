@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from encoded_cache import make_cache, relative_error
+from encoded_cache import make_cache
 from hypothesis import given
 from hypothesis import strategies as st
+from pages import relative_error
 
 from selfindex.backends import ops, reference
 from selfindex.backends.cpu.operators import sparse_decode

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+from pages import block_table
 from torch import Tensor
 
 from selfindex.backends import reference
@@ -67,7 +68,6 @@ def make_cache(
 
     fmt = PageFormat("balanced", heads, dim, 128, bits)
     batch, pages = len(lengths), [-(-n // 128) for n in lengths]
-    width = max(1, *pages)
     blocks = sum(pages) + 3
     query = 2 * normal(batch, heads * groups, 1, dim)
     keys = normal(blocks, heads, 128, dim) + 0.5 * normal(1, heads, 1, dim)
@@ -80,19 +80,8 @@ def make_cache(
     )
     constants = torch.linspace(0.5, 2.0, heads * dim, device=DEVICE).view(1, heads, dim)
     order = torch.randperm(blocks, generator=generator, device=DEVICE).int()
-    table = torch.zeros(batch, width, dtype=torch.int32, device=DEVICE)
-    counts = torch.zeros(batch, width, dtype=torch.int32, device=DEVICE)
+    table, counts = (x.to(DEVICE) for x in block_table(lengths, order.cpu(), 128, short, shared))
     full = torch.full((blocks,), 128, dtype=torch.int32, device=DEVICE)
-    at = 0
-    for b, n in enumerate(pages):
-        table[b, :n] = order[:n] if shared else order[at : at + n]
-        at += n
-        counts[b, :n] = 128
-        if n:
-            counts[b, n - 1] = lengths[b] - 128 * (n - 1)
-        for page in short:
-            if page < n:
-                counts[b, page] = min(int(counts[b, page]), 1 + 37 * (page + b) % 127)
     for start in range(0, blocks, 64):
         part = slice(start, start + 64)
         encoded = reference.encode(
@@ -108,7 +97,3 @@ def make_cache(
 def tokens(cache):
     """Encoded tokens of every row."""
     return cache.counts.sum(1).tolist()
-
-
-def relative_error(got, wanted):
-    return float((got.double() - wanted.double()).norm() / wanted.double().norm().clamp(min=1e-30))

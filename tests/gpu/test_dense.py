@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from caches import make_cache, relative_error
+from caches import make_cache
+from pages import relative_error
 
 from selfindex.backends import ops, reference
 from selfindex.backends.cuda import dense

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from caches import relative_error
+from pages import relative_error
 
 from selfindex.backends import ops, reference
 from selfindex.codec import PageFormat, codec_for

@@ -2,11 +2,11 @@
 
 import copy
 import gc
-import threading
 
 import pytest
 import torch
 from decoded_cache import small_cache
+from threads import at_once
 from tiny_models import forward, generate, pair, prompt
 
 from selfindex import StateError
@@ -97,17 +97,8 @@ def test_forks_in_threads():
     ours, cache = prefix()
     ids = [torch.cat((prompt(60), prompt(9, seed=i)), 1) for i in range(4)]
     alone = [generate(ours, x, copy.deepcopy(cache), max_new_tokens=25) for x in ids]
-    together, forks, barrier = [None] * 4, [cache.fork() for _ in ids], threading.Barrier(4)
-
-    def work(i):
-        barrier.wait()
-        together[i] = generate(ours, ids[i], forks[i], max_new_tokens=25)
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    forks = [cache.fork() for _ in ids]
+    together = at_once(4, lambda i: generate(ours, ids[i], forks[i], max_new_tokens=25))
     assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
     pool = cache.compressed_layers[0].store.pool
     held = [f.compressed_layers[0].store.table.rows[0].blocks for f in (cache, *forks)]

@@ -7,6 +7,7 @@ import pytest
 import torch
 from decoded_cache import check_tokens, full_cache, small_cache
 from stores import held_tokens
+from threads import at_once
 from tiny_models import cache_argument, forward, generate, pair, prompt
 
 from selfindex import InputError, StateError
@@ -167,17 +168,7 @@ def test_two_threads_with_a_cache_each():
     _, ours = pair("llama")
     ids = [prompt(50, seed=i) for i in range(2)]
     alone = [generate(ours, x, small_cache(ours, budget=12), max_new_tokens=20) for x in ids]
-    together, barrier = [None, None], threading.Barrier(2)
-
-    def work(i):
-        barrier.wait()
-        together[i] = generate(ours, ids[i], small_cache(ours, budget=12), max_new_tokens=20)
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    together = at_once(2, lambda i: generate(ours, ids[i], small_cache(ours, budget=12), max_new_tokens=20))
     assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
 
 
