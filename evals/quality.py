@@ -6,7 +6,6 @@ No options: `python -m evals.quality`. Sections without a result in evals/result
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +32,6 @@ def results(pattern: str) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in sorted(RESULTS.glob(pattern))]
 
 
-def wilson(hits: int, total: int) -> list[float]:
-    """Share and its 95 % Wilson score interval, for independent tries."""
-    if total == 0:
-        return [0.0, 0.0, 1.0]
-    share, z = hits / total, 1.96
-    centre = (share + z * z / (2 * total)) / (1 + z * z / total)
-    half = z / (1 + z * z / total) * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
-    return [share, max(0.0, centre - half), min(1.0, centre + half)]
-
-
 def setting(result: dict[str, Any]) -> list[str]:
     """Texts, command, date and machine of a result."""
     found = result.get("environment") or result | result["versions"]
@@ -55,8 +44,8 @@ def setting(result: dict[str, Any]) -> list[str]:
     )
 
 
-def beside_others(evaluations: list[dict[str, Any]], comparisons: list[dict[str, Any]]) -> list[str]:
-    """Fidelity of all methods: from `selfindex eval`, and from `evals.compare` at lengths that lack."""
+def beside_others(evaluations: list[dict[str, Any]]) -> list[str]:
+    """Fidelity of all methods."""
     lines = ["## Beside other caches", ""]
     lines += paragraph(
         "SmolLM2-135M-Instruct (d = 64), teacher-forced over the last tokens of each text; brackets are 95 %",
@@ -65,52 +54,19 @@ def beside_others(evaluations: list[dict[str, Any]], comparisons: list[dict[str,
         'per token and KV head, scales and index included; "read" is what one decode step reads of them. The',
         "methods, with their sources: src/selfindex/evaluation/rivals/.",
     )
-    tables: dict[str, dict[str, Any]] = {}
-    for result in [*(r for r in evaluations if r["fidelity"]), *comparisons]:
-        fair = "fidelity" in result
-        found = (
-            result["fidelity"] if fair else {n: {"methods": rows} for n, rows in result["lengths"].items()}
-        )
-        for length, rows in found.items():
-            if length in tables:
-                continue
-            lines += [f"### {int(length):,} tokens", "", *fidelity_table(rows), *setting(result)]
-            tables[length] = rows["methods"]
-            if not fair:
-                lines += paragraph(
-                    "This prefix does not end with a whole page, so the default preset keeps 48 recent",
-                    "tokens more than the others in full precision; `selfindex eval` cuts prefixes so that",
-                    "it does not.",
-                )
-        head_dim, title = result.get("head_dim") or result["settings"]["head_dim"], name_of(result)
-    figures.pareto(tables, head_dim, title, FIGURES / "pareto.png")
+    for result in evaluations:
+        for length, rows in result["fidelity"].items():
+            lines += [f"### {int(length):,} tokens", "", *fidelity_table(rows)]
+        lines += setting(result)
+        tables = {length: rows["methods"] for length, rows in result["fidelity"].items()}
+        figures.pareto(tables, result["settings"]["head_dim"], name_of(result), FIGURES / "pareto.png")
     lines += ["![Fidelity against bytes held and read](figures/pareto.png)", ""]
     return [*lines, "![KL against the budget, four texts](figures/fidelity.png)", ""]
 
 
 def name_of(result: dict[str, Any]) -> str:
     """The model's name."""
-    return result.get("settings", result)["model"]
-
-
-def needles(result: dict[str, Any]) -> list[str]:
-    """Needles found, of those that dense finds."""
-    found = result["needles"]
-    total = found["dense finds"]
-    lines = [
-        "### Needles",
-        "",
-        *paragraph(
-            f"A phone number in {found['length']:,} tokens of each text, the question asked after",
-            "compression, every query selecting its own tokens.",
-            f"Of {found['asked']} needles the dense cache finds {total}; of those:",
-        ),
-        *head("method", "found", "share, 95 % Wilson interval"),
-    ]
-    rows = {name: own["found"] for name, own in found.items() if isinstance(own, dict)}
-    for name, hits in sorted(rows.items(), key=lambda item: -item[1]):
-        lines.append(row(name, f"{hits} of {total}", interval(wilson(hits, total), 2)))
-    return [*lines, "", *setting(result)]
+    return result["settings"]["model"]
 
 
 def tasks(result: dict[str, Any]) -> list[str]:
@@ -253,15 +209,13 @@ def label(name: str) -> str:
 
 def main() -> None:
     """Write the page and the figures."""
-    evaluations, comparisons = results("eval-*.json"), results("compare-*.json")
+    evaluations = results("eval-*.json")
     lines = ["# Quality", ""]
     lines += paragraph(
         "Written by `python -m evals.quality` from evals/results/ and evals/notes.md.",
         "How the defaults were chosen: design-notes.md and ablation.md.",
     )
-    lines += beside_others(evaluations, [r for r in comparisons if r["lengths"]])
-    for result in comparisons:
-        lines += needles(result) if result["needles"] else []
+    lines += beside_others([result for result in evaluations if result["fidelity"]])
     for result in evaluations:
         lines += tasks(result) if result["tasks"] else []
         lines += layers(result) if result["layers"] else []
