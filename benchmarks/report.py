@@ -71,12 +71,37 @@ def decode_section(result: dict[str, Any]) -> list[str]:
                 f"{stages['attend']:.1f}",
             )
         )
+    lines += ["", *stage_table(result)]
     crossings = ", ".join(
         f"batch {batch}: {'nowhere' if length is None else size(length)}"
         for batch, length in result["crossover"].items()
     )
-    lines += ["", *paragraph(f"Shortest measured length from which on sparse is never slower: {crossings}.")]
+    lines += [*paragraph(f"Shortest measured length from which on sparse is never slower: {crossings}.")]
     return [*lines, f"![Decode attention, times as fast as dense]({FIGURE})", ""]
+
+
+def stage_table(result: dict[str, Any]) -> list[str]:
+    """What the stages have to read, and the time that would take at the bandwidth of dense attention."""
+    fmt, shape = PageFormat.parse(result["format"]), result["shape"]
+    token = fmt.head_dim // 8 + fmt.payload_bytes // (fmt.kv_heads * PAGE) + 1
+    lines = paragraph(
+        "What the stages have to read at least (the index of all tokens; codes, magnitudes, values and scales",
+        "of the selected ones), the time that takes at the bandwidth which dense attention reaches at the same",
+        "size, and the time they take:",
+    )
+    lines += head("batch x length", "stage", "MB", "at dense's bandwidth, us", "takes, us")
+    for found in result["results"]:
+        batch, length = found["batch"], found["length"]
+        if length != 128 << 10 or batch not in (1, 8):
+            continue
+        dense = 4 * batch * shape["kv_heads"] * length * shape["head_dim"]
+        selected = batch * shape["kv_heads"] * shape["budget"] * length
+        read = {"decode": batch * length / PAGE * fmt.index_bytes, "attend": selected * token}
+        for stage, name in (("decode", "score + select"), ("attend", "attend")):
+            least = read[stage] / dense * found["dense_best"]
+            size_of = f"{batch} x {size(length)}", name, f"{read[stage] / 1e6:.1f}"
+            lines.append(row(*size_of, f"{least:.1f}", f"{found['sparse'][stage]:.1f}"))
+    return [*lines, ""]
 
 
 def end_section(result: dict[str, Any]) -> list[str]:
