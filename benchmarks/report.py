@@ -85,9 +85,9 @@ def stage_table(result: dict[str, Any]) -> list[str]:
     fmt, shape = PageFormat.parse(result["format"]), result["shape"]
     token = fmt.head_dim // 8 + fmt.payload_bytes // (fmt.kv_heads * PAGE) + 1
     lines = paragraph(
-        "What the stages have to read at least (the index of all tokens; codes, magnitudes, values and scales",
-        "of the selected ones), the time that takes at the bandwidth which dense attention reaches at the same",
-        "size, and the time they take:",
+        "What the stages have to read at least (the index of all tokens; codes, magnitudes, values and",
+        "scales of the selected ones), the time that takes at the bandwidth which dense attention reaches at",
+        "the same size, and the time they take:",
     )
     lines += head("batch x length", "stage", "MB", "at dense's bandwidth, us", "takes, us")
     for found in result["results"]:
