@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 TRANSFORMERS ?= transformers>=5.17
 EXTRAS ?= demo,eval,dev,lm-eval
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
 .PHONY: demo test test-oldest sanitize lint format clean
 

@@ -16,8 +16,8 @@ from typing import Any
 from torch import Tensor
 
 import selfindex
+from selfindex.config import EVERY_QUERY
 from selfindex.evaluation.fidelity import compare, continue_from, summarise
-from selfindex.evaluation.methods import EVERY_QUERY
 from selfindex.evaluation.recording import Recording, record
 from selfindex.evaluation.texts import load_text
 

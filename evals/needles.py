@@ -18,7 +18,7 @@ from torch import Tensor
 
 import selfindex
 from selfindex.cli.needle import build_task
-from selfindex.evaluation.methods import EVERY_QUERY
+from selfindex.config import EVERY_QUERY
 from selfindex.evaluation.recording import record
 from selfindex.evaluation.texts import load_text
 

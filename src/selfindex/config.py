@@ -15,6 +15,9 @@ PRESETS: tuple[Preset, ...] = ("balanced", "paper")
 AUTO = -1
 """Value of `sinks` and `recent` that stands for the preset's own choice."""
 
+EVERY_QUERY = 1 << 30
+"""Value of `sparse_queries` that makes every query of a chunk select for itself."""
+
 
 @dataclass(frozen=True)
 class SelfIndexConfig:

@@ -11,6 +11,7 @@ from selfindex.cli import demo, models
 from selfindex.cli.console import CommandError
 from selfindex.cli.measure import Reply, fidelity, log_probabilities, read, reply, rewind
 from selfindex.cli.needle import build_task, manual
+from selfindex.config import EVERY_QUERY
 
 TOKENS = 1500
 
@@ -49,7 +50,7 @@ def test_task_that_does_not_fit(tiny):
 
 @pytest.fixture
 def reading(tiny):
-    config = selfindex.SelfIndexConfig.make(budget=64, sparse_queries=demo.EVERY_QUERY)
+    config = selfindex.SelfIndexConfig.make(budget=64, sparse_queries=EVERY_QUERY)
     return read(tiny, config, task_of(tiny).document, lambda: None)
 
 
@@ -91,7 +92,7 @@ def test_fidelity_of_a_full_budget_and_of_dense_itself(tiny, reading):
 
 @pytest.mark.parametrize("preset", ["balanced", "paper"])
 def test_run(tiny, preset):
-    config = selfindex.SelfIndexConfig.make(preset=preset, sparse_queries=demo.EVERY_QUERY)
+    config = selfindex.SelfIndexConfig.make(preset=preset, sparse_queries=EVERY_QUERY)
     result = demo.run(tiny, manual(), config, TOKENS, 0.5, 0, Progress(disable=True), compared=16)
     assert 0 < result.read_tokens < result.cached
     assert result.cached == TOKENS + result.task.question_ids.shape[1] + demo.ANSWER_STEPS - 1

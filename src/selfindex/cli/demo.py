@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import typer
 from rich.progress import Progress
 
-from ..config import SelfIndexConfig
+from ..config import EVERY_QUERY, SelfIndexConfig
 from ..integrations.transformers import SelfIndexCache
 from ..report import Report
 from .console import (
@@ -29,8 +29,6 @@ from .screen import screen
 
 ANSWER_STEPS = 20
 COMPARED_TOKENS = 96
-EVERY_QUERY = 1 << 30
-"""`sparse_queries` that lets each query of the question select for itself, not only single ones."""
 
 
 @dataclass

@@ -10,15 +10,13 @@ import typer
 from rich import box
 from rich.table import Table
 
-from ..config import SelfIndexConfig
+from ..config import EVERY_QUERY, SelfIndexConfig
 from ..integrations.transformers import SelfIndexCache
 from .console import BUDGET, DEVICE, PRESET, CommandError, err, errors_in_one_line, out, parse_budget
 from .models import load, quiet, read_ids
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-EVERY_QUERY = 1 << 30
 
 
 def inspect(

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from ..config import EVERY_QUERY
 from ..integrations.transformers import SelfIndexCache
 from .recording import Recording
 from .rivals import rival_cache, rivals
 from .rivals.base import Method
-
-EVERY_QUERY = 1 << 30
-"""`sparse_queries` that makes every query of a chunk select for itself."""
 
 OURS: dict[str, dict[str, Any]] = {
     "selfindex balanced": {},

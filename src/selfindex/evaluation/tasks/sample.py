@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from ...config import SelfIndexConfig
 from ...errors import InputError
 
 MARK = "@TEXT@"
-LEAST = 208  # the shortest prefix with a whole page
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
 
 
@@ -133,7 +133,8 @@ def whole_pages(tokens: int) -> int:
     Besides its sinks and recent tokens it keeps a page that is not full in full precision. Such a
     prefix has none, so that all methods keep as many tokens exactly.
     """
-    exact, page = 16 + 64, 128
+    default = SelfIndexConfig()
+    exact, page = default.sinks + default.recent, default.page_size
     return exact + max(1, (tokens - exact) // page) * page
 
 
@@ -144,6 +145,6 @@ def space(length: int, head: list[int], tail: list[int], new: int) -> int:
         InputError: too few.
     """
     left = length - len(head) - len(tail) - new
-    if left < 64 or len(head) + left < LEAST:
+    if left < 64 or len(head) + left < whole_pages(0):
         raise InputError(f"{length} tokens are too few for this task")
     return left
