@@ -68,3 +68,33 @@ def test_memory_does_not_grow_over_many_steps():
             seen.append(torch.cuda.memory_allocated())
     assert torch.isfinite(loop.logits).all()
     assert seen[1] <= seen[0] + (1 << 20)
+
+
+def test_memory_does_not_grow_from_loop_to_loop():
+    model, ids = model_on_gpu(), prompt(400).cuda()
+    seen = []
+    for _ in range(6):
+        selfindex.generate(model, ids, max_new_tokens=4, eos_token_id=VOCAB, pad_token_id=0)
+        gc.collect()
+        torch.cuda.synchronize()
+        seen.append(torch.cuda.memory_allocated())
+    assert seen[-1] <= seen[1] + (1 << 20)
+
+
+def test_loops_side_by_side_have_streams_of_their_own():
+    model, ids = model_on_gpu(), prompt(400).cuda()
+    loops = []
+    for _ in range(3):
+        cache = selfindex.SelfIndexCache(model)
+        forward(model, ids, cache)
+        loops.append(DecodeLoop(model, cache, 4))
+        loops[-1].step(ids[:, -1])
+    streams = [loop._stream for loop in loops]
+    assert len(set(map(id, streams))) == 3
+    for loop in loops:
+        loop.close()
+    cache = selfindex.SelfIndexCache(model)
+    forward(model, ids, cache)
+    again = DecodeLoop(model, cache, 4)
+    again.step(ids[:, -1])
+    assert again._stream is streams[-1]
