@@ -70,7 +70,7 @@ def name_of(result: dict[str, Any]) -> str:
 
 
 def tasks(result: dict[str, Any]) -> list[str]:
-    """RULER and passkey, and the heatmap."""
+    """RULER and passkey."""
     lines = ["## Tasks", ""]
     lines += paragraph(
         "RULER's synthetic tasks (arXiv 2404.06654) and passkey, made from their published definitions by",
@@ -81,12 +81,20 @@ def tasks(result: dict[str, Any]) -> list[str]:
     )
     for length, found in result["tasks"].items():
         lines += [f"### {int(length):,} tokens", "", *task_table(found)]
-    if result["heatmap"]:
-        lines += ["### Needles over length and depth", ""]
-        lines += ["Single needles in the texts (RULER's niah_single_2).", "", *heat_table(result["heatmap"])]
-        figures.heatmap(result["heatmap"], name_of(result), FIGURES / "needles.png")
-        lines += ["![Needles over length and depth](figures/needles.png)", ""]
     return [*lines, *setting(result)]
+
+
+def heat(result: dict[str, Any]) -> list[str]:
+    """Needles over length and depth."""
+    lines = ["## Needles over length and depth", ""]
+    suite = result["suite"]
+    lines += paragraph(
+        f"Single needles in the texts (RULER's niah_single_2), {suite['heat_samples']} at each of",
+        f"{suite['depths']} depths.",
+    )
+    lines += heat_table(result["heatmap"])
+    figures.heatmap(result["heatmap"], name_of(result), FIGURES / "needles.png")
+    return [*lines, "![Needles over length and depth](figures/needles.png)", "", *setting(result)]
 
 
 def layers(result: dict[str, Any]) -> list[str]:
@@ -145,10 +153,12 @@ def drift(streams: list[dict[str, Any]], chats: list[dict[str, Any]]) -> list[st
             "all that is cached was written while decoding. At the end the cache is",
             f"{min(result['ratio']):.1f} times smaller than in 16 bits.",
         )
-        lines += head("tokens", "KL to dense", "top-1 agreement")
+        names = {"kl": "KL to dense", "top1": "top-1 agreement", "entropy": "entropy of dense"}
+        shown = [key for key in names if key in result["rows"][0]]
+        lines += head("tokens", *(names[key] for key in shown))
         for part in result["rows"]:
             stretch = f"{part['from']:,} to {part['to']:,}"
-            lines.append(row(stretch, interval(part["kl"]), interval(part["top1"])))
+            lines.append(row(stretch, *(interval(part[key]) for key in shown)))
         lines += ["", *setting(result)]
     for result in chats:
         lines += paragraph(
@@ -218,6 +228,8 @@ def main() -> None:
     lines += beside_others([result for result in evaluations if result["fidelity"]])
     for result in evaluations:
         lines += tasks(result) if result["tasks"] else []
+    for result in evaluations:
+        lines += heat(result) if result["heatmap"] else []
         lines += layers(result) if result["layers"] else []
         lines += positions(result) if result["fidelity"] else []
     streams, chats = results("stream*.json"), results("chat*.json")

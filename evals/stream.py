@@ -3,7 +3,8 @@
 A short prompt, then a long text fed a few tokens at a time, as decoding or speculative decoding
 would: pages are encoded as they leave the recent window, statistics come from the first page.
 The text is a real one, or with --generated what the dense model samples after the prompt.
-Per stretch of the text: KL to the dense model and top-1 agreement.
+Per stretch of the text: KL to the dense model, top-1 agreement, and the entropy of the dense model's
+distribution. Where that is high, nearly equal tokens change places at a small KL.
 
     python -m evals.stream --texts manual kjv --prompt 200 --tokens 4000
 """
@@ -75,12 +76,13 @@ def main() -> None:
             for d, o, t in zip(dense.split(250), ours.split(250), targets.split(250), strict=True)
         ]
         runs.append({key: np.concatenate([part[key] for part in parts]) for key in ("kl", "top1")})
+        runs[-1]["entropy"] = -(dense.exp() * dense).sum(-1).double().numpy()
         ratios.append(cache.report().ratio)
         print(f"{text}: {ratios[-1]:.2f} times smaller than 16 bit at the end", flush=True)
     rows = []
     for first in range(0, args.tokens, args.stretch):
         part = slice(first, first + args.stretch)
-        row = {key: bootstrap([run[key][part] for run in runs]) for key in ("kl", "top1")}
+        row = {key: bootstrap([run[key][part] for run in runs]) for key in runs[0]}
         rows.append({"from": args.prompt + first, "to": args.prompt + first + args.stretch} | row)
         print(rows[-1], flush=True)
     result = {

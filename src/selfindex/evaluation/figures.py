@@ -135,7 +135,9 @@ def heatmap(found: dict[str, Any], title: str, target: Path) -> None:
     Args:
         found: method -> length -> depth -> score.
     """
-    figure, axes = plt.subplots(1, len(found), figsize=(2.2 * len(found) + 1, 3.4), squeeze=False)
+    figure, axes = plt.subplots(
+        1, len(found), figsize=(2.2 * len(found) + 1, 3.4), squeeze=False, sharey=True
+    )
     for axis, (method, by_length) in zip(axes[0], found.items(), strict=True):
         depths = list(next(iter(by_length.values())))
         grid = [[by_length[n][d] for n in by_length] for d in depths]
