@@ -68,3 +68,24 @@ def test_memory_does_not_grow_over_many_steps():
             seen.append(torch.cuda.memory_allocated())
     assert torch.isfinite(loop.logits).all()
     assert seen[1] <= seen[0] + (1 << 20)
+
+
+def test_a_graph_among_the_garbage_does_not_end_a_capture():
+    model, ids = model_on_gpu(), prompt(400).cuda()
+    options = {"max_new_tokens": 4, "eos_token_id": VOCAB, "pad_token_id": 0}
+    wanted = selfindex.generate(model, ids, **options)
+    cache = selfindex.SelfIndexCache(model)
+    forward(model, ids, cache)
+    loop = DecodeLoop(model, cache, 4)
+    loop.step(ids[:, -1])
+    cycle = [loop._graph]
+    cycle.append(cycle)
+    loop._graph = None
+    usual = gc.get_threshold()
+    del cycle
+    gc.set_threshold(1, 1, 1)  # every allocation looks for garbage
+    try:
+        got = selfindex.generate(model, ids, **options)
+    finally:
+        gc.set_threshold(*usual)
+    assert torch.equal(got, wanted)
