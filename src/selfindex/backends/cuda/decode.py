@@ -80,7 +80,7 @@ class Plan:
 
 
 BLOCK_COST, WARP_COST, PAGE_COST, BYTES_PER_US = 8.0, 0.1, 1.7, 2.4e6
-CLUSTER_COST, CLUSTER_BLOCK_COST, CROWD_COST = 2.0, 0.15, 4.0
+CLUSTER_COST, CLUSTER_BLOCK_COST, CROWD_COST = 2.0, 0.15, 6.0
 """Rough microseconds of a block, each of its warps and a warp's further pages, memory bandwidth, and
 microseconds of a cluster, each of its blocks, and of sharing a multiprocessor, on an H100."""
 
