@@ -70,7 +70,7 @@ def test_memory_does_not_grow_over_many_steps():
     assert seen[1] <= seen[0] + (1 << 20)
 
 
-def test_a_graph_among_the_garbage_does_not_end_a_capture():
+def test_a_graph_among_the_garbage_does_not_end_a_capture(monkeypatch):
     model, ids = model_on_gpu(), prompt(400).cuda()
     options = {"max_new_tokens": 4, "eos_token_id": VOCAB, "pad_token_id": 0}
     wanted = selfindex.generate(model, ids, **options)
@@ -78,14 +78,47 @@ def test_a_graph_among_the_garbage_does_not_end_a_capture():
     forward(model, ids, cache)
     loop = DecodeLoop(model, cache, 4)
     loop.step(ids[:, -1])
-    cycle = [loop._graph]
-    cycle.append(cycle)
+    graphs, run = [loop._graph], DecodeLoop._forward
     loop._graph = None
-    usual = gc.get_threshold()
-    del cycle
-    gc.set_threshold(1, 1, 1)  # every allocation looks for garbage
-    try:
-        got = selfindex.generate(model, ids, **options)
-    finally:
-        gc.set_threshold(*usual)
-    assert torch.equal(got, wanted)
+
+    def littering(self):
+        if graphs and torch.cuda.is_current_stream_capturing():
+            cycle = [graphs.pop()]
+            cycle.append(cycle)
+            del cycle
+            _ = [[] for _ in range(10_000)]  # enough for the collector to look
+        run(self)
+
+    monkeypatch.setattr(DecodeLoop, "_forward", littering)
+    assert torch.equal(selfindex.generate(model, ids, **options), wanted)
+    assert not graphs
+
+
+def test_memory_does_not_grow_from_loop_to_loop():
+    model, ids = model_on_gpu(), prompt(400).cuda()
+    seen = []
+    for _ in range(6):
+        selfindex.generate(model, ids, max_new_tokens=4, eos_token_id=VOCAB, pad_token_id=0)
+        gc.collect()
+        torch.cuda.synchronize()
+        seen.append(torch.cuda.memory_allocated())
+    assert seen[-1] <= seen[1] + (1 << 20)
+
+
+def test_loops_side_by_side_have_streams_of_their_own():
+    model, ids = model_on_gpu(), prompt(400).cuda()
+    loops = []
+    for _ in range(3):
+        cache = selfindex.SelfIndexCache(model)
+        forward(model, ids, cache)
+        loops.append(DecodeLoop(model, cache, 4))
+        loops[-1].step(ids[:, -1])
+    streams = [loop._stream for loop in loops]
+    assert len(set(map(id, streams))) == 3
+    for loop in loops:
+        loop.close()
+    cache = selfindex.SelfIndexCache(model)
+    forward(model, ids, cache)
+    again = DecodeLoop(model, cache, 4)
+    again.step(ids[:, -1])
+    assert again._stream is streams[-1]

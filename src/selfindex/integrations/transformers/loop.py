@@ -56,6 +56,18 @@ def _without_collection() -> Iterator[None]:
             gc.enable()
 
 
+_streams: dict[torch.device, list[torch.cuda.Stream]] = {}
+"""Streams of closed loops, for the next ones: cuBLAS keeps a workspace for each (32 MiB on Hopper)."""
+
+
+def _free_stream(device: torch.device) -> torch.cuda.Stream:
+    """A stream that no open loop has captured a graph on."""
+    try:
+        return _streams[device].pop()
+    except (KeyError, IndexError):
+        return torch.cuda.Stream(device)
+
+
 _compiled_models: WeakKeyDictionary[PreTrainedModel, Callable[..., Any]] = WeakKeyDictionary()
 
 
@@ -198,6 +210,7 @@ class DecodeLoop:
         self._cache = Cache(layers=cast(list[Any], self._layers))
         self._argument = cache_argument(model)
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._stream: torch.cuda.Stream | None = None
         self._places: list[int] = []
         self.logits = torch.empty(0, device=device)
 
@@ -237,6 +250,12 @@ class DecodeLoop:
         if self._closed:
             return
         self._closed = True
+        self._graph = None
+        if self._stream is not None:
+            # Until then a replay may use cuBLAS's workspace.
+            self._stream.wait_stream(torch.cuda.current_stream(self._ids.device))
+            _streams.setdefault(self._ids.device, []).append(self._stream)
+            self._stream = None
         if not self._real.guard.torn:
             self.settle()
 
@@ -271,7 +290,8 @@ class DecodeLoop:
 
     def _capture(self) -> None:
         state = [x.clone() for x in (self.lengths, self._positions)]
-        stream = torch.cuda.Stream(self._ids.device)
+        # A stream on which a capture failed is not used again.
+        stream, self._stream = self._stream or _free_stream(self._ids.device), None
         stream.wait_stream(torch.cuda.current_stream(self._ids.device))
         with torch.cuda.device(self._ids.device), torch.cuda.stream(stream):
             self._forward()  # compiles kernels and allocates what libraries keep
@@ -282,6 +302,7 @@ class DecodeLoop:
             with _without_collection(), torch.cuda.graph(self._graph, stream=stream):
                 self._forward()
         torch.cuda.current_stream(self._ids.device).wait_stream(stream)
+        self._stream = stream
         self._places = self._addresses()
 
     def _addresses(self) -> list[int]:
