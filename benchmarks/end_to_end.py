@@ -272,6 +272,7 @@ def main() -> None:
     result = {
         "environment": environment(),
         "model": f"Llama-3.1-8B shapes, {options.layers} layers, random bfloat16 weights",
+        "layers": options.layers,
         "weights_gb": weights,
         "budget": 0.05,
         "results": rows,

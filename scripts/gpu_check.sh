@@ -29,7 +29,9 @@ for part in "${parts[@]}"; do
     benchmark)
       for name in decode_attention encode end_to_end; do
         "$python" "benchmarks/$name.py" --output "$out/$name.json" || failed=1
-      done ;;
+      done
+      "$python" benchmarks/end_to_end.py --lengths 8192 131072 --layers 8 --compile 8192 131072 --skip-largest \
+        --output "$out/end_to_end-compiled.json" || failed=1 ;;
     *)
       echo "unknown part '$part'; parts are tests, sanitizer, benchmark" >&2; exit 2 ;;
   esac
