@@ -31,7 +31,6 @@ BUDGET = 0.05
 FLUSH = 256 << 20
 """Bytes of input that one replay goes through at least (several times the L2 cache), sets permitting."""
 MOST_SETS = 8
-STAGES = ("decode", "attend")
 BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 
 
@@ -67,12 +66,12 @@ def encoded_pages(fmt: PageFormat, count: int) -> tuple[torch.Tensor, torch.Tens
     return *ops.encode(keys.bfloat16(), values.bfloat16(), counts, balance, fmt.name), balance
 
 
-def sparse_calls(batch: int, length: int, fmt: PageFormat, sets: int) -> list[Decode]:
-    """Prepared calls on `sets` independent caches."""
+def arguments(batch: int, length: int, fmt: PageFormat, sets: int) -> list[tuple[Any, ...]]:
+    """Arguments of `sparse_decode` on `sets` independent caches."""
     index, payload, balance = encoded_pages(fmt, 256)
     pages = length // PAGE
     budget = max(128, round(BUDGET * length))
-    calls = []
+    found: list[tuple[Any, ...]] = []
     for _ in range(sets):
         source = torch.randint(index.shape[0], (batch * pages,), device="cuda")
         table = torch.randperm(batch * pages, device="cuda").int().view(batch, pages)
@@ -80,32 +79,24 @@ def sparse_calls(batch: int, length: int, fmt: PageFormat, sets: int) -> list[De
         counts[:, -1] -= torch.arange(batch, device="cuda") % PAGE
         query = torch.randn(batch, HEADS * GROUPS, 1, DIM, device="cuda").bfloat16()
         wanted = torch.full((batch,), budget, dtype=torch.int32, device="cuda")
-        calls.append(
-            Decode(
-                query,
-                index[source],
-                payload[source],
-                table,
-                counts,
-                wanted,
-                budget,
-                balance,
-                DIM**-0.5,
-                fmt.name,
-            )
-        )
-    return calls
+        planes = query, index[source], payload[source], table, counts
+        found.append((*planes, wanted, budget, balance, DIM**-0.5, fmt.name))
+    return found
 
 
 def time_sparse(batch: int, length: int, fmt: PageFormat) -> dict[str, float]:
     """Microseconds of a call, and of each of its stages alone."""
     size = batch * (length // PAGE) * (fmt.index_bytes + fmt.payload_bytes)
     read = batch * length // PAGE * fmt.index_bytes
-    calls = sparse_calls(batch, length, fmt, max(1, min(MOST_SETS, -(-FLUSH // read), (24 << 30) // size)))
-    found = {"call": graph_time(lambda: [call.run() for call in calls]) / len(calls)}
-    for stage in STAGES:
-        found[stage] = graph_time(lambda stage=stage: [call.run((stage,)) for call in calls]) / len(calls)
-    return found
+    sets = arguments(batch, length, fmt, max(1, min(MOST_SETS, -(-FLUSH // read), (24 << 30) // size)))
+    # As in a model, the calls of a graph take turns in the same workspace.
+    found = {"call": graph_time(lambda: [ops.sparse_decode(*given) for given in sets])}
+    found["decode"] = graph_time(lambda: [Decode(*given).run(("decode",)) for given in sets])
+    calls = [Decode(*given) for given in sets]
+    for call in calls:
+        call.run()
+    found["attend"] = graph_time(lambda: [call.run(("attend",)) for call in calls])
+    return {name: time / len(sets) for name, time in found.items()}
 
 
 def time_dense(batch: int, length: int) -> dict[str, float]:

@@ -70,6 +70,30 @@ def test_memory_does_not_grow_over_many_steps():
     assert seen[1] <= seen[0] + (1 << 20)
 
 
+def test_a_graph_among_the_garbage_does_not_end_a_capture(monkeypatch):
+    model, ids = model_on_gpu(), prompt(400).cuda()
+    options = {"max_new_tokens": 4, "eos_token_id": VOCAB, "pad_token_id": 0}
+    wanted = selfindex.generate(model, ids, **options)
+    cache = selfindex.SelfIndexCache(model)
+    forward(model, ids, cache)
+    loop = DecodeLoop(model, cache, 4)
+    loop.step(ids[:, -1])
+    graphs, run = [loop._graph], DecodeLoop._forward
+    loop._graph = None
+
+    def littering(self):
+        if graphs and torch.cuda.is_current_stream_capturing():
+            cycle = [graphs.pop()]
+            cycle.append(cycle)
+            del cycle
+            _ = [[] for _ in range(10_000)]  # enough for the collector to look
+        run(self)
+
+    monkeypatch.setattr(DecodeLoop, "_forward", littering)
+    assert torch.equal(selfindex.generate(model, ids, **options), wanted)
+    assert not graphs
+
+
 def test_memory_does_not_grow_from_loop_to_loop():
     model, ids = model_on_gpu(), prompt(400).cuda()
     seen = []

@@ -1,4 +1,4 @@
-"""`sparse_decode` on a GPU: score + select, attention; two launches.
+"""`sparse_decode` on a GPU: score + select, attention, its merge; three launches.
 
 Nothing is read back: lengths, budgets and selections stay on the device, so that a call can be
 captured in a CUDA graph. The shapes of its launches depend on the block table's width and on
@@ -20,12 +20,14 @@ from .launch import Kernel
 from .loader import INPUT_TYPES, load
 
 HEAD_DIMS, PAGE_SIZE, MAX_GROUPS = (64, 96, 128, 256), 128, 16
-STAGES, SELECT_BYTES = 2, 17 * 1024
+STAGES, SELECT_BYTES = 2, 9 * 1024
 """As in the kernels' ring.cuh and select.cuh."""
-WARPS, CLUSTERS = (8, 16), (1, 2, 3, 4, 5, 6, 7, 8, 16)
+WARPS, CLUSTERS = (8, 16), range(1, 17)
 """Warps of a block and blocks of a row that the score + select kernel may be launched with."""
 ATTEND_TOKENS = 256
 """Selected tokens a block of the attention kernel takes."""
+MERGE_THREADS = 256
+"""As in merge.cuh."""
 RESERVED = 6 * 1024
 """Bytes of shared memory a block uses beside its dynamic shared memory, at most."""
 MOST_BLOCKS = 1 << 24
@@ -48,7 +50,7 @@ class Params(ctypes.Structure):
         ("payload", _pointer),
         ("payload_stride", _long),
         *((name, ctypes.c_void_p) for name in ("table", "counts", "budgets", "scratch", "take", "qfrag")),
-        *((name, ctypes.c_void_p) for name in ("qstep", "crec", "selected", "counter")),
+        *((name, ctypes.c_void_p) for name in ("qstep", "crec", "selected")),
         *((name, ctypes.c_void_p) for name in ("parts", "out", "lse")),
         *((name, ctypes.c_int) for name in ("heads", "pages", "width", "splits", "cluster", "cta_pages")),
         *((name, ctypes.c_int) for name in ("resident", "ring_keys")),
@@ -78,9 +80,9 @@ class Plan:
 
 
 BLOCK_COST, WARP_COST, PAGE_COST, BYTES_PER_US = 8.0, 0.1, 1.7, 2.4e6
-CLUSTER_COST, CLUSTER_BLOCK_COST = 2.0, 0.15
+CLUSTER_COST, CLUSTER_BLOCK_COST, CROWD_COST = 2.0, 0.15, 6.0
 """Rough microseconds of a block, each of its warps and a warp's further pages, memory bandwidth, and
-microseconds of a cluster and each of its blocks, on an H100."""
+microseconds of a cluster, each of its blocks, and of sharing a multiprocessor, on an H100."""
 
 
 def layout(cluster: int, warps: int, pages: int, record: int, quads: int, room: int) -> Plan:
@@ -100,6 +102,7 @@ def plan(
     quads: int,
     limits: dict[int, int],
     clusters: bool,
+    sms: int,
     at_once: Callable[[int, int, int], int],
 ) -> Plan:
     """Choose the plan that a rough model of its time favours.
@@ -108,7 +111,7 @@ def plan(
         rows: (sequence, KV head) pairs; pages: most pages of a row.
         record: bytes of a head's index record; quads: groups of 4 query heads.
         limits: dynamic shared memory of a block, by warps.
-        clusters: whether the device has thread block clusters.
+        clusters: whether the device has thread block clusters; sms: its multiprocessors.
         at_once: (warps, cluster, shared bytes) -> rows that fit on the device together.
     """
     found: list[tuple[float, int, Plan]] = []
@@ -128,6 +131,8 @@ def plan(
                         fixed += 2.0 if choice.ring_keys else 10.0
                     if cluster > 1:
                         fixed += CLUSTER_COST + CLUSTER_BLOCK_COST * cluster
+                    if together * cluster > sms:
+                        fixed += CROWD_COST
                     cost = -(-rows // together) * (fixed + max(reading, working))
                     found.append((cost, len(found), choice))
     return min(found)[2]
@@ -215,7 +220,6 @@ class Decode:
             "qstep": rows * groups * 4,
             "crec": rows * pages * (4 * quads + 4) * 4,
             "selected": rows * width * 4,
-            "counter": rows * 4,
             "parts": rows * splits * groups * (dim + 4) * 4,
         }
         self.plan = self._plan(rows, pages, fmt.index.record, quads, properties.multi_processor_count)
@@ -279,7 +283,7 @@ class Decode:
             def at_once(warps: int, cluster: int, shared: int) -> int:
                 return known[warps].at_once(32 * warps, cluster, shared, sms)
 
-            _plans[key] = plan(rows, pages, record, quads, limits, self.modern, at_once)
+            _plans[key] = plan(rows, pages, record, quads, limits, self.modern, sms, at_once)
         return _plans[key]
 
     @property
@@ -307,7 +311,12 @@ class Decode:
                 # too little for its gathers where codes fill that.
                 overlap = self.modern and not plan.scratch
                 self.kernels["attend"]((self.splits, self.rows), 256, arguments, overlap=overlap)
+                self._merge()
         return self.output, self.lse
+
+    def _merge(self) -> None:
+        """Launch the last part of the attention."""
+        self.kernels["merge"]((self.groups, self.rows), MERGE_THREADS, [self.params], overlap=self.modern)
 
 
 def select_keys(keys: Tensor, budgets: Tensor, width: int, cluster: int) -> Tensor:

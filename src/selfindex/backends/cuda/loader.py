@@ -21,7 +21,10 @@ from ...index.select import SHARPNESS
 
 SOURCES = Path(__file__).with_name("kernels")
 MODULES = {
-    "decode": ("common", "rotate", "prepare", "cluster", "ring", "score", "select", "decode", "attend"),
+    "decode": (
+        *("common", "rotate", "prepare", "cluster", "ring", "score", "select", "decode"),
+        *("attend", "merge"),
+    ),
     "offloaded": ("common", "rotate", "fetch", "attend"),
     "encode": ("common", "rotate", "encode"),
     "dense": ("common", "rotate", "dense_rows", "dense", "dense_wgmma"),

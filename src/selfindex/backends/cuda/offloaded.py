@@ -43,6 +43,7 @@ class OffloadedDecode(Decode):
                 self.kernels["fetch"](grid, 256, self._arguments, overlap=overlap)
             if "attend" in stages:
                 self.kernels["attend"]((self.splits, self.rows), 256, self._arguments, overlap=self.modern)
+                self._merge()
         return self.output, self.lse
 
 

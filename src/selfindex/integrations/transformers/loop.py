@@ -8,7 +8,9 @@ Between steps, once per page of tokens, the host encodes the page that left the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn, cast
 from weakref import WeakKeyDictionary, ref
 
@@ -40,6 +42,18 @@ def why_not(cache: SelfIndexCache) -> str | None:
 def ready(cache: SelfIndexCache) -> bool:
     """Whether the balance is known, which the first tokens of a short prompt have yet to give."""
     return all(x.store is not None and x.store.constants is not None for x in cache.compressed_layers)
+
+
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """Keep the garbage collector from running: another graph that it destroys would end a capture."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 _streams: dict[torch.device, list[torch.cuda.Stream]] = {}
@@ -285,7 +299,7 @@ class DecodeLoop:
             for now, before in zip((self.lengths, self._positions), state, strict=True):
                 now.copy_(before)
             self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph, stream=stream):
+            with _without_collection(), torch.cuda.graph(self._graph, stream=stream):
                 self._forward()
         torch.cuda.current_stream(self._ids.device).wait_stream(stream)
         self._stream = stream

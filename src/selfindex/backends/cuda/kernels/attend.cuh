@@ -2,8 +2,7 @@
 //   logit = (sum_c level_tc q~_c) scale_t / 53 + q~.mean,    out = sum_t p_t v_t
 // Both products run on integer tensor cores: keys are signed 8-bit levels looked up by byte
 // permutes, queries and probabilities two bytes each. Sums over tokens are integers, so that the
-// result does not depend on the order of the warps. The last block of a row merges all blocks'
-// parts, rotates back and writes output and log-sum-exp.
+// result does not depend on the order of the warps. merge.cuh puts the blocks' parts together.
 constexpr int ATTEND_WARPS = 8, ATTEND_TOKENS = 256;
 constexpr int VALUE_WORDS = D / 16, VALUE_PASSES = (VALUE_WORDS + 7) / 8;   // 16-channel words a token
 constexpr u32 LEVELS = 13u | 40u << 8 | 71u << 16 | 114u << 24;
@@ -47,54 +46,7 @@ struct AttendMemory {
   int weight[ATTEND_WARPS][HEADS];
   __align__(16) u8 probability[ATTEND_WARPS][HEADS * 2][32];
   uint4 query[G * 2 * FRAGMENT / 16];
-  bool last;
 };
-
-// Merge the parts of a row: one or several warps a head.
-__device__ __forceinline__ void merge_parts(const Params& p, int row, int splits) {
-  constexpr int SHARE = G == 1 ? 8 : G == 2 ? 4 : G <= 4 ? 2 : 1, AT_ONCE = 8 / SHARE;
-  __shared__ float shared_part[8][D + 2];
-  __shared__ float line[8 * LINE];
-  const int lane = threadIdx.x & 31, w = threadIdx.x >> 5;
-  const i64 out_row = (i64)(row / p.heads) * p.heads * G + (row % p.heads) * G;
-  for (int start = 0; start < G; start += AT_ONCE) {
-    const int head = start + w / SHARE, turn = w % SHARE;
-    const float* part = p.parts + ((i64)row * p.splits * G + min(head, G - 1)) * (D + 4);
-    const i64 stride = (i64)G * (D + 4);
-    float best = FAR, total = 0.f, x[R];
-    for (int s = lane; s < splits; s += 32) best = fmaxf(best, __ldcg(part + s * stride + D));
-    best = warp_max(best);
-#pragma unroll
-    for (int r = 0; r < R; r++) x[r] = 0.f;
-#pragma unroll 8
-    for (int s = turn; s < splits; s += SHARE) {
-      const float* q = part + s * stride;
-      const float factor = ex2(__ldcg(q + D) - best);
-      total = fmaf(__ldcg(q + D + 1), factor, total);
-#pragma unroll
-      for (int r = 0; r < R; r++) x[r] = fmaf(__ldcg(q + r * 32 + lane), factor, x[r]);
-    }
-    if (turn > 0) {
-#pragma unroll
-      for (int r = 0; r < R; r++) shared_part[w][r * 32 + lane] = x[r];
-      if (lane == 0) shared_part[w][D] = total;
-    }
-    __syncthreads();
-    if (turn == 0 && head < G) {
-      for (int i = 1; i < SHARE; i++) {
-#pragma unroll
-        for (int r = 0; r < R; r++) x[r] += shared_part[w + i][r * 32 + lane];
-        total += shared_part[w + i][D];
-      }
-      rotate_back(x, lane, line + w * (LINE > 1 ? LINE : 0));
-      const float gain = rotation_gain() / total;
-#pragma unroll
-      for (int r = 0; r < R; r++) p.out[(out_row + head) * D + r * 32 + lane] = x[r] * gain * sign_of(r * 32 + lane, 2);
-      if (lane == 0) p.lse[out_row + head] = (best + lg2(total)) * 0.69314718f;
-    }
-    __syncthreads();
-  }
-}
 
 #ifdef OFFLOADED   // fetch.cuh: tokens lie in the cache or in host memory
 #define RECENT , const __grid_constant__ Recent recent
@@ -105,17 +57,11 @@ extern "C" __global__ void __launch_bounds__(256, D == 128 && G <= 4 && VALUE_BI
   __shared__ AttendMemory m;
   const int tid = threadIdx.x, lane = tid & 31, w = tid >> 5, g = lane >> 2, j = lane & 3;
   const int row = blockIdx.y, h = row % p.heads;
+  allow_next();   // of the kernels to come, what does not wait for this one
   if (!OWN_SUMS) for (int i = tid; i < G * (D + 8); i += 256) (&m.sums[0][0][0])[i] = 0;
   wait_previous();
   const int k = p.take[row], first = blockIdx.x * ATTEND_TOKENS;
-  if (first >= k) {
-    if (k == 0 && blockIdx.x == 0) {   // nothing to attend to
-      const i64 out_row = (i64)(row / p.heads) * p.heads * G + h * G;
-      for (int i = tid; i < G * D; i += 256) p.out[out_row * D + i] = 0.f;
-      if (tid < G) p.lse[out_row + tid] = -__int_as_float(0x7f800000);
-    }
-    return;
-  }
+  if (first >= k) return;
   const int base = first + w * 32, valid = k - base;   // tokens of this warp
   const int slot = p.selected[(i64)row * p.width + min(base + lane, k - 1)], t = slot % PAGE;
   for (int i = tid; i < G * 2 * FRAGMENT / 16; i += 256) m.query[i] = ((const uint4*)(p.qfrag + (i64)row * G * 2 * FRAGMENT))[i];
@@ -308,14 +254,4 @@ extern "C" __global__ void __launch_bounds__(256, D == 128 && G <= 4 && VALUE_BI
     part_out[tid * (D + 4) + D] = top;
     part_out[tid * (D + 4) + D + 1] = total;
   }
-  const int splits = (k + ATTEND_TOKENS - 1) / ATTEND_TOKENS;
-  __syncthreads();
-  if (tid == 0) {   // after the barrier, one thread's fence covers the block's stores
-    __threadfence();
-    m.last = atomicAdd(&p.counter[row], 1) == splits - 1;
-  }
-  __syncthreads();
-  if (!m.last) return;
-  __threadfence();
-  merge_parts(p, row, splits);
 }

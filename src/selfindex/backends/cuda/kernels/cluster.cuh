@@ -8,19 +8,13 @@ __device__ __forceinline__ u32 remote(const void* p, int rank) {
   u32 a; asm volatile("mapa.shared::cluster.u32 %0,%1,%2;" : "=r"(a) : "r"(shared_address(p)), "r"(rank)); return a; }
 __device__ __forceinline__ u32 load_remote(const void* p, int rank) {
   u32 v; asm volatile("ld.shared::cluster.u32 %0,[%1];" : "=r"(v) : "r"(remote(p, rank)) : "memory"); return v; }
-__device__ __forceinline__ void store_remote(void* p, int rank, u32 v) {
-  asm volatile("st.shared::cluster.u32 [%0],%1;" ::"r"(remote(p, rank)), "r"(v) : "memory"); }
-__device__ __forceinline__ uint4 load_remote4(const void* p, int rank) {
-  uint4 v; asm volatile("ld.shared::cluster.v4.u32 {%0,%1,%2,%3},[%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(remote(p, rank)) : "memory"); return v; }
-__device__ __forceinline__ void store_remote4(void* p, int rank, uint4 v) {
-  asm volatile("st.shared::cluster.v4.u32 [%0],{%1,%2,%3,%4};" ::"r"(remote(p, rank)), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory"); }
+__device__ __forceinline__ uint2 load_remote2(const void* p, int rank) {
+  uint2 v; asm volatile("ld.shared::cluster.v2.u32 {%0,%1},[%2];" : "=r"(v.x), "=r"(v.y) : "r"(remote(p, rank)) : "memory"); return v; }
 #else
 __device__ __forceinline__ int cluster_rank() { return 0; }
 __device__ __forceinline__ void cluster_arrive() {}
 __device__ __forceinline__ void cluster_wait() {}
 __device__ __forceinline__ void cluster_sync() { __syncthreads(); }
 __device__ __forceinline__ u32 load_remote(const void* p, int) { return *(const u32*)p; }
-__device__ __forceinline__ void store_remote(void* p, int, u32 v) { *(u32*)p = v; }
-__device__ __forceinline__ uint4 load_remote4(const void* p, int) { return *(const uint4*)p; }
-__device__ __forceinline__ void store_remote4(void* p, int, uint4 v) { *(uint4*)p = v; }
+__device__ __forceinline__ uint2 load_remote2(const void* p, int) { return *(const uint2*)p; }
 #endif

@@ -29,9 +29,9 @@ constexpr int WORDS = D == 64 ? 1 : D == 256 ? 4 : 2;   // 16-channel magnitude 
 constexpr int CHUNK = 16 * WORDS;
 constexpr int FRAGMENT = 4 * CHUNK;                     // bytes; channels D.. are zero
 
-// The query in the score: 9 hi + lo, both digits -4 .. 4, kept as bit planes "digit > m" and
-// "digit < -m", m < CHAIN.
-constexpr int CHAIN = 4, RADIX = 2 * CHAIN + 1, COARSE = (RADIX * RADIX - 1) / 2;
+// The query in the score: four digits -1, 0, 1 to the base 3, each a bit plane of its ones and one of
+// its negative ones.
+constexpr int COARSE = 40;                              // the largest such number
 constexpr float LEVEL_UNIT = 1.f / 53.f;                // levels 13, 40, 71, 114
 constexpr float QUERY_RANGE = 16256.f;                  // 127 * 128: two signed bytes
 constexpr float FAR = -1e30f;                           // logit of what does not exist
@@ -54,7 +54,6 @@ struct Params {
   float* qstep;               // [rows, G]: step of the 15-bit query
   float* crec;                // [rows, M, HEADS + 4]: q.mean a head; key base, value base, block
   int* selected;              // [rows, width] ascending slots
-  int* counter;               // [rows]
   float* parts;               // [rows, splits, G, D + 4]: sums, maximum, total
   float* out;                 // [B, H * G, 1, D]
   float* lse;                 // [B, H * G, 1]

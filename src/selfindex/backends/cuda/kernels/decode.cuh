@@ -31,12 +31,8 @@ template <int WARPS> __device__ __forceinline__ void decode_row(const Params& p)
   for (int i = tid; i < BINS; i += THREADS) m.histogram[i] = 0;
   cluster_sync();
   for (int head = w; head < HEADS; head += WARPS) {   // lane = block of the cluster
-    float own = FAR, part = 0.f;
-    if (lane < size) {
-      own = __uint_as_float(load_remote(&block_totals[head].x, lane));
-      part = __uint_as_float(load_remote(&block_totals[head].y, lane));
-    }
-    const float best = warp_max(own), total = warp_sum(part * ex2(own - best));
+    const uint2 part = lane < size ? load_remote2(&block_totals[head], lane) : make_uint2(__float_as_uint(FAR), 0);
+    const float own = __uint_as_float(part.x), best = warp_max(own), total = warp_sum(__uint_as_float(part.y) * ex2(own - best));
     // Codes and totals both carry 2^TOP; read as bfloat16, a code's exponent is 112 too small.
     if (lane == 0) shift[head] = head < G ? 112.f - best - lg2(fmaxf(total, 1e-30f)) : -1000.f;
   }

@@ -5,9 +5,9 @@ struct QueryMemory {
   // Query bytes in channel order, zero (as all below) for heads that only fill up a quad; rows
   // padded so that the eight a warp reads at once lie in different banks.
   __align__(16) u8 natural[HEADS][2][D + 16];
-  u32 planes[HEADS][2][2 * CHAIN * R + 4];   // [digit][CHAIN, 2 signs, R] bit planes, likewise
+  u32 planes[HEADS][2][4 * R + 4];   // [upper, lower digits][of them upper, lower; 2 signs; R] bit planes, likewise
   float step[HEADS];             // of the 15-bit query
-  int sum[HEADS];                // of 9 |hi| + |lo|
+  int sum[HEADS];                // over channels, of 27 |digit 3| + 9 |digit 2| + 3 |digit 1| + |digit 0|
   int used, tokens, take;        // pages in use, tokens in them, tokens to select
 };
 
@@ -48,19 +48,20 @@ __device__ __forceinline__ void prepare_head(const Params& p, int row, int g, Qu
 #pragma unroll
   for (int r = 0; r < R; r++) {
     const int c = r * 32 + lane, v = __float2int_rn(x[r] * inverse), hi = (v + 64) >> 7, lo = v - (hi << 7);
-    const int j = c / CHUNK, word = c % CHUNK / 16, rest = c % 16;
-    const int place = (((j * WORDS + word) * 2 + (rest & 1)) * 2 + (rest >> 3)) * 4 + ((rest & 7) >> 1);
+    const int j = c / CHUNK, word = c % CHUNK / 16, of_word = c % 16;
+    const int place = (((j * WORDS + word) * 2 + (of_word & 1)) * 2 + (of_word >> 3)) * 4 + ((of_word & 7) >> 1);
     if (publish) { frag[place] = (u8)hi; frag[FRAGMENT + place] = (u8)lo; }
     m.natural[g][0][c] = (u8)hi;
     m.natural[g][1][c] = (u8)lo;
     const int coarse = __float2int_rn((float)v * (COARSE / QUERY_RANGE));
-    const int upper = (coarse + COARSE) / RADIX - CHAIN, digits[2] = {upper, coarse - RADIX * upper};
-    sum += RADIX * abs(digits[0]) + abs(digits[1]);
+    int rest = coarse;
 #pragma unroll
-    for (int i = 0; i < 4 * CHAIN; i++) {
-      const int digit = digits[i / (2 * CHAIN)], plane = i / 2 % CHAIN;
-      const u32 bits = __ballot_sync(~0u, i & 1 ? digit < -plane : digit > plane);
-      if (lane == i) m.planes[g][i / (2 * CHAIN)][i % (2 * CHAIN) * R + r] = bits;
+    for (int i = 0, weight = 27; i < 4; i++, weight /= 3) {
+      const int digit = 2 * rest > weight ? 1 : 2 * rest < -weight ? -1 : 0;
+      rest -= digit * weight;
+      sum += digit ? weight : 0;
+      const u32 positive = __ballot_sync(~0u, digit > 0), negative = __ballot_sync(~0u, digit < 0);
+      if (lane < 2) m.planes[g][i / 2][(i % 2 * 2 + lane) * R + r] = lane ? negative : positive;
     }
   }
   sum = warp_sum(sum);
@@ -88,7 +89,7 @@ template <int WARPS> __device__ __forceinline__ void prepare_row(const Params& p
   __syncthreads();
   if (threadIdx.x == 0) {
     m.take = max(0, min(min(budget, p.width), m.tokens));
-    if (publish) { p.take[row] = m.take; p.counter[row] = 0; }
+    if (publish) p.take[row] = m.take;
   }
   __syncthreads();
 }

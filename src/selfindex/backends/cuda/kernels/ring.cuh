@@ -40,13 +40,13 @@ struct Ring {
     asm volatile("cp.async.commit_group;" ::: "memory");
 #endif
   }
-  // The n-th record, once it has arrived.
+  // The n-th record, once it has arrived; no other may be under way.
   __device__ __forceinline__ u32 wait(int n) const {
 #if __CUDA_ARCH__ >= 900
     asm volatile("{\n.reg .pred p;\nWAIT: mbarrier.try_wait.parity.shared::cta.b64 p,[%0],%1;\n@p bra DONE;\nbra WAIT;\nDONE:\n}"
                  ::"r"(barrier(n % STAGES)), "r"(n / STAGES & 1) : "memory");
 #else
-    asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 1) : "memory");
+    asm volatile("cp.async.wait_group 0;" ::: "memory");
     __syncwarp();
 #endif
     return data + n % STAGES * SLOT;

@@ -1,8 +1,8 @@
 // Estimated attention of every token of a block's pages, from the index alone, a warp a page:
 //   logit[head, t] = scale_t a sum_c (+-1)_tc q~_c + q~.mean,      a = SIGN_GAIN
 // The sum over channels is a binary matrix product (and + population count): the sign codes meet the
-// planes of positive digits, their complement those of negative ones, in one product of twice the
-// depth. All planes of a digit add up in one accumulator; a head's digits are neighbouring columns.
+// plane of a digit's ones, their complement that of its negative ones, in one product of twice the
+// depth. A head's columns are neighbours: its two upper digits, its two lower ones; two products.
 // Probabilities are kept as 8-bit floats (5 exponent, 3 mantissa bits) relative to their page's
 // maximum.
 //
@@ -60,7 +60,7 @@ __device__ __forceinline__ void load_mean_words(u32* to, u32 at) {
 
 // What a lane needs of the query, for one quad of heads.
 struct QueryPart {
-  u32 plane[STEPS][CHAIN][2];
+  u32 plane[STEPS][2][2];   // [step][upper, lower][ones, negative ones] of this column's two digits
   int start[4];   // of the accumulators
   float gain;
 
@@ -69,7 +69,7 @@ struct QueryPart {
 #pragma unroll
     for (int s = 0; s < STEPS; s++)
 #pragma unroll
-      for (int i = 0; i < 2 * CHAIN; i++) plane[s][i / 2][i & 1] = s * 4 + j < R ? query.planes[column][g & 1][i * R + s * 4 + j] : 0;
+      for (int i = 0; i < 4; i++) plane[s][i / 2][i & 1] = s * 4 + j < R ? query.planes[column][g & 1][i * R + s * 4 + j] : 0;
     gain = query.step[head] * p.scale * SELECT_SHARPNESS;
     // Zero that the compiler does not know: it would set the registers anew for every product.
     start[0] = start[2] = p.cluster >> 16;
@@ -100,8 +100,7 @@ __device__ __forceinline__ void score_pages(const Params& p, int row, int first,
     const u32 name = __shfl_sync(~0u, entries, n);
     ring.fetch(n % STAGES, n < mine, index + (u64)(name & 0xffffff) * stride, name, lane);
   };
-#pragma unroll
-  for (int n = 0; n < STAGES; n++) fetch(n);
+  fetch(0);
   QueryPart part;
   float best[QUADS], total[QUADS];
 #pragma unroll
@@ -117,7 +116,10 @@ __device__ __forceinline__ void score_pages(const Params& p, int row, int first,
   u32 chunk_at = w * CHUNK_BYTES + lane * 4;
   u32 crec = (row * p.pages + first + w) * (HEADS + 4) + (lane < 4 ? lane : HEADS + lane - 4);
   for (int n = 0; n < mine; n++) {
-    const u32 record = ring.wait(n), name = load_shared(record + SLOT - 16);
+    const u32 record = ring.wait(n);
+    // Not earlier: with more under way than memory can answer, some multiprocessors wait for all others.
+    fetch(n + 1);
+    const u32 name = load_shared(record + SLOT - 16);
     const int here = name & 0xffffff, tokens = name >> 24;
     u32 constants[2], mean[MEAN_WORDS];
     load_shared2(constants, record + CONSTS);
@@ -139,7 +141,7 @@ __device__ __forceinline__ void score_pages(const Params& p, int row, int first,
       }
       if (MEAN_WORDS % 4) mma_signed(f[0], mean[MEAN_WORDS - 2], 0, mean[MEAN_WORDS - 1], 0, q[MEAN_WORDS - 2], q[MEAN_WORDS - 1]);
       const float offset = (float)((f[0][0] + f[1][2]) * 128 + f[0][1] + f[1][3]) * (mean_step * part.gain);
-      // With s what the products count: sum_c (+-1) q = 2 s - sum_c (9 |hi| + |lo|), of which half is
+      // With s what the products count: sum_c (+-1) q = 2 s - sum_c sum_i 3^i |digit i|, of which half is
       // in the start of s. The clamp keeps logits, which are halves, below 30000. Without its last two
       // bits the slope takes the bias away exactly.
       const float unit = fminf(part.gain * (QUERY_RANGE / COARSE * SIGN_GAIN) * key_base, 12000.f / (COARSE * D));
@@ -147,22 +149,22 @@ __device__ __forceinline__ void score_pages(const Params& p, int row, int first,
       u32 logit[8], top = FAR_HALF;
 #pragma unroll
       for (int round = 0; round < 4; round++) {
-        int s[2][4];
+        int upper[2][4], lower[2][4];
+        const int zero[4] = {0, 0, 0, 0};
 #pragma unroll
         for (int step = 0; step < STEPS; step++)
 #pragma unroll
           for (int t = 0; t < 2; t++) {
             u32 a[2];
             load_signs(a, record + sign_at, order, round, step, t);
-#pragma unroll
-            for (int m = 0; m < CHAIN; m++)
-              binary_mma(s[t], a[0], a[1], part.plane[step][m][0], part.plane[step][m][1], step + m ? s[t] : part.start);
+            binary_mma(upper[t], a[0], a[1], part.plane[step][0][0], part.plane[step][0][1], step ? upper[t] : zero);
+            binary_mma(lower[t], a[0], a[1], part.plane[step][1][0], part.plane[step][1][1], step ? lower[t] : part.start);
           }
         const u32 scales = load_shared(record + scale_at + round * 32);
 #pragma unroll
         for (int t = 0; t < 2; t++) {
-          const float x = fmaf(__int_as_float(s[t][0] * RADIX + s[t][1]), slope, shift);
-          const float y = fmaf(__int_as_float(s[t][2] * RADIX + s[t][3]), slope, shift);
+          const auto sum = [&](int i) { return __int_as_float((upper[t][i] * 3 + lower[t][i]) * 9 + upper[t][i + 1] * 3 + lower[t][i + 1]); };
+          const float x = fmaf(sum(0), slope, shift), y = fmaf(sum(2), slope, shift);
           logit[2 * round + t] = multiply2(halves(x, y), prmt(scales, 0, t ? scales23 : scales01) << 6);   // E4M4
         }
       }
@@ -208,7 +210,6 @@ __device__ __forceinline__ void score_pages(const Params& p, int row, int first,
       if (lane < (quad ? 4 : 7)) p.crec[crec + quad * 4] = own;
     }
     __syncwarp();
-    fetch(n + STAGES);
     chunk_at += WARPS * CHUNK_BYTES;
     crec += WARPS * (HEADS + 4);
   }

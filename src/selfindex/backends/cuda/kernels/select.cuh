@@ -1,16 +1,17 @@
-// Exact selection of the k largest of a row's 11-bit keys, ties to the lower slot, by a cluster: a
-// histogram over the row finds the threshold, a pass over the keys leaves one bit a token (above the
-// threshold, equal to it), and a prefix sum over warps and blocks the place of every selected slot,
-// so that slots come out ascending and the result does not depend on timing. Key 0: no token here.
+// Exact selection of the k largest of a row's 11-bit keys, ties to the lower slot, by a cluster: from
+// all blocks' histograms every block finds the threshold and how many tokens come before its own, a pass
+// over the keys leaves one bit a token (above the threshold, equal to it), and a prefix sum over warps
+// the place of every selected slot, so that slots come out ascending and the result does not depend on
+// timing. Key 0: no token here.
 //
 // A block's keys lie in chunks of 128 (one page), and are overwritten.
-constexpr int BINS = 2048, MOST_BLOCKS = 16;
-constexpr int SELECT_BYTES = 17 * 1024;   // room for SelectMemory
+constexpr int BINS = 2048, COARSE_BINS = BINS / 32;
+constexpr int SELECT_BYTES = 9 * 1024;    // room for SelectMemory
 
 template <int WARPS> struct SelectMemory {
-  u32 histogram[BINS], sums[BINS];        // of the block, of the row
-  u32 warp_sums[8], message[2];
-  uint2 warp_counts[WARPS], block_counts[MOST_BLOCKS];   // tokens above and at the threshold
+  u32 histogram[BINS], coarse[COARSE_BINS];   // of the block; sums of 32 bins
+  u32 threshold, ties, over_before, equal_before;   // tokens above and at the threshold in earlier blocks
+  uint2 warp_counts[WARPS];                   // tokens above and at the threshold
 };
 
 // Where the keys of a block's pages are: the first `split` in one place, the others in another.
@@ -30,91 +31,82 @@ __device__ __forceinline__ u32 at_least(const uint4& keys, u32 threshold) {
   z |= (keys.w + add) >> 9 & 0x400040;
   return (z | z >> 15) & 0xff; }
 
+// Sum over the lanes above this one.
+__device__ __forceinline__ u32 sum_above(u32 x, int lane) {
+  u32 sum = x;
+#pragma unroll
+  for (int s = 1; s < 32; s <<= 1) { const u32 o = __shfl_down_sync(~0u, sum, s); if (lane + s < 32) sum += o; }
+  return sum - x; }
+
+// One warp: the bin of the row's k-th largest key, first among sums of 32 bins, then among the 32.
+template <int WARPS> __device__ __forceinline__ void find_threshold(SelectMemory<WARPS>& m, u32 k, int rank, int size, int lane) {
+  uint2 all = make_uint2(0, 0), before = make_uint2(0, 0);   // two coarse bins a lane; of the row, of earlier blocks
+#pragma unroll 8
+  for (int other = 0; other < size; other++) {
+    const uint2 v = load_remote2(m.coarse + lane * 2, other);
+    all.x += v.x; all.y += v.y;
+    if (other < rank) { before.x += v.x; before.y += v.y; }
+  }
+  u32 above = sum_above(all.x + all.y, lane);
+  const bool upper = above < k && above + all.y >= k, lower = above + all.y < k && above + all.x + all.y >= k;
+  const int found = __ffs(__ballot_sync(~0u, upper || lower)) - 1, coarse = __shfl_sync(~0u, lane * 2 + upper, found);
+  above = __shfl_sync(~0u, above + (upper ? 0 : all.y), found);
+  u32 over = warp_sum((lane * 2 > coarse ? before.x : 0) + (lane * 2 + 1 > coarse ? before.y : 0));
+  u32 bin = 0, earlier = 0;   // one bin a lane
+#pragma unroll 8
+  for (int other = 0; other < size; other++) {
+    const u32 v = load_remote(m.histogram + coarse * 32 + lane, other);
+    bin += v;
+    if (other < rank) earlier += v;
+  }
+  above += sum_above(bin, lane);
+  const bool here = above < k && above + bin >= k;
+  over += warp_sum(lane > __ffs(__ballot_sync(~0u, here)) - 1 ? earlier : 0);
+  if (here) { m.threshold = coarse * 32 + lane; m.ties = k - above; m.over_before = over; m.equal_before = earlier; }
+}
+
 // The histogram of this block's keys > 0 is in memory.histogram; slots start at first_slot.
 template <int WARPS>
 __device__ __forceinline__ void select_keys(SelectMemory<WARPS>& m, const KeyPlaces& keys, int pages, i64 first_slot,
                                             int k, int rank, int size, int* selected) {
-  constexpr int THREADS = WARPS * 32, PER = BINS / 256;
-  static_assert(WARPS >= 8, "256 threads look for the threshold");
-  const int tid = threadIdx.x, lane = tid & 31, w = tid >> 5;
+  static_assert(sizeof(m) <= SELECT_BYTES, "the room that callers leave");
+  const int lane = threadIdx.x & 31, w = threadIdx.x >> 5;
+  for (int i = w; i < COARSE_BINS; i += WARPS) {
+    const u32 sum = warp_sum(m.histogram[i * 32 + lane]);
+    if (lane == 0) m.coarse[i] = sum;
+  }
   cluster_sync();
-  const u32* sums = m.histogram;
-  if (size > 1) {   // every block adds up its share of the bins and hands it to all
-    for (int i = rank + tid * size; i < BINS / 4; i += THREADS * size) {
-      uint4 sum = make_uint4(0, 0, 0, 0);
-#pragma unroll 8
-      for (int other = 0; other < size; other++) {
-        const uint4 v = load_remote4(m.histogram + i * 4, other);
-        sum.x += v.x; sum.y += v.y; sum.z += v.z; sum.w += v.w;
-      }
-      for (int other = 0; other < size; other++) store_remote4(m.sums + i * 4, other, sum);
-    }
-    cluster_sync();
-    sums = m.sums;
-  }
-  u32 own = 0, inclusive = 0;   // keys in this thread's bins; and above
-  if (w < 8) {
-#pragma unroll
-    for (int i = 0; i < PER; i++) own += sums[tid * PER + i];
-    inclusive = own;
-#pragma unroll
-    for (int s = 1; s < 32; s <<= 1) { const u32 o = __shfl_down_sync(~0u, inclusive, s); if (lane + s < 32) inclusive += o; }
-    if (lane == 0) m.warp_sums[w] = inclusive;
-  }
+  if (w == 0) find_threshold(m, k, rank, size, lane);
   __syncthreads();
-  if (w < 8) {
-    for (int i = w + 1; i < 8; i++) inclusive += m.warp_sums[i];
-    if (inclusive >= (u32)k && inclusive - own < (u32)k) {   // the k-th largest is here: exactly one thread
-      u32 above = inclusive - own;
-      for (int i = PER - 1; i >= 0; i--) {
-        const u32 n = sums[tid * PER + i];
-        if (above + n >= (u32)k) { m.message[0] = tid * PER + i; m.message[1] = k - above; break; }
-        above += n;
-      }
-    }
-  }
-  __syncthreads();
-  const u32 threshold = m.message[0], ties = m.message[1];
-  if (w == 0) {   // tell the others how many slots this block has
-    u32 over = 0;
-    for (int i = lane; i < BINS; i += 32) over += i > (int)threshold ? m.histogram[i] : 0;
-    over = warp_sum(over);
-    if (lane < size) {
-      store_remote(&m.block_counts[rank].x, lane, over);
-      store_remote(&m.block_counts[rank].y, lane, m.histogram[threshold]);
-    }
-  }
-  cluster_arrive();
+  cluster_arrive();   // this block has read what it needs of the others
+  const u32 threshold = m.threshold, ties = m.ties;
   // Each warp owns a contiguous range of pages, two at a time, a lane eight keys. The bits of a page
   // take the place of its keys: 16 bytes of tokens above the threshold, 16 of tokens at it.
   const int per = (pages + WARPS - 1) / WARPS, begin = min(w * per, pages), end = min(begin + per, pages);
   u32 above = 0, equals = 0;
-  for (int start = begin; start < end; start += 2) {
-    const int page = start + (lane >> 4);
-    u8* at = keys.at(page);
-    u32 over = 0, equal = 0;
-    if (page < end) {
-      const uint4 v = *(const uint4*)(at + (lane & 15) * 16);
-      over = at_least(v, threshold + 1);
-      equal = at_least(v, threshold) & ~over;
-    }
+  constexpr int AHEAD = 4;   // loads under way
+  for (int start = begin + (lane >> 4); start - (lane >> 4) < end; start += 2 * AHEAD) {
+    uint4 v[AHEAD];
+#pragma unroll
+    for (int i = 0; i < AHEAD; i++)
+      v[i] = start + 2 * i < end ? *(const uint4*)(keys.at(start + 2 * i) + (lane & 15) * 16) : make_uint4(0, 0, 0, 0);
     __syncwarp();
-    if (page < end) { at[lane & 15] = (u8)over; at[16 + (lane & 15)] = (u8)equal; }
-    above += __popc(over);
-    equals += __popc(equal);
+#pragma unroll
+    for (int i = 0; i < AHEAD; i++) {
+      const u32 over = at_least(v[i], threshold + 1), equal = at_least(v[i], threshold) & ~over;
+      u8* at = keys.at(start + 2 * i) + (lane & 15);
+      if (start + 2 * i < end) { at[0] = (u8)over; at[16] = (u8)equal; }
+      above += __popc(over);
+      equals += __popc(equal);
+    }
   }
   above = warp_sum(above);
   equals = warp_sum(equals);
   if (lane == 0) m.warp_counts[w] = make_uint2(above, equals);
   __syncthreads();
-  cluster_wait();
   allow_next();
-  u32 over_at, equal_at;
-  {   // lane = an earlier block, then an earlier warp
-    const uint2 of_block = lane < rank ? m.block_counts[lane] : make_uint2(0, 0), of_warp = lane < w ? m.warp_counts[lane] : make_uint2(0, 0);
-    over_at = warp_sum(of_block.x + of_warp.x);
-    equal_at = warp_sum(of_block.y + of_warp.y);
-  }
+  const uint2 earlier = lane < w ? m.warp_counts[lane] : make_uint2(0, 0);   // lane = warp
+  u32 over_at = m.over_before + warp_sum(earlier.x), equal_at = m.equal_before + warp_sum(earlier.y);
   for (int start = begin * 4; start < end * 4; start += 32) {   // a lane 32 tokens
     const int i = start + lane;
     u32 over = 0, equal = 0;
@@ -140,4 +132,5 @@ __device__ __forceinline__ void select_keys(SelectMemory<WARPS>& m, const KeyPla
     over_at += all & 0xffff;
     equal_at += all >> 16;
   }
+  cluster_wait();   // the others are done with this block's memory
 }

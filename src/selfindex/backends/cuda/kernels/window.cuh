@@ -52,6 +52,11 @@ __device__ __forceinline__ void store_output(void* to, i64 at, float x) {
 #endif
 }
 
+// The line of memory with this element comes into the L2 cache.
+constexpr int PER_LINE = IN_TYPE == 0 ? 32 : 64;   // elements
+__device__ __forceinline__ void prefetch(const void* p, i64 i) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"((const u8*)p + i * (128 / PER_LINE))); }
+
 template <int THREADS> __device__ __forceinline__ void window_row(const WindowParams& p) {
   constexpr int WARPS = THREADS / 32, TURNS = THREADS / ROW_THREADS;   // tokens whose values are read side by side
   extern __shared__ __align__(16) float logits[];                // [G][room]; then probabilities
@@ -95,7 +100,9 @@ template <int THREADS> __device__ __forceinline__ void window_row(const WindowPa
     }
   }
   __syncthreads();
-  wait_previous();   // the encoded tokens' part comes from the kernel before
+  // Values come near while the kernel before, whose part is needed now, finishes.
+  for (int i = tid * PER_LINE; i < tokens * D; i += THREADS * PER_LINE) prefetch(p.values, base + i);
+  wait_previous();
   for (int g = w; g < G; g += WARPS) {
     float* line = logits + g * p.room;
     const i64 head = (i64)b * p.heads * G + h * G + g;
