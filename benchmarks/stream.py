@@ -199,17 +199,19 @@ def main() -> None:
         scenarios["graph"] = lambda s: generate_in_a_graph(s, 200, args.tokens, args.every)
     scenarios["chat"] = lambda s: chat(s, 10, 300, 200)
     scenarios["prefill"] = lambda s: prefill(s, args.total, args.piece)
-    found = {}
+    found: dict[str, Any] = {}
+    command = shlex.join(["python", "benchmarks/stream.py", *(Path(a).name for a in sys.argv[1:])])
     for name in [x for x in scenarios if x in args.only]:
         print(name)
         stream = Stream(model, args.device, args.budget)
-        scenarios[name](stream)
         found[name] = stream.rows
+        try:
+            scenarios[name](stream)
+        finally:  # what was measured before an interruption is kept
+            if args.output:
+                result = {"environment": describe(command), "model": args.model, "device": args.device}
+                args.output.write_text(json.dumps(result | {"rows": found}, indent=1) + "\n")
         del stream
-    if args.output:
-        command = shlex.join(["python", "benchmarks/stream.py", *(Path(a).name for a in sys.argv[1:])])
-        result = {"environment": describe(command), "model": args.model, "device": args.device, "rows": found}
-        args.output.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

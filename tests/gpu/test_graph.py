@@ -58,11 +58,11 @@ def test_memory_does_not_grow_over_many_steps():
     model, ids = model_on_gpu(), prompt(400).cuda()
     cache = selfindex.SelfIndexCache(model, budget=64, dense_below=0)
     forward(model, ids, cache)
-    loop = DecodeLoop(model, cache, 6000)
+    loop = DecodeLoop(model, cache, 20_000)
     token, seen = ids[:, 0], []
-    for i in range(6000):
+    for i in range(20_000):
         loop.step(token)
-        if i in (1000, 5990):
+        if i in (1000, 19_990):
             gc.collect()
             torch.cuda.synchronize()
             seen.append(torch.cuda.memory_allocated())
