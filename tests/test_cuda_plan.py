@@ -1,0 +1,50 @@
+"""How rows are spread over a GPU: whatever the sizes, a plan that the kernels can run."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from selfindex.backends.cuda import decode
+
+ROOM = {8: 227 * 1024, 16: 227 * 1024}
+SMS = 132
+
+
+def at_once(warps, cluster, shared):
+    """Clusters on an H100: whole multiprocessors, 16 of them side by side, shared memory permitting."""
+    blocks = max(1, min(2048 // (32 * warps), 228 * 1024 // (shared + 1024)))
+    return SMS // 16 * (16 * blocks // cluster)
+
+
+@given(
+    rows=st.integers(1, 4096),
+    pages=st.integers(1, 20_000),
+    dim=st.sampled_from(decode.HEAD_DIMS),
+    quads=st.integers(1, 4),
+    clusters=st.booleans(),
+    room=st.sampled_from([99, 163, 227]),
+)
+def test_plans_cover_every_page_within_the_memory(rows, pages, dim, quads, clusters, room):
+    record = decode.PageFormat("balanced", 8, dim, decode.PAGE_SIZE).index.record
+    limits = dict.fromkeys(ROOM, room * 1024)
+    found = decode.plan(rows, pages, record, quads, limits, clusters, SMS, at_once)
+    assert found.warps in limits
+    assert 1 <= found.cluster <= (16 if clusters else 1)
+    assert found.cluster * found.pages >= pages
+    assert (found.cluster - 1) * found.pages < pages, "no more blocks than pages"
+    assert 0 <= found.resident <= found.pages
+    ring = found.shared - found.resident * 528 * quads
+    assert found.shared <= limits[found.warps]
+    assert ring >= decode.SELECT_BYTES, "the selection lies where the records were"
+    assert (found.scratch == 0) == (found.resident == found.pages)
+    if found.ring_keys:
+        assert (found.pages - found.resident) * 2 * decode.PAGE_SIZE <= ring - decode.SELECT_BYTES
+
+
+def test_rows_are_spread_until_the_gpu_is_full():
+    def cluster(rows, pages):
+        return decode.plan(rows, pages, 2320, 1, ROOM, True, SMS, at_once).cluster
+
+    assert cluster(8, 1024) >= 8  # one sequence of 128k
+    assert cluster(64, 1024) == 2  # eight of them: 128 blocks for 132 multiprocessors
+    assert cluster(128, 256) == 1
+    assert cluster(8, 3) == 1  # too short to be shared
