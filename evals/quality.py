@@ -69,7 +69,7 @@ def name_of(result: dict[str, Any]) -> str:
     return result["settings"]["model"]
 
 
-def tasks(result: dict[str, Any]) -> list[str]:
+def tasks(evaluations: list[dict[str, Any]]) -> list[str]:
     """RULER and passkey."""
     lines = ["## Tasks", ""]
     lines += paragraph(
@@ -79,9 +79,11 @@ def tasks(result: dict[str, Any]) -> list[str]:
         "answers in the reply. All methods answer the same samples; brackets are 95 %",
         "bootstrap intervals over samples.",
     )
-    for length, found in result["tasks"].items():
-        lines += [f"### {int(length):,} tokens", "", *task_table(found)]
-    return [*lines, *setting(result)]
+    for result in evaluations:
+        for length, found in result["tasks"].items():
+            lines += [f"### {int(length):,} tokens", "", *task_table(found)]
+        lines += setting(result)
+    return lines
 
 
 def heat(result: dict[str, Any]) -> list[str]:
@@ -226,8 +228,7 @@ def main() -> None:
         "How the defaults were chosen: design-notes.md and ablation.md.",
     )
     lines += beside_others([result for result in evaluations if result["fidelity"]])
-    for result in evaluations:
-        lines += tasks(result) if result["tasks"] else []
+    lines += tasks([result for result in evaluations if result["tasks"]])
     for result in evaluations:
         lines += heat(result) if result["heatmap"] else []
         lines += layers(result) if result["layers"] else []
