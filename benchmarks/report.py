@@ -147,8 +147,7 @@ def end_section(result: dict[str, Any]) -> list[str]:
 def compiled_section(result: dict[str, Any]) -> list[str]:
     """The same step with the model run through torch.compile."""
     plain = {found["length"]: found for found in result["results"]}
-    compiled = [found["length"] for found in result["compiled"]]
-    sizes = " ".join(map(str, compiled))
+    sizes = " ".join(str(found["length"]) for found in result["compiled"])
     command = f"python benchmarks/end_to_end.py --lengths {lengths(result)} --layers {result['layers']}"
     lines = paragraph(
         "`selfindex.generate(compile=True)` runs the model through torch.compile, which fuses its many small",

@@ -4,7 +4,7 @@ A short prompt, then a long text fed a few tokens at a time, as decoding or spec
 would: pages are encoded as they leave the recent window, statistics come from the first page.
 The text is a real one, or with --generated what the dense model samples after the prompt.
 Per stretch of the text: KL to the dense model, top-1 agreement, and the entropy of the dense model's
-distribution. Where that is high, nearly equal tokens change places at a small KL.
+distribution.
 
     python -m evals.stream --texts manual kjv --prompt 200 --tokens 4000
 """

@@ -1,5 +1,6 @@
 """`selfindex.generate` gives the tokens of `model.generate`, from steps of fixed shape."""
 
+import gc
 from functools import partial
 
 import pytest
@@ -9,7 +10,7 @@ from tiny_models import VOCAB, forward, generate, pair, prompt
 from torch._dynamo.backends.debugging import aot_eager
 
 import selfindex
-from selfindex.integrations.transformers.loop import DecodeLoop, ready, why_not
+from selfindex.integrations.transformers.loop import DecodeLoop, _without_collection, ready, why_not
 
 FAST = ("llama", "qwen3", "phi3", "smollm3", "qwen3_moe")
 
@@ -81,6 +82,21 @@ def test_budgets_of_the_loop_are_those_of_single_steps(options):
             else:
                 torch.testing.assert_close(loop.step(token.view(1)), logits.pop(0), atol=1e-4, rtol=1e-4)
                 assert loop.budgets.tolist() == reads.pop(0)
+
+
+def test_a_capture_keeps_the_collector_off_and_then_as_it_was():
+    seen = []
+    with pytest.raises(ZeroDivisionError), _without_collection():
+        seen.append(1 / gc.isenabled())  # fails where the collector is off
+    assert not seen
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        with _without_collection():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "top_k": 12, "top_p": 0.9}])

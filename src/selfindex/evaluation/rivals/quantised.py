@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -26,11 +27,11 @@ def minmax(x: Tensor, bits: int, group: int) -> Tensor:
     return torch.cat(parts, -1)
 
 
-class Everything:
+class Everything(ABC):
     """Base of methods that read all they store."""
 
-    def bytes_per_token(self, head_dim: int) -> float:
-        raise NotImplementedError
+    @abstractmethod
+    def bytes_per_token(self, head_dim: int) -> float: ...
 
     def select(self, stored: Stored, query: Tensor, scaling: float) -> None:
         return None

@@ -145,6 +145,7 @@ def space(length: int, head: list[int], tail: list[int], new: int) -> int:
         InputError: too few.
     """
     left = length - len(head) - len(tail) - new
+    # The document has to hold a page at least.
     if left < 64 or len(head) + left < whole_pages(0):
         raise InputError(f"{length} tokens are too few for this task")
     return left
