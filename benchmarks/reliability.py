@@ -1,6 +1,6 @@
 """Writes docs/reliability.md from its text, benchmarks/reliability.md, and from results.
 
-These are benchmarks/results/NAME-*.json of benchmarks/stream.py, benchmarks/prefix.py and scripts/soak.py.
+These are benchmarks/results/NAME-*.json of benchmarks/stream.py and prefix.py, scripts/leaks.py and soak.py.
 """
 
 from __future__ import annotations
@@ -61,18 +61,46 @@ def prefix(result: dict[str, Any]) -> str:
     return "\n".join([*text, *head("what", "clock", "processors", "MB/s"), *rows])
 
 
+def leaks(results: list[dict[str, Any]]) -> str:
+    """What a repetition leaves, some columns a machine."""
+    columns = [
+        (result, what)
+        for result in results
+        for what in ("malloc", "cuda", "objects")
+        if what in result["growth"]["prompt"]
+    ]
+    names = {"malloc": "malloc, KiB", "cuda": "GPU memory, KiB", "objects": "objects"}
+    titles = [
+        f"{'GPU' if result['environment']['gpu'] else 'CPU'}: {names[what]}" for result, what in columns
+    ]
+    rows = []
+    for name in results[0]["growth"]:
+        found = [
+            result["growth"][name][what] / (1024 if "KiB" in names[what] else 1) for result, what in columns
+        ]
+        rows.append(row(name.replace("_", " "), *(f"{round(x, 1) + 0.0:.1f}" for x in found)))
+    text = [
+        line for result in results for line in paragraph(where(result), f"{result['repeat']} repetitions.")
+    ]
+    return "\n".join([*text, *head("use", *titles), *rows])
+
+
 def soak(result: dict[str, Any]) -> str:
     """What a soak did and found."""
     counts = ", ".join(f"{name} {n:,}" for name, n in sorted(result["counts"].items()))
-    growth = ", ".join(f"{name} {n / MIB:+.1f} MiB" for name, n in result["growth"].items())
-    errors = result["errors"]
-    return "\n".join(
-        paragraph(
-            f"{where(result)} {result['actions']:,} actions ({counts}): {len(errors)} errors or mismatches.",
-            f"Growth from the end of the first of {len(result['memory'])} rounds to that of the last:",
-            f"{growth}.",
-        )
-    ).rstrip()
+    readings, errors = result["memory"], result["errors"]
+    text = paragraph(
+        f"{where(result)} {result['actions']:,} actions ({counts}), {result['forwards']:,} forward passes",
+        f"over {result['tokens']:,} tokens: {len(errors)} errors or mismatches. In use with no cache left,",
+        "at the end of each round:",
+    )
+    names = {"malloc": "malloc, MiB", "resident": "resident, MiB", "cuda": "GPU, MiB", "objects": "objects"}
+    rows = [
+        row(title, *(f"{r[name] / MIB:.1f}" if "MiB" in title else f"{r[name]:,}" for r in readings))
+        for name, title in names.items()
+        if name in readings[0]
+    ]
+    return "\n".join([*text, *head("round", *map(str, range(1, 1 + len(readings)))), *rows])
 
 
 def main() -> None:
@@ -81,6 +109,8 @@ def main() -> None:
     for name, show in (("stream", stream), ("prefix", prefix), ("soak", soak)):
         files = sorted((HERE / "results").glob(f"{name}-*.json"))
         parts[name] = "\n\n".join(show(json.loads(path.read_text())) for path in files)
+    files = sorted((HERE / "results").glob("leaks-*.json"))
+    parts["leaks"] = leaks([json.loads(path.read_text()) for path in files])
     text = Template((HERE / "reliability.md").read_text()).substitute(parts)
     (HERE.parent / "docs" / "reliability.md").write_text(text)
 

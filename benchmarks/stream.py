@@ -59,11 +59,11 @@ def load(name: str, device: str) -> PreTrainedModel:
 
 
 def live(device: str) -> int:
-    """Bytes of all tensors."""
+    """Bytes of all tensors; the CUDA allocator's blocks are up to 1 MiB larger each."""
     gc.collect()
     if device != "cpu":
         torch.cuda.synchronize()
-        return torch.cuda.memory_allocated()
+        return torch.cuda.memory_stats()["requested_bytes.all.current"]
     storages = {}
     for thing in gc.get_objects():
         if isinstance(thing, torch.Tensor) and thing.device.type == "cpu":
@@ -209,7 +209,11 @@ def main() -> None:
             scenarios[name](stream)
         finally:  # what was measured before an interruption is kept
             if args.output:
-                result = {"environment": describe(command), "model": args.model, "device": args.device}
+                result = {
+                    "environment": describe(command),
+                    "model": Path(args.model).name,
+                    "device": args.device,
+                }
                 args.output.write_text(json.dumps(result | {"rows": found}, indent=1) + "\n")
         del stream
 
