@@ -16,19 +16,13 @@ HOMES = MODULES | {"sparse_decode": offloaded}
 
 
 class Recorder:
-    """Stands for the module `ops`: keeps what is registered."""
+    """Keeps what is registered."""
 
     def __init__(self):
         self.found = {}
 
-    def __getattr__(self, name):
-        recorder = self
-
-        class Operator:
-            def register_kernel(self, device, function):
-                recorder.found[name] = function
-
-        return Operator()
+    def __call__(self, name, device, function):
+        self.found[name] = function
 
 
 @pytest.mark.parametrize("name", MODULES)

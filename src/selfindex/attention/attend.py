@@ -41,7 +41,7 @@ def attend(
         part, read = _dense_part(store, query, scaling), encoded
     else:
         part, read = _sparse_part(store, query, budgets, scaling), budgets
-    if query.shape[2] == 1 and valid is None and query.device.type == "cpu":
+    if query.shape[2] == 1 and valid is None:
         return _finish_step(store, query, keys, values, part, scaling, sink_logit), read
     raw = _raw_part(store, query, keys, values, valid, scaling)
     return merge_parts([part, raw], sink_logit).to(query.dtype), read
@@ -56,7 +56,7 @@ def _finish_step(
     scaling: float,
     sink_logit: Tensor | None,
 ) -> Tensor:
-    """The full-precision part of one new token a row, in one operator: on a CPU, many small ones cost more.
+    """The full-precision part of one new token a row, in one operator: many small ones cost more.
 
     Writes the new token where `append` will put it, behind the tokens that are held.
     """
@@ -109,12 +109,14 @@ def _attend_to_all(
     counts: Tensor,
     scaling: float,
 ) -> tuple[Tensor, Tensor]:
+    assert store.constants is not None  # there are pages
     return ops.dense_attend(query, index, payload, table, counts, store.constants, scaling, store.format.name)
 
 
 def _sparse_part(
     store: LayerStore, query: Tensor, budgets: list[int], scaling: float
 ) -> tuple[Tensor, Tensor]:
+    assert store.constants is not None  # there are pages
     table, counts = store.table.tensors()
     wanted = torch.tensor(budgets, dtype=torch.int32, device=query.device)
     return ops.sparse_decode(

@@ -1,12 +1,13 @@
 """The operators of the cache as PyTorch custom operators: one signature, several backends.
 
 The reference implementation serves every device; a faster backend registers itself for its device
-with `op.register_kernel`. Shapes are those of `reference`.
+with `register_kernel`. Shapes are those of `reference`.
 """
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -14,8 +15,65 @@ from torch import Tensor
 from ..codec import PageFormat
 from . import cpu, cuda, reference
 
+Function = TypeVar("Function", bound=Callable[..., Any])
 
-@torch.library.custom_op("selfindex::encode", mutates_args=())
+_library = torch.library.Library("selfindex", "DEF")
+
+
+def _operator(fake: Callable[..., Any], mutates: tuple[str, ...] = ()) -> Callable[[Function], Function]:
+    """Make an operator of a function that serves every device.
+
+    `torch.library.custom_op` would do the same, with checks in Python around every call that take
+    longer than the smaller operators do.
+
+    Args:
+        fake: shapes and dtypes of the results, for torch.compile.
+        mutates: names of the tensors that are written to.
+    """
+
+    def define(function: Function) -> Function:
+        name = function.__name__
+        schema = torch.library.infer_schema(function, mutates_args=mutates)
+        _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _library.impl(name, function, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"selfindex::{name}", fake, lib=_library)
+        return cast(Function, getattr(torch.ops.selfindex, name).default)
+
+    return define
+
+
+def register_kernel(name: str, device: str, function: Callable[..., Any]) -> None:
+    """Serve an operator on a device type ("cpu", "cuda") with another function of the same arguments."""
+    _library.impl(name, function, device.upper())
+
+
+def _fake_encode(
+    keys: Tensor, values: Tensor, counts: Tensor, constants: Tensor, format: str
+) -> tuple[Tensor, Tensor]:
+    fmt, n = PageFormat.parse(format), keys.shape[0]
+    planes = [keys.new_empty((n, size), dtype=torch.uint8) for size in (fmt.index_bytes, fmt.payload_bytes)]
+    return planes[0], planes[1]
+
+
+def _fake_score(query: Tensor, index_pool: Tensor, block_table: Tensor, *rest: Any) -> Tensor:
+    slots = block_table.shape[1] * PageFormat.parse(rest[-1]).page_size
+    return query.new_empty((*query.shape[:3], slots), dtype=torch.float32)
+
+
+def _fake_select(scores: Tensor, budgets: Tensor, width: int) -> Tensor:
+    return scores.new_empty((*scores.shape[:-1], width), dtype=torch.int32)
+
+
+def _fake_part(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    output = query.new_empty(query.shape, dtype=torch.float32)
+    return output, query.new_empty(query.shape[:3], dtype=torch.float32)
+
+
+def _fake_step(query: Tensor, *rest: Any) -> Tensor:
+    return query.new_empty(query.shape[0], 1, query.shape[1], query.shape[3])
+
+
+@_operator(_fake_encode)
 def encode(
     keys: Tensor, values: Tensor, counts: Tensor, constants: Tensor, format: str
 ) -> tuple[Tensor, Tensor]:
@@ -23,14 +81,7 @@ def encode(
     return reference.encode(keys, values, counts, constants, format)
 
 
-@encode.register_fake
-def _(keys: Tensor, values: Tensor, counts: Tensor, constants: Tensor, format: str) -> tuple[Tensor, Tensor]:
-    fmt, n = PageFormat.parse(format), keys.shape[0]
-    planes = [keys.new_empty((n, size), dtype=torch.uint8) for size in (fmt.index_bytes, fmt.payload_bytes)]
-    return planes[0], planes[1]
-
-
-@torch.library.custom_op("selfindex::score", mutates_args=())
+@_operator(_fake_score)
 def score(
     query: Tensor,
     index_pool: Tensor,
@@ -44,32 +95,13 @@ def score(
     return reference.score(query, index_pool, block_table, page_counts, constants, scaling, format)
 
 
-@score.register_fake
-def _(
-    query: Tensor,
-    index_pool: Tensor,
-    block_table: Tensor,
-    page_counts: Tensor,
-    constants: Tensor,
-    scaling: float,
-    format: str,
-) -> Tensor:
-    slots = block_table.shape[1] * PageFormat.parse(format).page_size
-    return query.new_empty((*query.shape[:3], slots), dtype=torch.float32)
-
-
-@torch.library.custom_op("selfindex::select", mutates_args=())
+@_operator(_fake_select)
 def select(scores: Tensor, budgets: Tensor, width: int) -> Tensor:
     """Exact top-k with ties to the lower slot: int32 [B, H, T, width], -1 past a row's budget."""
     return reference.select(scores, budgets, width)
 
 
-@select.register_fake
-def _(scores: Tensor, budgets: Tensor, width: int) -> Tensor:
-    return scores.new_empty((*scores.shape[:-1], width), dtype=torch.int32)
-
-
-@torch.library.custom_op("selfindex::sparse_attend", mutates_args=())
+@_operator(_fake_part)
 def sparse_attend(
     query: Tensor,
     index_pool: Tensor,
@@ -86,7 +118,7 @@ def sparse_attend(
     )
 
 
-@torch.library.custom_op("selfindex::dense_attend", mutates_args=())
+@_operator(_fake_part)
 def dense_attend(
     query: Tensor,
     index_pool: Tensor,
@@ -103,7 +135,7 @@ def dense_attend(
     )
 
 
-@torch.library.custom_op("selfindex::sparse_decode", mutates_args=())
+@_operator(_fake_part)
 def sparse_decode(
     query: Tensor,
     index_pool: Tensor,
@@ -131,7 +163,7 @@ def sparse_decode(
     )
 
 
-@torch.library.custom_op("selfindex::window_attend", mutates_args=("keys", "values"))
+@_operator(_fake_step, mutates=("keys", "values"))
 def window_attend(
     query: Tensor,
     new_keys: Tensor,
@@ -150,30 +182,5 @@ def window_attend(
     )
 
 
-@window_attend.register_fake
-def _(query: Tensor, *rest: object) -> Tensor:
-    return query.new_empty(query.shape[0], 1, query.shape[1], query.shape[3])
-
-
-def _fake_part(query: Tensor) -> tuple[Tensor, Tensor]:
-    output = query.new_empty(query.shape, dtype=torch.float32)
-    return output, query.new_empty(query.shape[:3], dtype=torch.float32)
-
-
-@sparse_decode.register_fake
-def _(query: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
-    return _fake_part(query)
-
-
-@sparse_attend.register_fake
-def _(query: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
-    return _fake_part(query)
-
-
-@dense_attend.register_fake
-def _(query: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
-    return _fake_part(query)
-
-
-cpu.register(sys.modules[__name__])
-cuda.register(sys.modules[__name__])
+cpu.register(register_kernel)
+cuda.register(register_kernel)

@@ -23,10 +23,8 @@ SERVED: dict[str, Callable[..., bool]] = {
 """Compiled operators, and whether they serve given arguments."""
 
 
-def register(ops: Any) -> None:
-    """Make these the CPU implementations of the operators in module `ops`."""
+def register(serve: Callable[[str, str, Callable[..., Any]], None]) -> None:
+    """Make these the CPU implementations of the operators: `serve(name, "cpu", function)`."""
     for name, supported in SERVED.items():
         fast, plain = getattr(operators, name), getattr(reference, name)
-        getattr(ops, name).register_kernel(
-            "cpu", with_fallback("CPU", fast, plain, supported, NativeUnavailable, (NativeDisabled,))
-        )
+        serve(name, "cpu", with_fallback("CPU", fast, plain, supported, NativeUnavailable, (NativeDisabled,)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ class Kernel:
         if cluster == 1:
             blocks = driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(self._handle, threads, shared)
             return int(_check(blocks)) * sms
-        config = self._config((cluster, 1), threads, shared, cluster, False)
+        config = _config((cluster, 1), threads, shared, cluster, False, 0)
         return int(_check(driver.cuOccupancyMaxActiveClusters(self._handle, config)))
 
     def __call__(
@@ -57,31 +58,37 @@ class Kernel:
             cluster: blocks of a cluster along the grid's first dimension.
             overlap: may start before the previous kernel ends; the kernel itself waits for it.
         """
-        config = self._config(grid, threads, shared, cluster, overlap)
-        config.hStream = torch.cuda.current_stream().cuda_stream
+        stream = torch.cuda.current_stream().cuda_stream
+        config = _config(grid, threads, shared, cluster, overlap, stream)
         pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(value) for value in arguments))
         _check(self._driver.cuLaunchKernelEx(config, self._handle, ctypes.addressof(pointers), 0))
 
-    def _config(self, grid: tuple[int, int], threads: int, shared: int, cluster: int, overlap: bool) -> Any:
-        driver = self._driver
-        config = driver.CUlaunchConfig()
-        config.gridDimX, config.gridDimY, config.gridDimZ = *grid, 1
-        config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
-        config.sharedMemBytes = shared
-        attributes = []
-        if cluster > 1:
-            attribute = driver.CUlaunchAttribute()
-            attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
-            attribute.value.clusterDim.x = cluster
-            attribute.value.clusterDim.y = attribute.value.clusterDim.z = 1
-            attributes.append(attribute)
-        if overlap:
-            attribute = driver.CUlaunchAttribute()
-            attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-            attribute.value.programmaticStreamSerializationAllowed = 1
-            attributes.append(attribute)
-        config.attrs, config.numAttrs = attributes, len(attributes)
-        return config
+
+@lru_cache(maxsize=4096)
+def _config(
+    grid: tuple[int, int], threads: int, shared: int, cluster: int, overlap: bool, stream: int
+) -> Any:
+    """A launch's shape; kept, since making one takes longer than the launch. Not to be changed."""
+    from cuda.bindings import driver
+
+    config = driver.CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = *grid, 1
+    config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+    config.sharedMemBytes, config.hStream = shared, stream
+    attributes = []
+    if cluster > 1:
+        attribute = driver.CUlaunchAttribute()
+        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+        attribute.value.clusterDim.x = cluster
+        attribute.value.clusterDim.y = attribute.value.clusterDim.z = 1
+        attributes.append(attribute)
+    if overlap:
+        attribute = driver.CUlaunchAttribute()
+        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        attribute.value.programmaticStreamSerializationAllowed = 1
+        attributes.append(attribute)
+    config.attrs, config.numAttrs = attributes, len(attributes)
+    return config
 
 
 def open_module(code: bytes, device: int) -> dict[str, Kernel]:

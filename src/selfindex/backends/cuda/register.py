@@ -18,8 +18,8 @@ from . import decode, dense, encode, offloaded, window
 from .loader import KernelsUnavailable
 
 
-def register(ops: Any) -> None:
-    """Make these the CUDA implementations of the operators in module `ops`."""
+def register(serve: Callable[[str, str, Callable[..., Any]], None]) -> None:
+    """Make these the CUDA implementations of the operators: `serve(name, "cuda", function)`."""
     served: dict[str, tuple[Callable[..., Any], Callable[..., bool]]] = {
         "encode": (
             encode.encode,
@@ -48,6 +48,4 @@ def register(ops: Any) -> None:
     }
     for name, (fast, supported) in served.items():
         plain = getattr(reference, name)
-        getattr(ops, name).register_kernel(
-            "cuda", with_fallback("GPU", fast, plain, supported, KernelsUnavailable)
-        )
+        serve(name, "cuda", with_fallback("GPU", fast, plain, supported, KernelsUnavailable))

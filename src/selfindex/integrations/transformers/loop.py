@@ -122,6 +122,7 @@ class _Layer(CacheLayerMixin):
     ) -> Tensor:
         """Attention of one new token a row, which is stored as well: [B, 1, Hq, d]."""
         store, loop = self.store, self._loop
+        assert store.constants is not None  # `ready` has seen to it
         part, lse = ops.sparse_decode(
             query,
             store.pool.index,
