@@ -277,6 +277,27 @@ def cpu_model_section(result: dict[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
+def eager_section(results: list[dict[str, Any]]) -> list[str]:
+    """Steps that Python launches, of a small model."""
+    lines = ["## Steps that Python launches"]
+    lines += paragraph(
+        "What `model.generate` does: the shapes of SmolLM2-135M, random bf16 weights, one sequence,",
+        "budget 5 %, milliseconds a step (medians). *loop* is the step of `selfindex.generate`.",
+    )
+    for result in results:
+        found = result["environment"]
+        lines += paragraph(
+            f"`{found['command']}`, {found['date']}, {found['gpu'] or str(found['cpus']) + ' CPU cores'},",
+            f"torch {found['torch']}.",
+        )
+        lines += head("tokens", "DynamicCache", "SelfIndexCache", "loop")
+        for each in result["results"]:
+            times = [f"{each[way]:.1f}" for way in ("dense", "selfindex", "loop")]
+            lines.append(row(size(int(each["length"])), *times))
+        lines.append("")
+    return lines
+
+
 def draw(result: dict[str, Any], target: Path) -> None:
     """Speed over dense against the length, one line a batch size."""
     figure, axis = plt.subplots(figsize=(6.4, 3.6))
@@ -314,6 +335,7 @@ def main() -> None:
         lines += offload_section(load("offload-h100.json"))
     lines += cpu_section(load("cpu_decode.json"))
     lines += cpu_model_section(load("cpu_model.json"))
+    lines += eager_section([load(path.name) for path in sorted(RESULTS.glob("eager_step-*.json"))])
     lines += (ROOT / "benchmarks" / "notes.md").read_text().splitlines()
     (ROOT / "docs" / "performance.md").write_text("\n".join(lines).rstrip() + "\n")
     draw(decode, ROOT / "docs" / FIGURE)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..backends import ops
 from ..store import LayerStore
+from .integers import StepIntegers
 from .partial import attend_raw, join_parts, merge_parts
 
 STAGED_PAGES = 1024
@@ -21,6 +22,7 @@ def attend(
     valid: Tensor | None,
     scaling: float,
     sink_logit: Tensor | None = None,
+    integers: StepIntegers | None = None,
 ) -> tuple[Tensor, list[int]]:
     """Attend to stored tokens and, causally, to the new ones. Changes nothing in the store.
 
@@ -29,9 +31,11 @@ def attend(
         valid: bool [B, T], False for padding; None if there is none.
         scaling: factor on q.k.
         sink_logit: [Hq], see `merge_parts`.
+        integers: shared by the layers of a forward pass.
     Returns:
         (output [B, Hq, T, d] in the query's dtype, encoded tokens read per row).
     """
+    integers = integers or StepIntegers()
     encoded = [store.encoded(b) for b in range(store.batch)]
     if not any(encoded):
         raw = _raw_part(store, query, keys, values, valid, scaling)
@@ -40,9 +44,9 @@ def attend(
     if query.shape[2] > store.config.sparse_queries or budgets == encoded:
         part, read = _dense_part(store, query, scaling), encoded
     else:
-        part, read = _sparse_part(store, query, budgets, scaling), budgets
+        part, read = _sparse_part(store, query, budgets, scaling, integers), budgets
     if query.shape[2] == 1 and valid is None:
-        return _finish_step(store, query, keys, values, part, scaling, sink_logit), read
+        return _finish_step(store, query, keys, values, part, scaling, sink_logit, integers), read
     raw = _raw_part(store, query, keys, values, valid, scaling)
     return merge_parts([part, raw], sink_logit).to(query.dtype), read
 
@@ -55,13 +59,15 @@ def _finish_step(
     part: tuple[Tensor, Tensor],
     scaling: float,
     sink_logit: Tensor | None,
+    integers: StepIntegers,
 ) -> Tensor:
     """The full-precision part of one new token a row, in one operator: many small ones cost more.
 
     Writes the new token where `append` will put it, behind the tokens that are held.
     """
-    store.reserve(0, store.raw.width + 1)
-    lengths = torch.tensor(store.raw.lengths, dtype=torch.int32, device=query.device)
+    if store.raw.width == store.raw.capacity:
+        store.reserve(0, store.raw.width + 1)
+    lengths = integers(store.raw.lengths, query.device)
     output = ops.window_attend(
         query, keys, values, store.raw.keys, store.raw.values, lengths, *part, sink_logit, scaling
     )
@@ -114,18 +120,17 @@ def _attend_to_all(
 
 
 def _sparse_part(
-    store: LayerStore, query: Tensor, budgets: list[int], scaling: float
+    store: LayerStore, query: Tensor, budgets: list[int], scaling: float, integers: StepIntegers
 ) -> tuple[Tensor, Tensor]:
     assert store.constants is not None  # there are pages
     table, counts = store.table.tensors()
-    wanted = torch.tensor(budgets, dtype=torch.int32, device=query.device)
     return ops.sparse_decode(
         query,
         store.pool.index,
         store.pool.payload,
         table,
         counts,
-        wanted,
+        integers(budgets, query.device),
         max(budgets),
         store.constants,
         scaling,

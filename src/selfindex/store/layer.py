@@ -34,6 +34,8 @@ def _outside_inference_mode(method: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(method)
     def run(*args: Any, **kwargs: Any) -> Any:
+        if not (torch.is_inference_mode_enabled() or torch.is_grad_enabled()):
+            return method(*args, **kwargs)
         with torch.inference_mode(False), torch.no_grad():
             return method(*args, **kwargs)
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from ...attention.integers import StepIntegers
 from ...codec import BalanceProfile
 from ...config import SelfIndexConfig, check_budget
 from ...errors import InputError, StateError
@@ -69,6 +70,7 @@ class SelfIndexCache(Cache):
         self._step: Tensor | None = None
         self._next_columns: Tensor | None = None
         self.guard = Guard()
+        self.integers = StepIntegers()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SelfIndexCache:
         """Copy what is stored, for a continuation that shares nothing; the model stays the same."""
@@ -127,6 +129,7 @@ class SelfIndexCache(Cache):
     def step_columns(self, layer: SelfIndexLayer, mask: Tensor | None, new: int) -> Tensor | None:
         """Which new columns hold tokens, bool [B, T] or None for all; read once per forward pass."""
         if layer is self._compressed[0] and layer.store is not None:
+            self.integers.begin()
             batch, past, device = layer.store.batch, layer.columns, layer.store.raw.keys.device
             self._step, self._next_columns = new_columns(mask, self.columns, past, new, batch), None
             if self._step is not None or self.columns is not None:

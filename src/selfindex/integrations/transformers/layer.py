@@ -95,7 +95,9 @@ class SelfIndexLayer(CacheLayerMixin):
                 held_k, held_v, _ = store.raw.held()
                 output = dense(query, torch.cat((held_k, keys), 2), torch.cat((held_v, values), 2), mask)[0]
             else:
-                output, self.read = attend(store, query, keys, values, valid, scaling, sink_logit)
+                output, self.read = attend(
+                    store, query, keys, values, valid, scaling, sink_logit, cache.integers
+                )
                 output = output.transpose(1, 2).contiguous()
             self.commit(query, keys, values, valid, scaling)
             return output
