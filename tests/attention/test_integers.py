@@ -47,3 +47,4 @@ def test_layers_share_them(rows, monkeypatch):
         assert first is second
         assert first.tolist() == held
     assert len(seen) == 40
+    assert len(cache.integers._known) == 2  # budgets and lengths of the last step
