@@ -3,8 +3,8 @@
     python benchmarks/encode.py --output encode.json
 
 One layer, 32 query heads, 8 KV heads, head_dim 128, bfloat16:
-  - encoding a prompt, as the store does (32 pages a call) and in one call, against the dense causal
-    attention of the same prompt;
+  - encoding a prompt, in one call as the store does, against the dense causal attention of the same
+    prompt;
   - encoding a page of new tokens, per token, against one dense decode step;
   - `dense_attend` of a chunk of new queries and of one query, against attention to a 16-bit prefix.
 Dense attention is the best of PyTorch's flash and cuDNN kernels. Times are medians of CUDA events;
@@ -39,7 +39,6 @@ from torch.nn.attention import sdpa_kernel
 
 from selfindex.backends import ops
 from selfindex.codec import PageFormat
-from selfindex.store.layer import ENCODE_PAGES
 
 TARGET = 0.02
 """Most of a prompt's dense attention that encoding it may take."""
@@ -88,18 +87,12 @@ def time_prompt(length: int, fmt: PageFormat) -> dict[str, Any]:
     counts = torch.full((length // PAGE,), PAGE, dtype=torch.int32, device="cuda")
     balance = torch.ones(1, HEADS, DIM, device="cuda")
 
-    def chunks() -> tuple[Tensor, Tensor]:
-        parts = zip(*(x.split(ENCODE_PAGES) for x in (keys, values, counts)), strict=True)
-        planes = [ops.encode(k, v, c, balance, fmt.name) for k, v, c in parts]
-        return torch.cat([i for i, _ in planes]), torch.cat([p for _, p in planes])
-
     found: dict[str, Any] = {
         "length": length,
-        "encode_chunks": event_time(chunks, 20),
         "encode_one_call": event_time(lambda: ops.encode(keys, values, counts, balance, fmt.name), 20),
     }
     found["dense"] = best_dense(length, length, True, 3)
-    found["share"] = found["encode_chunks"] / min(found["dense"].values())
+    found["share"] = found["encode_one_call"] / min(found["dense"].values())
     return found
 
 
@@ -152,11 +145,8 @@ def table(result: dict[str, Any]) -> str:
     """The results as text."""
     lines = ["prompt: encoding against causal attention, milliseconds"]
     for row in result["prompt"]:
-        lines.append(
-            f"{row['length']:>7}  {row['encode_chunks'] / 1e3:.2f} in chunks, "
-            f"{row['encode_one_call'] / 1e3:.2f} at once, dense {min(row['dense'].values()) / 1e3:.1f}: "
-            f"{row['share']:.2%}"
-        )
+        encode, dense = row["encode_one_call"] / 1e3, min(row["dense"].values()) / 1e3
+        lines.append(f"{row['length']:>7}  {encode:.2f}, dense {dense:.1f}: {row['share']:.2%}")
     step = result["decode"]
     lines.append(
         f"decode: a page {step['page']:.1f} us, {step['token']:.3f} us a token, dense step at "

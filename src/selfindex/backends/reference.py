@@ -18,12 +18,18 @@ from ..index.select import sum_of_softmax, top_k
 DENSE_CHUNK = 4096
 """Slots decoded at a time by `dense_attend`: bounds its memory, does not change its result."""
 
+ENCODE_PAGES = 32
+"""Pages encoded at a time: bounds float32 temporaries, does not change the bytes."""
+
 
 def encode(
     keys: Tensor, values: Tensor, counts: Tensor, constants: Tensor, format: str
 ) -> tuple[Tensor, Tensor]:
     """Encode raw pages; see `Codec.encode`."""
-    return codec_for(format).encode(keys, values, counts, constants)
+    codec = codec_for(format)
+    parts = zip(*(x.split(ENCODE_PAGES) for x in (keys, values, counts)), strict=True)
+    planes = [codec.encode(k, v, c, constants) for k, v, c in parts]
+    return torch.cat([index for index, _ in planes]), torch.cat([payload for _, payload in planes])
 
 
 def score(

@@ -22,9 +22,6 @@ from .pool import BlockPool
 from .raw import RawTokens
 from .table import BlockTable
 
-ENCODE_PAGES = 32
-"""Pages encoded at a time: bounds float32 temporaries, does not change the bytes."""
-
 OBSERVED_QUERIES = 32
 """Last prompt queries that vote for the paper preset's full-precision tokens."""
 
@@ -270,11 +267,7 @@ class LayerStore:
         self, keys: Tensor, values: Tensor, counts: Tensor, constants: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Encode pages [n, H, P, d] with `counts` tokens each; constants [1, H, ...]."""
-        planes = [
-            ops.encode(k, v, c, constants, self.format.name)
-            for k, v, c in zip(*(x.split(ENCODE_PAGES) for x in (keys, values, counts)), strict=True)
-        ]
-        return torch.cat([i for i, _ in planes]), torch.cat([p for _, p in planes])
+        return ops.encode(keys, values, counts, constants, self.format.name)
 
     def _observe(self, now: Statistics, query: Tensor, valid: Tensor | None) -> Statistics:
         """Sum squares of the queries of the first page, which fix the balance with its keys."""
