@@ -27,16 +27,16 @@ from selfindex.evaluation.environment import describe
 from selfindex.integrations.transformers.loop import DecodeLoop
 from selfindex.integrations.transformers.models import cache_argument
 
-LAYERS = 30
+LAYERS, WARM_UP = 30, 10
 
 
 def seconds(step: Callable[[], object], steps: int) -> float:
     """Median of a step's time, after some to warm up: a library's first call of a shape takes longer."""
     times = []
-    for i in range(steps + 10):
+    for i in range(steps + WARM_UP):
         start = time.perf_counter()
         step()
-        if i >= 10:
+        if i >= WARM_UP:
             times.append(time.perf_counter() - start)
     return statistics.median(times)
 
@@ -81,7 +81,7 @@ def main() -> None:
             row["dense"] = 1e3 * seconds(lambda cache=dense: forward(cache), args.steps)
         ours = filled(selfindex.SelfIndexCache(model, budget=0.05))
         row["selfindex"] = 1e3 * seconds(lambda cache=ours: forward(cache), args.steps)
-        loop = DecodeLoop(model, filled(selfindex.SelfIndexCache(model, budget=0.05)), args.steps + 10)
+        loop = DecodeLoop(model, filled(selfindex.SelfIndexCache(model, budget=0.05)), args.steps + WARM_UP)
         row["loop"] = 1e3 * seconds(lambda loop=loop: int(loop.step(token[0]).argmax()), args.steps)
         loop.close()
         print({name: round(value, 2) for name, value in row.items()}, flush=True)

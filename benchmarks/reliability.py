@@ -75,10 +75,12 @@ def leaks(results: list[dict[str, Any]]) -> str:
     ]
     rows = []
     for name in results[0]["growth"]:
-        found = [
-            result["growth"][name][what] / (1024 if "KiB" in names[what] else 1) for result, what in columns
-        ]
-        rows.append(row(name.replace("_", " "), *(f"{round(x, 1) + 0.0:.1f}" for x in found)))
+        cells = []
+        for result, what in columns:
+            value = result["growth"].get(name, {}).get(what)
+            unit = 1024 if "KiB" in names[what] else 1
+            cells.append("-" if value is None else f"{round(value / unit, 1) + 0.0:.1f}")
+        rows.append(row(name.replace("_", " "), *cells))
     text = [
         line for result in results for line in paragraph(where(result), f"{result['repeat']} repetitions.")
     ]

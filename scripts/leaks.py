@@ -1,4 +1,4 @@
-"""What every repetition of the same work leaves in memory, and what a prompt of a new length does.
+"""What every repetition of the same work leaves in memory, and what new lengths and sizes do.
 
     python scripts/leaks.py --output leaks-cpu.json
     python scripts/leaks.py --device cuda --output leaks-h100.json
@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+from safetensors.torch import save_file
 from tiny_models import forward, prompt
 from transformers import DynamicCache
 from uses import NAMES, TOKENS, Uses, growth
@@ -36,6 +37,15 @@ def dense_prompt(uses: Uses, lengths: Iterator[int]) -> Callable[[], None]:
     return use
 
 
+def written(uses: Uses, sizes: Iterator[int]) -> Callable[[], None]:
+    """A file of safetensors with one tensor, of the next size every time."""
+
+    def use() -> None:
+        save_file({"x": torch.zeros(next(sizes), dtype=torch.uint8)}, Path(uses.folder.name) / "tensor")
+
+    return use
+
+
 def main() -> int:
     """Measure, print, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -47,6 +57,7 @@ def main() -> int:
     work = {name: getattr(uses, name) for name in NAMES}
     work["DynamicCache, same length"] = dense_prompt(uses, itertools.repeat(TOKENS))
     work["DynamicCache, new lengths"] = dense_prompt(uses, itertools.count(TOKENS + 1, 3))
+    work["safetensors, new sizes"] = written(uses, itertools.count(1000))
     for name, use in work.items():
         # The second time everything that is loaded or filled once is there.
         growth(use, args.repeat, device=args.device)

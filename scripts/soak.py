@@ -9,8 +9,8 @@ a cache has to hold what a list of its token ids says: counted in every layer, c
 keys depend on nothing but token and position. Now and then the operators that serve the device are
 compared with the reference operators on the cache's own pages. Exits with 1 after any error.
 
-Prompts and chunks have one of a few lengths that the seed draws, and cuDNN computes no attention: it and
-oneDNN keep about 2 MiB for every shape they meet (scripts/leaks.py), which would hide a leak of ours.
+Prompts and chunks have one of a few lengths that the seed draws, and cuDNN computes no attention: the
+libraries under PyTorch keep about 2 MiB for every length (scripts/leaks.py), which would hide a leak of ours.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from torch import Tensor
 class StepIntegers:
     """Makes int32 tensors of lists of integers, once in a forward pass.
 
-    All layers ask for the same ones, and a GPU would run empty before every copy.
+    All layers ask for the same ones, and a copy to a GPU waits for the work before it.
     """
 
     def __init__(self) -> None:

@@ -23,8 +23,7 @@ _library = torch.library.Library("selfindex", "DEF")
 def _operator(fake: Callable[..., Any], mutates: tuple[str, ...] = ()) -> Callable[[Function], Function]:
     """Make an operator of a function that serves every device.
 
-    `torch.library.custom_op` would do the same, with checks in Python around every call that take
-    longer than the smaller operators do.
+    `torch.library.custom_op` would do the same with checks in Python around every call.
 
     Args:
         fake: shapes and dtypes of the results, for torch.compile.

@@ -175,7 +175,7 @@ class LayerStore:
         )
         self._check_finite(keys, values)
         full = torch.full((self.batch * pages,), config.page_size, dtype=torch.int32, device=raw.keys.device)
-        planes = self._encode_pages(keys, values, full, cast(Tensor, self.constants))
+        planes = ops.encode(keys, values, full, cast(Tensor, self.constants), self.format.name)
         self.pool.reserve(self.batch * pages)
         owners = [(b, [config.page_size] * pages) for b in range(self.batch)]
         kept = [x[:, :, last:held].clone() for x in (raw.keys, raw.values)]
@@ -253,7 +253,7 @@ class LayerStore:
         ]
         counts = torch.full((padded[0].shape[0],), page, dtype=torch.int32, device=keys.device)
         counts[-1] -= missing
-        return self._encode_pages(padded[0], padded[1], counts, constants)
+        return ops.encode(padded[0], padded[1], counts, constants, self.format.name)
 
     @staticmethod
     def _check_finite(keys: Tensor, values: Tensor) -> None:
@@ -262,12 +262,6 @@ class LayerStore:
                 "keys or values hold NaN or infinity; they cannot be encoded. Check the model's "
                 "dtype (fp16 overflows in some models; use bf16) and its inputs"
             )
-
-    def _encode_pages(
-        self, keys: Tensor, values: Tensor, counts: Tensor, constants: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Encode pages [n, H, P, d] with `counts` tokens each; constants [1, H, ...]."""
-        return ops.encode(keys, values, counts, constants, self.format.name)
 
     def _observe(self, now: Statistics, query: Tensor, valid: Tensor | None) -> Statistics:
         """Sum squares of the queries of the first page, which fix the balance with its keys."""

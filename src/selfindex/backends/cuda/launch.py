@@ -68,7 +68,7 @@ class Kernel:
 def _config(
     grid: tuple[int, int], threads: int, shared: int, cluster: int, overlap: bool, stream: int
 ) -> Any:
-    """A launch's shape; kept, since making one takes longer than the launch. Not to be changed."""
+    """A launch's shape, not to be changed: every step of a model launches the same ones again."""
     from cuda.bindings import driver
 
     config = driver.CUlaunchConfig()
