@@ -8,8 +8,7 @@ that what else the machine does meets all of them; medians.
   - transformers: its DynamicCache with SDPA, as users have it. Every step copies the cache.
   - in place: SDPA on keys and values that lie in place, the better of grouped heads and of query heads
     as rows of their KV head: the strongest dense step.
-  - generate, forward: SelfIndexCache with its defaults, in the loop of `selfindex.generate` and in
-    plain forward passes, as `model.generate` makes them.
+  - selfindex: SelfIndexCache with its defaults.
 """
 
 from __future__ import annotations
@@ -33,7 +32,6 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 import selfindex
 from selfindex.cli.models import load, quiet
 from selfindex.integrations.transformers.attention import NewKeys
-from selfindex.integrations.transformers.loop import DecodeLoop
 
 WARM_UP = 2
 
@@ -78,20 +76,18 @@ def ways(model: Any, length: int, dtype: torch.dtype, steps: int) -> dict[str, C
     """A decode step of every way, over `length` tokens."""
     config, ids = model.config, torch.zeros(1, 1, dtype=torch.long)
     heads, dim = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
-    ours = [selfindex.SelfIndexCache(model) for _ in range(2)]
+    ours = selfindex.SelfIndexCache(model)
     dynamic, grouped, rows = DynamicCache(config=config), [], []
     for i in range(config.num_hidden_layers):
         keys, values = torch.randn(2, 1, heads, length, dim).to(dtype)
         query = torch.randn(1, config.num_attention_heads, length, dim).to(dtype)
-        for cache in ours:
-            layer = cache.compressed_layers[i]
-            layer.lazy_initialization(keys, values)
-            layer.store.append(keys, values, query, None, dim**-0.5)
-            layer.columns = length
+        layer = ours.compressed_layers[i]
+        layer.lazy_initialization(keys, values)
+        layer.store.append(keys, values, query, None, dim**-0.5)
+        layer.columns = length
         dynamic.update(keys, values, i)
         grouped.append(InPlace(keys, values, rows=False))
         rows.append(InPlace(keys, values, rows=True))
-    loop = DecodeLoop(model, ours[0], steps)
 
     def forward(cache: Any) -> Callable[[], object]:
         return lambda: model(input_ids=ids, past_key_values=cache, use_cache=True).logits
@@ -100,8 +96,7 @@ def ways(model: Any, length: int, dtype: torch.dtype, steps: int) -> dict[str, C
         "transformers": forward(dynamic),
         "grouped": forward(Cache(layers=grouped)),
         "rows": forward(Cache(layers=rows)),
-        "generate": lambda: loop.step(ids[0]),
-        "forward": forward(ours[1]),
+        "selfindex": forward(ours),
     }
 
 
@@ -137,10 +132,8 @@ def main() -> None:
         for length in options.lengths:
             found = measure(model, length, DTYPES[name], options.steps)
             results.append({"dtype": name, "length": length, "ms": found})
-            times = ", ".join(
-                f"{way} {found[way]:.1f}" for way in ("transformers", "in place", "generate", "forward")
-            )
-            print(f"{name} {length}: {times} ms; {found['in place'] / found['generate']:.2f}x", flush=True)
+            times = ", ".join(f"{way} {found[way]:.1f}" for way in ("transformers", "in place", "selfindex"))
+            print(f"{name} {length}: {times} ms; {found['in place'] / found['selfindex']:.2f}x", flush=True)
             gc.collect()
     if options.output:
         result = {

@@ -9,8 +9,7 @@ reads every selected token from host memory) and offloaded (the default of `offl
 that were selected lately are on the GPU as well, in four selections of entries).
 
 Per budget: the attention operators of all layers in one graph, while queries drift from replay to
-replay (q <- keep q + sqrt(1 - keep^2) noise), and a step of the whole model (the loop behind
-`selfindex.generate`; its token is always the same, so that its queries only turn with the position).
+replay (q <- keep q + sqrt(1 - keep^2) noise), and a step of the whole model (its token is always the same, so that its queries only turn with the position).
 `misses` is the share of selected tokens that crossed the bus. evals/reuse.py measures it on a real
 model. Bytes are the 32-byte sectors that such a token touches.
 """
@@ -27,11 +26,10 @@ from typing import Any
 
 import torch
 from decode_attention import environment, graph_time
-from end_to_end import DTYPE, filled_cache, llama, time_steps
+from end_to_end import DTYPE, filled_cache, llama, steps_of, time_steps
 
 from selfindex.backends.cuda import recent
 from selfindex.backends.cuda.offloaded import prepared
-from selfindex.integrations.transformers.loop import DecodeLoop
 
 HEADS, GROUPS, DIM = 8, 4, 128
 TOKEN_BYTES = 3 * 32
@@ -107,14 +105,12 @@ def attention(cache: Any, budget: int, keep: float) -> dict[str, float | None]:
 def step(model: Any, cache: Any, budget: float | int, selected: int) -> dict[str, float | None]:
     """Milliseconds of a step of the whole model, and the share of misses."""
     cache.set_budget(budget)
-    loop = DecodeLoop(model, cache, 2 * STEPS + 3)
-    token = torch.zeros(1, dtype=torch.long, device="cuda")
+    run = steps_of(model, cache, 1)
     for _ in range(STEPS):
-        loop.step(token)
+        run()
     before = fetched(cache)
-    ms = time_steps(lambda: loop.step(token), STEPS)
+    ms = time_steps(run, STEPS)
     after, read = fetched(cache), (STEPS + 3) * len(cache.compressed_layers) * HEADS * selected
-    loop.close()
     return {"ms": ms, "misses": None if before is None or after is None else (after - before) / read}
 
 

@@ -1,7 +1,7 @@
 """Long streams: memory against the accounting, time per step against the tokens a step selects.
 
     python benchmarks/stream.py --output stream-cpu.json
-    python benchmarks/stream.py --device cuda --model smollm2 --graph --output stream-h100.json
+    python benchmarks/stream.py --device cuda --model smollm2 --output stream-h100.json
 
 Three scenarios: many tokens generated after a short prompt, a chat of ten turns, and a long prompt
 in pieces. "live" is what the tensors of the process take beyond those that were there before the
@@ -27,7 +27,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 import selfindex
 from selfindex.cli.models import load as load_named
 from selfindex.evaluation.environment import describe
-from selfindex.integrations.transformers.loop import DecodeLoop, ready
 from selfindex.integrations.transformers.models import cache_argument
 
 SLACK = 1 << 20
@@ -135,26 +134,6 @@ def generate(stream: Stream, prompt: int, steps: int, every: int) -> None:
             stream.row(f"step {i}", times[-every:])
 
 
-def generate_in_a_graph(stream: Stream, prompt: int, steps: int, every: int) -> None:
-    """The same with steps of fixed shape: a CUDA graph, which may not grow at all."""
-    stream.feed(stream.tokens(prompt))
-    while not ready(stream.cache):
-        stream.feed(stream.tokens(1))
-    loop = DecodeLoop(stream.model, stream.cache, steps)
-    token, times = stream.tokens(1)[0], []
-    for i in range(1, steps + 1):
-        start = time.perf_counter()
-        token = loop.step(token).argmax(-1)
-        int(token)
-        times.append(time.perf_counter() - start)
-        if i % every == 0:
-            loop.settle()
-            stream.row(f"step {i}", times[-every:], growing=False)
-    loop.close()
-    first, last = stream.rows[0]["live"], stream.rows[-1]["live"]
-    assert last - first <= SLACK, f"{last - first} bytes more after {steps} steps"
-
-
 def chat(stream: Stream, turns: int, said: int, answered: int) -> None:
     """Turns: a chunk of new tokens, then single steps."""
     for turn in range(1, turns + 1):
@@ -187,16 +166,13 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=3000, help="steps between two rows")
     parser.add_argument("--total", type=int, default=131_072, help="tokens of the long prompt")
     parser.add_argument("--piece", type=int, default=2048)
-    parser.add_argument("--graph", action="store_true", help="generate in steps of fixed shape as well")
-    parser.add_argument("--only", nargs="+", default=["generate", "graph", "chat", "prefill"])
+    parser.add_argument("--only", nargs="+", default=["generate", "chat", "prefill"])
     parser.add_argument("--output", type=Path, help="JSON file to write")
     args = parser.parse_args()
     model = load(args.model, args.device)
     # What libraries allocate at their first use (cuBLAS 32 MiB on Hopper) is no part of a cache.
     model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=args.device), use_cache=False)
     scenarios: dict[str, Any] = {"generate": lambda s: generate(s, 200, args.tokens, args.every)}
-    if args.graph:
-        scenarios["graph"] = lambda s: generate_in_a_graph(s, 200, args.tokens, args.every)
     scenarios["chat"] = lambda s: chat(s, 10, 300, 200)
     scenarios["prefill"] = lambda s: prefill(s, args.total, args.piece)
     found: dict[str, Any] = {}

@@ -11,7 +11,6 @@ import torch
 from tiny_models import forward, generate, make_model, prompt
 
 import selfindex
-from selfindex.integrations.transformers.loop import DecodeLoop
 
 TOKENS = 400
 
@@ -65,10 +64,9 @@ class Uses:
 
     def loop(self, **options):
         cache = self.cache(**options)
-        loop = DecodeLoop(self.model, cache, 80)
-        for token in prompt(40).to(self.device).unbind(1):
-            loop.step(token)
-        loop.close()
+        cache.replay.emulate = True
+        for _ in range(40):
+            self.say(cache, 1)
 
     def loop_of_an_offloaded_cache(self):
         self.loop(offloading=True)

@@ -43,6 +43,9 @@ class SelfIndexConfig:
         offloading: keep the payload plane (four fifths of the encoded bytes at head_dim 128) in pinned
             host memory, where the GPU reads what it selected; the index stays on the GPU. On a CPU
             everything is in host memory anyway, and the option changes no result. Needs Linux.
+        cuda_graphs: replay decode steps as CUDA graphs where the model allows it; on a CPU it changes nothing.
+        compile: run decode steps through torch.compile, for long generations: the first step takes a
+            minute or more, the others less than without. Rounding differs a little.
         allow_untested: accept a model family that is not in the tested list.
 
     Raises:
@@ -60,6 +63,8 @@ class SelfIndexConfig:
     sparse_queries: int = 8
     profile: str | Path | None = None
     offloading: bool = False
+    cuda_graphs: bool = True
+    compile: bool = False
     allow_untested: bool = False
 
     def __post_init__(self) -> None:
@@ -77,8 +82,9 @@ class SelfIndexConfig:
                 raise ConfigError(f"{name} must be an integer >= 0, got {value!r}")
         if not isinstance(self.page_size, int) or self.page_size < 8 or self.page_size % 8:
             raise ConfigError(f"page_size must be a positive multiple of 8, got {self.page_size!r}")
-        if not isinstance(self.offloading, bool):
-            raise ConfigError(f"offloading must be True or False, got {self.offloading!r}")
+        for name in ("offloading", "cuda_graphs", "compile"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if self.value_bits not in (2, 3):
             raise ConfigError(f"value_bits must be 2 or 3, got {self.value_bits!r}")
         if self.preset == "paper" and self.value_bits != 2:

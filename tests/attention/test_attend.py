@@ -8,7 +8,6 @@ from stores import fill, new_store, paper_config, random_tokens, small_config
 
 from selfindex.attention import attend as module
 from selfindex.attention.attend import attend
-from selfindex.attention.integers import StepIntegers
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 CONFIGS = {"balanced": small_config, "paper": paper_config}
@@ -64,7 +63,7 @@ def reversed_tokens(store, new):
 
 def sparse_with_everything(store, query, scaling):
     everything = [store.encoded(b) for b in range(store.batch)]
-    return module._sparse_part(store, query, everything, scaling, StepIntegers())
+    return module._sparse_part(store, query, everything, scaling)
 
 
 @pytest.mark.parametrize("preset", CONFIGS)

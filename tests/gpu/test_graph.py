@@ -1,13 +1,14 @@
-"""`selfindex.generate` on a GPU replays a graph and agrees with steps run one by one."""
+"""Forward passes of a few tokens replay a graph on a GPU, and agree with passes run by Python."""
 
 import gc
+import warnings
 
 import pytest
 import torch
-from tiny_models import VOCAB, forward, generate, make_model, prompt
+from tiny_models import VOCAB, cache_argument, forward, generate, make_model, prompt
 
 import selfindex
-from selfindex.integrations.transformers.loop import DecodeLoop
+from selfindex.integrations.transformers import graphs
 
 pytestmark = pytest.mark.gpu
 
@@ -23,78 +24,183 @@ def model_on_gpu(family="llama", dtype=torch.bfloat16):
     [(torch.float32, 1.0, 5e-3), (torch.float32, 200, 0.05), (torch.bfloat16, 200, 0.15)],
 )
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_steps_agree_with_single_steps(family, dtype, budget, tolerance):
-    model, ids = model_on_gpu(family, dtype), prompt(1500, batch=2).cuda()
-    options = {"budget": budget, "dense_below": 0}
-    single = selfindex.SelfIndexCache(model, **options)
-    forward(model, ids, single)
-    fixed = selfindex.SelfIndexCache(model, **options)
-    forward(model, ids, fixed)
-    loop = DecodeLoop(model, fixed, 300)
-    for i, tokens in enumerate(prompt(300, batch=2, seed=1).cuda().unbind(1)):
-        got = loop.step(tokens)
-        # A page is encoded twice on the way.
-        wanted = forward(model, tokens[:, None], single)[:, -1].float()
+@pytest.mark.parametrize("length", [1500, 20])
+def test_replayed_steps_agree_with_single_steps(family, length, dtype, budget, tolerance):
+    model, ids = model_on_gpu(family, dtype), prompt(length, batch=2).cuda()
+    caches = []
+    for cuda_graphs in (False, True):
+        caches.append(selfindex.SelfIndexCache(model, budget=budget, dense_below=0, cuda_graphs=cuda_graphs))
+        forward(model, ids, caches[-1])
+    single, replayed = caches
+    for i, tokens in enumerate(prompt(300, batch=2, seed=1).cuda().split(1, 1)):
+        wanted, got = (forward(model, tokens, cache).float() for cache in caches)
+        # Pages are encoded on the way.
         error = (got - wanted).norm() / wanted.norm()
         assert error < tolerance, (i, float(error))
-    loop.close()
-    a, b = (cache.compressed_layers[-1].store for cache in (single, fixed))
+    assert (single.replay.steps, replayed.replay.steps) == (0, 300)
+    a, b = (cache.compressed_layers[-1].store for cache in caches)
     assert a.raw.lengths == b.raw.lengths
     assert a.table.rows == b.table.rows
-    assert fixed.get_seq_length() == single.get_seq_length() == 1800
+    assert replayed.get_seq_length() == single.get_seq_length() == length + 300
 
 
-@pytest.mark.parametrize("compile", [False, True])
-def test_generate_equals_generate_of_the_model(compile):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_beams": 3},
+        {"do_sample": True, "temperature": 0.7, "num_return_sequences": 2},
+        {"prompt_lookup_num_tokens": 4},
+        {"eos_token_id": list(range(2, 12))},
+    ],
+)
+@pytest.mark.parametrize("preset", ["balanced", "paper"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_generation_gives_the_tokens_of_eager_steps(options, preset, padded):
+    model, ids = (
+        model_on_gpu(dtype=torch.float32),
+        prompt(400, batch=1 if "prompt_lookup_num_tokens" in options else 2),
+    )
+    mask = torch.ones_like(ids)
+    if padded and len(ids) > 1:
+        mask[0, :37] = 0
+    found = []
+    for cuda_graphs in (False, True):
+        cache = selfindex.SelfIndexCache(model, budget=1.0, preset=preset, cuda_graphs=cuda_graphs)
+        torch.manual_seed(1)
+        found.append(
+            generate(model, ids.cuda(), cache, attention_mask=mask.cuda(), max_new_tokens=60, **options)
+        )
+    assert torch.equal(*found)
+    assert cache.replay.steps > 5
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3_moe", "phi3", "smollm3", "olmo2"])
+def test_families(family):
+    model, ids = model_on_gpu(family, torch.float32), prompt(300, batch=2).cuda()
+    wanted = generate(model, ids, selfindex.SelfIndexCache(model, budget=1.0, cuda_graphs=False))
+    cache = selfindex.SelfIndexCache(model, budget=1.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(generate(model, ids, cache), wanted)
+    assert cache.replay.steps == 11
+
+
+def test_steps_between_other_passes():
     model, ids = model_on_gpu(dtype=torch.float32), prompt(700, batch=2).cuda()
-    options = {"budget": 1.0}
-    wanted = generate(model, ids, selfindex.SelfIndexCache(model, **options), max_new_tokens=150)
-    options |= {"eos_token_id": VOCAB, "pad_token_id": 0, "compile": compile}
-    got = selfindex.generate(model, ids, max_new_tokens=150, **options)
-    assert torch.equal(got, wanted)
+    caches = [selfindex.SelfIndexCache(model, budget=1.0, cuda_graphs=graphs) for graphs in (False, True)]
+    for cache in caches:
+        forward(model, ids, cache)
+
+    def both(what):
+        wanted, got = map(what, caches)
+        if wanted is not None:
+            torch.testing.assert_close(got, wanted, atol=2e-3, rtol=2e-3)
+
+    for new in (1, 1, 5, 30, 1, 200, 3, 1):
+        both(lambda cache, new=new: forward(model, prompt(new, 2, seed=new).cuda(), cache))
+        both(lambda cache: cache.crop(-1))
+        both(lambda cache: cache.reorder_cache(torch.tensor([1, 0], device="cuda")))
+    caches = [cache.fork() for cache in caches]
+    both(lambda cache: forward(model, prompt(1, 2).cuda(), cache))
+    both(lambda cache: cache.batch_repeat_interleave(2))
+    both(lambda cache: forward(model, prompt(1, 4).cuda(), cache))
+    both(lambda cache: cache.set_budget(50))
+    both(lambda cache: cache.reset())
+    both(lambda cache: forward(model, ids, cache))
+    both(lambda cache: forward(model, prompt(1, 2).cuda(), cache))
+    assert caches[1].replay.steps == 3
+
+
+def test_compiled_steps():
+    model, ids = model_on_gpu(dtype=torch.float32), prompt(700, batch=2).cuda()
+    wanted = generate(model, ids, selfindex.SelfIndexCache(model, budget=1.0), max_new_tokens=150)
+    cache = selfindex.SelfIndexCache(model, budget=1.0, compile=True)
+    assert torch.equal(generate(model, ids, cache, max_new_tokens=150), wanted)
+    assert cache.replay.steps == 149
+
+
+def test_a_model_that_cannot_be_recorded_says_so_and_runs():
+    model, ids = model_on_gpu(dtype=torch.float32), prompt(300).cuda()
+    wanted = generate(model, ids, selfindex.SelfIndexCache(model, budget=1.0, cuda_graphs=False))
+    layer = model.model.layers[0].mlp
+    run = layer.forward
+    layer.forward = lambda x: run(x) if bool((x == x).all()) else x  # waits for the GPU
+    cache = selfindex.SelfIndexCache(model, budget=1.0)
+    with pytest.warns(RuntimeWarning, match="recording a step of LlamaForCausalLM failed"):
+        assert torch.equal(generate(model, ids, cache), wanted)
+    assert cache.replay.steps == 0
+    del layer.forward
+    cache = selfindex.SelfIndexCache(model, budget=1.0)
+    assert torch.equal(generate(model, ids, cache), wanted)
+    assert cache.replay.steps == 11
+
+
+def test_hooks_adapters_and_new_weights_are_noticed():
+    model, ids = model_on_gpu(dtype=torch.float32), prompt(300).cuda()
+    cache, step = selfindex.SelfIndexCache(model, budget=1.0), prompt(1).cuda()
+    forward(model, ids, cache)
+    forward(model, step, cache)
+    assert cache.replay.steps == 1
+    called = []
+    handle = model.model.layers[0].register_forward_hook(lambda *_: called.append(1))
+    forward(model, step, cache)
+    assert called
+    handle.remove()
+    with torch.no_grad():
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight * 0)
+    assert not forward(model, step, cache).any()
 
 
 def test_memory_does_not_grow_over_many_steps():
     model, ids = model_on_gpu(), prompt(400).cuda()
     cache = selfindex.SelfIndexCache(model, budget=64, dense_below=0)
     forward(model, ids, cache)
-    loop = DecodeLoop(model, cache, 20_000)
-    token, seen = ids[:, 0], []
-    for i in range(20_000):
-        loop.step(token)
-        if i in (1000, 19_990):
-            gc.collect()
-            torch.cuda.synchronize()
-            seen.append(torch.cuda.memory_allocated())
-    assert torch.isfinite(loop.logits).all()
-    assert seen[1] <= seen[0] + (1 << 20)
+    argument, token, seen = cache_argument(model), ids[:, :1], []
+    with torch.no_grad():
+        for i in range(20_000):
+            logits = model(input_ids=token, **{argument: cache}).logits
+            if i in (1000, 19_990):
+                cache.crop(1500 - cache.get_seq_length()) if i > 1000 else None
+                gc.collect()
+                torch.cuda.synchronize()
+                seen.append(torch.cuda.memory_allocated())
+    assert torch.isfinite(logits).all()
+    # Pages of 19,000 tokens, and what their pool and tables have to spare.
+    pages = cache.compressed_layers[0].store.pool.capacity * sum(
+        layer.store.format.index_bytes + layer.store.format.payload_bytes for layer in cache.compressed_layers
+    )
+    assert seen[1] <= seen[0] + 2 * pages + (1 << 20)
 
 
 def test_a_graph_among_the_garbage_does_not_end_a_capture(monkeypatch):
     model, ids = model_on_gpu(), prompt(400).cuda()
-    options = {"max_new_tokens": 4, "eos_token_id": VOCAB, "pad_token_id": 0}
-    wanted = selfindex.generate(model, ids, **options)
+    wanted = selfindex.generate(model, ids, max_new_tokens=4, eos_token_id=VOCAB, pad_token_id=0)
     cache = selfindex.SelfIndexCache(model)
     forward(model, ids, cache)
-    loop = DecodeLoop(model, cache, 4)
-    loop.step(ids[:, -1])
-    graphs, run = [loop._graph], DecodeLoop._forward
-    loop._graph = None
+    forward(model, ids[:, -1:], cache)
+    [recording] = cache.replay._recordings.values()
+    garbage, recording.graph = [recording.graph], None
+    run = graphs.Recorder.record
 
-    def littering(self):
-        if graphs and torch.cuda.is_current_stream_capturing():
-            cycle = [graphs.pop()]
-            cycle.append(cycle)
-            del cycle
-            _ = [[] for _ in range(10_000)]  # enough for the collector to look
-        run(self)
+    def littering(self, step):
+        def littered():
+            if garbage and torch.cuda.is_current_stream_capturing():
+                cycle = [garbage.pop()]
+                cycle.append(cycle)
+                del cycle
+                _ = [[] for _ in range(10_000)]  # enough for the collector to look
+            step()
 
-    monkeypatch.setattr(DecodeLoop, "_forward", littering)
-    assert torch.equal(selfindex.generate(model, ids, **options), wanted)
-    assert not graphs
+        return run(self, littered)
+
+    monkeypatch.setattr(graphs.Recorder, "record", littering)
+    got = selfindex.generate(model, ids, max_new_tokens=4, eos_token_id=VOCAB, pad_token_id=0)
+    assert torch.equal(got, wanted)
+    assert not garbage
 
 
-def test_memory_does_not_grow_from_loop_to_loop():
+def test_memory_does_not_grow_from_cache_to_cache():
     model, ids = model_on_gpu(), prompt(400).cuda()
     seen = []
     for _ in range(6):
@@ -105,20 +211,18 @@ def test_memory_does_not_grow_from_loop_to_loop():
     assert seen[-1] <= seen[1] + (1 << 20)
 
 
-def test_loops_side_by_side_have_streams_of_their_own():
+def test_caches_side_by_side_have_streams_of_their_own():
     model, ids = model_on_gpu(), prompt(400).cuda()
-    loops = []
+    caches = []
     for _ in range(3):
-        cache = selfindex.SelfIndexCache(model)
-        forward(model, ids, cache)
-        loops.append(DecodeLoop(model, cache, 4))
-        loops[-1].step(ids[:, -1])
-    streams = [loop._stream for loop in loops]
+        caches.append(selfindex.SelfIndexCache(model))
+        forward(model, ids, caches[-1])
+        forward(model, ids[:, -1:], caches[-1])
+    streams = [cache.replay._recorder._stream for cache in caches]
     assert len(set(map(id, streams))) == 3
-    for loop in loops:
-        loop.close()
-    cache = selfindex.SelfIndexCache(model)
-    forward(model, ids, cache)
-    again = DecodeLoop(model, cache, 4)
-    again.step(ids[:, -1])
-    assert again._stream is streams[-1]
+    del caches, cache
+    gc.collect()
+    again = selfindex.SelfIndexCache(model)
+    forward(model, ids, again)
+    forward(model, ids[:, -1:], again)
+    assert any(again.replay._recorder._stream is stream for stream in streams)

@@ -15,7 +15,6 @@ from selfindex.attention.attend import attend
 from selfindex.backends import ops
 from selfindex.backends.cuda import recent
 from selfindex.backends.cuda.offloaded import prepared
-from selfindex.integrations.transformers.loop import DecodeLoop
 from selfindex.store import LayerStore, host
 from selfindex.store.host import HostRows
 
@@ -259,18 +258,16 @@ def test_steps_of_the_graph_fetch_little():
     caches = both(model)
     for cache in caches:
         forward(model, ids, cache)
-    loops = [DecodeLoop(model, cache, 300) for cache in caches]
     graphs = set()
-    for i, new in enumerate(prompt(300, batch=2, seed=1).cuda().unbind(1)):
-        wanted, got = (loop.step(new) for loop in loops)
+    for i, new in enumerate(prompt(300, batch=2, seed=1).cuda().split(1, 1)):
+        wanted, got = (forward(model, new, cache) for cache in caches)
         assert torch.equal(got, wanted), i
-        graphs.add(loops[1]._graph)
+        graphs |= {id(recording.graph) for recording in caches[1].replay._recordings.values()}
+    assert caches[1].replay.steps == 300
     assert len(graphs) == 1, "pages were encoded on the way, and the graph stayed valid"
     for layer in caches[1].compressed_layers:
         assert 0 < layer.store.pool.recent.fetched < 0.9 * 300 * 2 * 2 * 200
         assert layer.store.memory().recent > 2 * 2 * 200 * 64
-    for loop in loops:
-        loop.close()
     for more in (1, 30):
         wanted, got = (forward(model, prompt(more, 2).cuda(), cache) for cache in caches)
         assert torch.equal(got, wanted)
@@ -282,16 +279,15 @@ def test_a_fork_that_selects_more_does_not_mislead_the_graph_of_another():
     for cache in caches:
         forward(model, ids, cache)
     forks = [cache.fork() for cache in caches]
-    loops = [DecodeLoop(model, cache, 20) for cache in caches]
-    for i, new in enumerate(prompt(20, seed=1).cuda().unbind(1)):
-        wanted, got = (loop.step(new) for loop in loops)
+    for i, new in enumerate(prompt(20, seed=1).cuda().split(1, 1)):
+        wanted, got = (forward(model, new, cache) for cache in caches)
         assert torch.equal(got, wanted), i
         if i == 9:
             # Needs more room for recent tokens, which the forks share.
             before = caches[1].compressed_layers[0].store.pool.recent.address
             for fork in forks:
                 fork.set_budget(900)
-            wanted, got = (forward(model, new[:, None], fork) for fork in forks)
+            wanted, got = (forward(model, new, fork) for fork in forks)
             assert torch.equal(got, wanted)
             assert caches[1].compressed_layers[0].store.pool.recent.address != before
 

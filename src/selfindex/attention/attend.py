@@ -7,8 +7,11 @@ from torch import Tensor
 
 from ..backends import ops
 from ..store import LayerStore
-from .integers import StepIntegers
 from .partial import attend_raw, join_parts, merge_parts
+from .step import StepPlans, attend_step, budgets_of
+
+MOST_STEP_TOKENS = 8
+"""New tokens a row that a decode step takes one behind the other; more are a chunk."""
 
 STAGED_PAGES = 1024
 """Offloaded pages on the device at a time when many queries attend to all of them."""
@@ -22,56 +25,43 @@ def attend(
     valid: Tensor | None,
     scaling: float,
     sink_logit: Tensor | None = None,
-    integers: StepIntegers | None = None,
+    plans: StepPlans | None = None,
 ) -> tuple[Tensor, list[int]]:
-    """Attend to stored tokens and, causally, to the new ones. Changes nothing in the store.
+    """Attend to stored tokens and, causally, to the new ones.
+
+    Changes nothing that the store counts as held; a short step writes the new tokens behind it, see
+    `is_step`.
 
     Args:
         query: [B, Hq, T, d]; keys, values: [B, H, T, d], the new tokens, post-RoPE.
         valid: bool [B, T], False for padding; None if there is none.
         scaling: factor on q.k.
         sink_logit: [Hq], see `merge_parts`.
-        integers: shared by the layers of a forward pass.
+        plans: shared by the layers of a forward pass.
     Returns:
         (output [B, Hq, T, d] in the query's dtype, encoded tokens read per row).
     """
-    integers = integers or StepIntegers()
     encoded = [store.encoded(b) for b in range(store.batch)]
+    if is_step(store, query, valid):
+        store.reserve(0, store.raw.width + query.shape[2])
+        plan = (plans or StepPlans())(store, query.shape[2])
+        output = attend_step(store, query, keys, values, plan, scaling, sink_logit).transpose(1, 2)
+        return output, encoded if plan.everything else budgets_of(store, query.shape[2])
+    raw = _raw_part(store, query, keys, values, valid, scaling)
     if not any(encoded):
-        raw = _raw_part(store, query, keys, values, valid, scaling)
         return merge_parts([raw], sink_logit).to(query.dtype), encoded
-    budgets = [store.config.budget_tokens(store.length(b) + query.shape[2], n) for b, n in enumerate(encoded)]
+    budgets = budgets_of(store, query.shape[2])
     if query.shape[2] > store.config.sparse_queries or budgets == encoded:
         part, read = _dense_part(store, query, scaling), encoded
     else:
-        part, read = _sparse_part(store, query, budgets, scaling, integers), budgets
-    if query.shape[2] == 1 and valid is None:
-        return _finish_step(store, query, keys, values, part, scaling, sink_logit, integers), read
-    raw = _raw_part(store, query, keys, values, valid, scaling)
+        part, read = _sparse_part(store, query, budgets, scaling), budgets
     return merge_parts([part, raw], sink_logit).to(query.dtype), read
 
 
-def _finish_step(
-    store: LayerStore,
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    part: tuple[Tensor, Tensor],
-    scaling: float,
-    sink_logit: Tensor | None,
-    integers: StepIntegers,
-) -> Tensor:
-    """The full-precision part of one new token a row, in one operator: many small ones cost more.
-
-    Writes the new token where `append` will put it, behind the tokens that are held.
-    """
-    if store.raw.width == store.raw.capacity:
-        store.reserve(0, store.raw.width + 1)
-    lengths = integers(store.raw.lengths, query.device)
-    output = ops.window_attend(
-        query, keys, values, store.raw.keys, store.raw.values, lengths, *part, sink_logit, scaling
-    )
-    return output.transpose(1, 2)
+def is_step(store: LayerStore, query: Tensor, valid: Tensor | None) -> bool:
+    """Whether new tokens are taken by `attend_step`: few of them, in all rows, behind encoded ones."""
+    few = query.shape[2] <= min(MOST_STEP_TOKENS, max(1, store.config.sparse_queries))
+    return few and valid is None and any(row.blocks for row in store.table.rows)
 
 
 def _raw_part(
@@ -120,19 +110,10 @@ def _attend_to_all(
 
 
 def _sparse_part(
-    store: LayerStore, query: Tensor, budgets: list[int], scaling: float, integers: StepIntegers
+    store: LayerStore, query: Tensor, budgets: list[int], scaling: float
 ) -> tuple[Tensor, Tensor]:
     assert store.constants is not None  # there are pages
     table, counts = store.table.tensors()
-    return ops.sparse_decode(
-        query,
-        store.pool.index,
-        store.pool.payload,
-        table,
-        counts,
-        integers(budgets, query.device),
-        max(budgets),
-        store.constants,
-        scaling,
-        store.format.name,
-    )
+    wanted = torch.tensor(budgets, dtype=torch.int32, device=query.device)
+    pools = query, store.pool.index, store.pool.payload, table, counts
+    return ops.sparse_decode(*pools, wanted, max(budgets), store.constants, scaling, store.format.name)

@@ -109,10 +109,8 @@ class LayerStore:
             InputError: a key or value to be encoded is not finite.
         """
         config, statistics = self.config, self.statistics
-        if self.constants is None and config.preset == "balanced":
-            statistics = self._observe(statistics, query, valid)
-        limit = config.sinks + config.recent + config.page_size
-        if keys.shape[2] == 1 and valid is None and self.raw.width < limit - 1:
+        statistics = self._observe(statistics, query, valid)
+        if keys.shape[2] == 1 and valid is None and self.raw.width + 1 < self.window_limit:
             self.raw.reserve(self.raw.width + 1)
             return Change(statistics, step=(keys, values))
         rows = []
@@ -138,6 +136,8 @@ class LayerStore:
             self.raw.put(rows, start, keys, values)
         if change.step is not None:
             self.raw.append_step(*change.step)
+        if change.advanced:
+            self.raw.lengths = [n + change.advanced for n in self.raw.lengths]
         if change.statistics is not None:
             self.statistics = change.statistics
 
@@ -147,28 +147,35 @@ class LayerStore:
         self.pool.reserve(pages)
         self.raw.reserve(raw_tokens)
 
+    @property
+    def window_limit(self) -> int:
+        """Full-precision tokens of a row at which a page of them is encoded."""
+        return self.config.sinks + self.config.recent + self.config.page_size
+
     @_outside_inference_mode
-    def plan_overflow(self) -> Change:
-        """Work out how to encode what no longer fits the recent window, after tokens were put into `raw`.
+    def plan_step(self, new: int) -> Change:
+        """Work out how to take over `new` tokens a row that a decode step has written behind those held.
 
         Raises:
             InputError: as `plan`.
         """
-        equal = len(set(self.raw.lengths)) == 1
-        if equal and self.config.preset == "balanced" and self.constants is not None:
-            return self._plan_overflow_of_equal_rows()
+        if self.raw.width + new < self.window_limit:
+            return Change(advanced=new)
+        if (
+            len(set(self.raw.lengths)) == 1
+            and self.config.preset == "balanced"
+            and self.constants is not None
+        ):
+            return self._plan_equal_rows(new)
         none = self.raw.keys[0, :, :0]
-        return self._encode_rows(
-            [self._plan_window(b, none, none) for b in range(self.batch)], self.statistics
-        )
+        rows = [self._plan_window(b, none, none, new) for b in range(self.batch)]
+        return self._encode_rows(rows, self.statistics)
 
-    def _plan_overflow_of_equal_rows(self) -> Change:
+    def _plan_equal_rows(self, new: int) -> Change:
         """All rows at once: what `_plan_window` and `_encode_rows` do one by one."""
-        config, raw, held = self.config, self.raw, self.raw.lengths[0]
+        config, raw, held = self.config, self.raw, self.raw.lengths[0] + new
         first, pages = config.sinks, max(0, held - config.sinks - config.recent) // config.page_size
         last = first + pages * config.page_size
-        if pages == 0:
-            return Change()
         keys, values = (
             x[:, :, first:last].unflatten(2, (pages, -1)).transpose(1, 2).flatten(0, 1)
             for x in (raw.keys, raw.values)
@@ -197,9 +204,12 @@ class LayerStore:
         raw = tuple((slice(b, b + 1), 0, row.keep[0], row.keep[1]) for b, row in enumerate(rows))
         return Change(statistics, tuple(pages), raw)
 
-    def _plan_window(self, row: int, new_k: Tensor, new_v: Tensor) -> RowChange:
-        """Whole pages leave the front of the window, right behind the sinks."""
-        config, held = self.config, self.raw.lengths[row]
+    def _plan_window(self, row: int, new_k: Tensor, new_v: Tensor, written: int = 0) -> RowChange:
+        """Whole pages leave the front of the window, right behind the sinks.
+
+        `written` tokens behind those of the row belong to it, before the new ones.
+        """
+        config, held = self.config, self.raw.lengths[row] + written
         k = torch.cat((self.raw.keys[row, :, :held], new_k), 1)
         v = torch.cat((self.raw.values[row, :, :held], new_v), 1)
         beyond = max(0, k.shape[1] - config.sinks - config.recent)
@@ -263,21 +273,32 @@ class LayerStore:
                 "dtype (fp16 overflows in some models; use bf16) and its inputs"
             )
 
+    @property
+    def unobserved(self) -> int:
+        """Tokens whose queries will still count for the balance, which the first page fixes."""
+        if self.constants is not None or self.config.preset != "balanced":
+            return 0
+        room = self.config.sinks + self.config.page_size
+        return max(0, room - max(map(self.length, range(self.batch))))
+
     def _observe(self, now: Statistics, query: Tensor, valid: Tensor | None) -> Statistics:
         """Sum squares of the queries of the first page, which fix the balance with its keys."""
-        room = self.config.sinks + self.config.page_size - max(map(self.length, range(self.batch)))
-        if room <= 0:
+        room = self.unobserved
+        if not room:
             return now
-        square = query.float().square().unflatten(1, (self.format.kv_heads, -1)).mean(2)  # [B, H, T, d]
         if valid is None:
-            square = square[:, :, :room]
+            square = self.square(query[:, :, :room])
             seen = square.shape[0] * square.shape[2]
         else:
             near = valid & (valid.cumsum(1) <= room)
-            square = square * near[:, None, :, None]
+            square = self.square(query) * near[:, None, :, None]
             seen = int(near.sum())
         total = now.query_square + square.sum((0, 2))
         return replace(now, query_square=total, queries_seen=now.queries_seen + seen)
+
+    def square(self, query: Tensor) -> Tensor:
+        """Squares of queries [B, Hq, T, d], mean over the query heads of a KV head: float32 [B, H, T, d]."""
+        return query.float().square().unflatten(1, (self.format.kv_heads, -1)).mean(2)
 
     def check_crop(self, lengths: list[int]) -> None:
         """Raise StateError where `crop` to these lengths is impossible; change nothing."""
@@ -331,7 +352,7 @@ class LayerStore:
         """Bytes this layer holds; pages that it shares with forks count in each of them."""
         pool, raw = self.pool, self.raw
         token = 2 * raw.keys.shape[1] * raw.keys.shape[3] * raw.keys.element_size()
-        tables = sum(t.nbytes for t in self.table.tensors())
+        tables = sum(t.nbytes for t in self.table.padded())
         constants = 0 if self.constants is None else self.constants.nbytes
         pages, free = len({b for row in self.table.rows for b in row.blocks}), pool.capacity - pool.used
         index, payload = pages * pool.index.shape[1], pages * pool.payload.shape[1]

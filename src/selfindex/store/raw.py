@@ -69,7 +69,13 @@ class RawTokens:
 
     def select(self, rows: Tensor) -> None:
         """Make row i a copy of old row rows[i]."""
-        self.keys, self.values = self.keys[rows], self.values[rows]
+        keys, values = self.keys[rows], self.values[rows]
+        if len(rows) == len(self.lengths):
+            # In their place, where a captured CUDA graph reads them.
+            self.keys.copy_(keys)
+            self.values.copy_(values)
+        else:
+            self.keys, self.values = keys, values
         self.lengths = [self.lengths[i] for i in rows.tolist()]
 
     def held(self) -> tuple[Tensor, Tensor, Tensor | None]:

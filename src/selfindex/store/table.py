@@ -26,15 +26,24 @@ class Row:
         return sum(self.counts)
 
 
+SPARE_PAGES, SPARE_SHARE = 8, 8
+"""Columns a table has beyond its longest row: this many, or this share of them, whichever is more."""
+
+
 class BlockTable:
-    """Block table of a batch: one `Row` per sequence, mirrored in device tensors."""
+    """Block table of a batch: one `Row` per sequence, mirrored in device tensors.
+
+    The tensors keep their place while rows change, as long as rows fit: a captured CUDA graph reads them.
+    """
 
     def __init__(self, batch: int, pool: BlockPool) -> None:
         self.pool = pool
         self.rows = [Row() for _ in range(batch)]
-        self._tensors: tuple[Tensor, Tensor] | None = None
+        self._mirror: tuple[Tensor, Tensor] | None = None
+        self._stale = False
+        """Whether `_mirror` has to be filled again from all rows."""
         self._added: list[tuple[int, int, int, int]] = []
-        """Row, place in the row, block and count of pages that are not in `_tensors` yet."""
+        """Row, place in the row, block and count of pages that are not in `_mirror` yet."""
 
     def __del__(self) -> None:
         # Forks of a cache share the pool, which then lives longer than this table.
@@ -63,7 +72,7 @@ class BlockTable:
         place = len(self.rows[row].blocks)
         self.rows[row].blocks += blocks
         self.rows[row].counts += counts
-        if self._tensors is not None:
+        if self._mirror is not None:
             pages = zip(range(place, place + len(blocks)), blocks, counts, strict=True)
             self._added += [(row, *page) for page in pages]
 
@@ -83,7 +92,7 @@ class BlockTable:
                 self.pool.release(gone)
                 break
             kept += count
-        self._tensors = None
+        self._stale = True
 
     def select(self, rows: list[int]) -> None:
         """Make row i a copy of old row rows[i]; blocks are shared, not copied."""
@@ -94,28 +103,43 @@ class BlockTable:
         self.rows = new
         for row in old:
             self.pool.release(row.blocks)
-        self._tensors = None
+        if self._mirror is not None and len(rows) == len(old) and not (self._stale or self._added):
+            at = torch.tensor(rows, device=self.pool.index.device)
+            for plane in self._mirror:
+                plane.copy_(plane[at])
+        else:
+            self._stale = True
 
     def tensors(self) -> tuple[Tensor, Tensor]:
         """(block_table, page_counts), int32 [B, M]; missing pages are block 0 with count 0."""
-        if self._tensors is None:
-            blocks, counts = [row.blocks for row in self.rows], [row.counts for row in self.rows]
-            self._tensors = (self._tensor(blocks), self._tensor(counts))
-        elif self._added:
-            self._tensors = self._extended(self._tensors)
-        self._added = []
-        return self._tensors
+        table, counts = self.padded()
+        return table[:, : self.pages], counts[:, : self.pages]
 
-    def _extended(self, old: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """`old` with the pages of `_added`: a long batch gets a page a row, and is not listed anew."""
-        added = torch.tensor(self._added, dtype=torch.long).T.to(old[0].device)
-        new = []
-        for before, values in zip(old, added[2:].int(), strict=True):
-            after = before.new_zeros(len(self.rows), self.pages)
-            after[:, : before.shape[1]] = before
-            after[added[0], added[1]] = values
-            new.append(after)
-        return new[0], new[1]
+    def padded(self) -> tuple[Tensor, Tensor]:
+        """`tensors` with columns to spare: contiguous, and in their place until a row outgrows them."""
+        if (
+            self._mirror is None
+            or self._mirror[0].shape[1] < self.pages
+            or len(self._mirror[0]) != len(self.rows)
+        ):
+            columns = self.pages + max(SPARE_PAGES, self.pages // SPARE_SHARE)
+            with torch.inference_mode(False):  # written to in any mode
+                empty = torch.zeros(
+                    2, len(self.rows), columns, dtype=torch.int32, device=self.pool.index.device
+                )
+            self._mirror, self._stale = (empty[0], empty[1]), True
+        if self._stale:
+            blocks, counts = [row.blocks for row in self.rows], [row.counts for row in self.rows]
+            for plane, lists in zip(self._mirror, (blocks, counts), strict=True):
+                plane.zero_()
+                plane[:, : self.pages] = self._tensor(lists)
+        elif self._added:
+            # A long batch gets a page a row, and is not listed anew.
+            added = torch.tensor(self._added, dtype=torch.long).T.to(self._mirror[0].device)
+            for plane, values in zip(self._mirror, added[2:].int(), strict=True):
+                plane[added[0], added[1]] = values
+        self._stale, self._added = False, []
+        return self._mirror
 
     def stage(self, first: int, last: int) -> tuple[Tensor, Tensor, Tensor]:
         """Copy pages `first` to `last` of every row into small pools of their own on the device.

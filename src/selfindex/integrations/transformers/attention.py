@@ -14,6 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ...errors import InputError, StateError, UnsupportedModelError
 from .masks import compact_mask, expand_mask
+from .prepared import replace_methods
 
 NAMES = {
     "sdpa": "selfindex",
@@ -146,4 +147,10 @@ def prepare(model: PreTrainedModel) -> Callable[[], None]:
         raise UnsupportedModelError(
             f"{type(model).__name__} does not let its attention implementation be replaced"
         )
-    return lambda: model.set_attn_implementation(before)
+    put_back = replace_methods(model)
+
+    def restore() -> None:
+        put_back()
+        model.set_attn_implementation(before)
+
+    return restore

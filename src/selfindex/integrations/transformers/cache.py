@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from ...attention.integers import StepIntegers
+from ...attention.step import StepPlans
 from ...codec import BalanceProfile
 from ...config import SelfIndexConfig, check_budget
 from ...errors import InputError, StateError
@@ -23,6 +23,7 @@ from .guard import Guard, check_sliding_crop
 from .layer import SelfIndexLayer
 from .masks import new_columns
 from .models import plan_layers
+from .replay import Replay
 from .saving import load, read_options, save
 
 
@@ -70,7 +71,8 @@ class SelfIndexCache(Cache):
         self._step: Tensor | None = None
         self._next_columns: Tensor | None = None
         self.guard = Guard()
-        self.integers = StepIntegers()
+        self.plans = StepPlans()
+        self.replay = Replay()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SelfIndexCache:
         """Copy what is stored, for a continuation that shares nothing; the model stays the same."""
@@ -96,6 +98,7 @@ class SelfIndexCache(Cache):
             new = type(self).__new__(type(self))
             guard = self.guard.of_fork(self.config.offloading) if share else Guard()
             memo |= {id(self): new, id(self._modules): self._modules, id(self.guard): guard}
+            memo |= {id(self.plans): StepPlans(), id(self.replay): Replay()}
             for layer in self._compressed:
                 memo |= {id(layer._cache): weakref.proxy(new), id(layer._pending): None}
                 if layer.store is not None:
@@ -129,7 +132,7 @@ class SelfIndexCache(Cache):
     def step_columns(self, layer: SelfIndexLayer, mask: Tensor | None, new: int) -> Tensor | None:
         """Which new columns hold tokens, bool [B, T] or None for all; read once per forward pass."""
         if layer is self._compressed[0] and layer.store is not None:
-            self.integers.begin()
+            self.plans.begin()
             batch, past, device = layer.store.batch, layer.columns, layer.store.raw.keys.device
             self._step, self._next_columns = new_columns(mask, self.columns, past, new, batch), None
             if self._step is not None or self.columns is not None:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin
 
-from ...attention.attend import attend
+from ...attention.attend import attend, is_step
+from ...attention.step import FixedPlan, attend_step
 from ...errors import StateError
 from ...store import LayerStore
+from ...store.change import Change
 from .attention import NewKeys
 from .guard import check_order
 from .inputs import check_new_tokens, check_query
@@ -53,6 +55,8 @@ class SelfIndexLayer(CacheLayerMixin):
             InputError: wrong shape, dtype, device, batch size, or content.
             StateError: layers were called out of order.
         """
+        if self._cache.plans.fixed is not None:
+            return NewKeys(self, key_states, value_states), value_states
         with self._cache.guard.use():
             held = self.store.raw.keys if self.store is not None and self.columns else None
             check_new_tokens(key_states, value_states, held, self.layer_idx)
@@ -76,6 +80,8 @@ class SelfIndexLayer(CacheLayerMixin):
     ) -> Tensor:
         """Attend, then store the new tokens. Returns [B, T, Hq, d]; see `attention_forward`."""
         cache = self._cache
+        if cache.plans.fixed is not None:
+            return self._attend_fixed(query, new, scaling, sink_logit)
         cache.check_module(module)
         with cache.guard.use():
             if new is not self._pending or self.store is None:
@@ -95,12 +101,23 @@ class SelfIndexLayer(CacheLayerMixin):
                 held_k, held_v, _ = store.raw.held()
                 output = dense(query, torch.cat((held_k, keys), 2), torch.cat((held_v, values), 2), mask)[0]
             else:
+                step = is_step(store, query, valid)
                 output, self.read = attend(
-                    store, query, keys, values, valid, scaling, sink_logit, cache.integers
+                    store, query, keys, values, valid, scaling, sink_logit, cache.plans
                 )
                 output = output.transpose(1, 2).contiguous()
+                if step:
+                    self.take(store.plan_step(keys.shape[2]), keys.shape[2])
+                    return output
             self.commit(query, keys, values, valid, scaling)
             return output
+
+    def _attend_fixed(self, query: Tensor, new: NewKeys, scaling: float, sink_logit: Tensor | None) -> Tensor:
+        """`attend` in a step of fixed shape, which touches the device only: see `replay`."""
+        store, plan = cast(LayerStore, self.store), cast(FixedPlan, self._cache.plans.fixed)
+        if store.unobserved:
+            store.statistics.query_square.add_(store.square(query).sum((0, 2)))
+        return attend_step(store, query, new.new_keys, new.new_values, plan, scaling, sink_logit)
 
     def commit(
         self, query: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None, scaling: float
@@ -109,19 +126,24 @@ class SelfIndexLayer(CacheLayerMixin):
         if self.store is None:
             self.lazy_initialization(keys, values)
         assert self.store is not None
-        change = self.store.plan(keys, values, query, valid, scaling)
+        self.take(self.store.plan(keys, values, query, valid, scaling), keys.shape[2])
+
+    def take(self, change: Change, new: int) -> None:
+        """Store what was worked out for `new` columns."""
+        assert self.store is not None
         with self._cache.guard.change():
             self.store.commit(change)
-            self.columns += keys.shape[2]
+            self.columns += new
             self._cache.keep_columns(self)
         self._pending = None
 
     def get_seq_length(self) -> int:
         """Columns seen so far, padding included, as transformers counts."""
-        return self.columns
+        fixed = self._cache.plans.fixed
+        return self.columns if fixed is None else fixed.columns
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.columns + query_length, 0
+        return self.get_seq_length() + query_length, 0
 
     def get_max_length(self) -> int:
         return -1

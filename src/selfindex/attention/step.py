@@ -1,0 +1,154 @@
+"""A decode step: a few new tokens a row attend to all that a layer holds, and are stored.
+
+Planned once for all layers, on the host; then run layer by layer, by Python or by a CUDA graph that
+recorded it. What a step touches on the device has a fixed place and shape: lengths and budgets are
+tensors, the full-precision window has room for the new tokens, block tables have columns to spare.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..backends import ops
+from ..config import SelfIndexConfig
+from ..store import LayerStore
+
+
+@dataclass
+class StepPlan:
+    """What all layers of a step have in common.
+
+    Attributes:
+        lengths: int32 [T, B], full-precision tokens a row holds before each of its T new tokens.
+        budgets: int32 [B], encoded tokens a row reads.
+        width: most that a budget can be.
+        everything: rows read all encoded tokens, which needs no selection.
+    """
+
+    lengths: Tensor
+    budgets: Tensor
+    width: int
+    everything: bool
+    _nothing: dict[torch.Size, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def nothing(self, query: Tensor) -> tuple[Tensor, Tensor]:
+        """Attention over no tokens at all, for rows that have nothing encoded yet."""
+        if query.shape not in self._nothing:
+            output = torch.zeros_like(query, dtype=torch.float32, memory_format=torch.contiguous_format)
+            self._nothing[query.shape] = output, output.new_full(query.shape[:3], -torch.inf)
+        return self._nothing[query.shape]
+
+
+def budgets_of(store: LayerStore, new: int) -> list[int]:
+    """Encoded tokens that every row reads in a step of `new` tokens."""
+    config = store.config
+    return [config.budget_tokens(store.length(b) + new, store.encoded(b)) for b in range(store.batch)]
+
+
+def most_of_a_budget(config: SelfIndexConfig, pages: int) -> int:
+    """Most encoded tokens that a row of up to `pages` pages reads."""
+    room = pages * config.page_size
+    longest = room + config.sinks + config.recent + config.page_size
+    return max(1, config.budget_tokens(longest, room), min(config.dense_below, room))
+
+
+class StepPlans:
+    """Makes the plans of a forward pass: layers that hold the same, as a rule all of them, share one.
+
+    Each costs copies to the device, which wait for the work before them.
+
+    Attributes:
+        fixed: a plan that every layer gets, whatever it holds; see `FixedPlan`.
+    """
+
+    def __init__(self) -> None:
+        self.fixed: FixedPlan | None = None
+        self._known: dict[tuple[object, ...], StepPlan] = {}
+
+    def begin(self) -> None:
+        """A forward pass begins: forget those of the last one."""
+        self._known.clear()
+
+    def __call__(self, store: LayerStore, new: int) -> StepPlan:
+        """The plan of a step of `new` tokens in a layer; its tensors are not to be written to."""
+        if self.fixed is not None:
+            return self.fixed
+        budgets, device = budgets_of(store, new), store.raw.keys.device
+        encoded = [store.encoded(b) for b in range(store.batch)]
+        everything = new > store.config.sparse_queries or budgets == encoded
+        key = device, new, everything, tuple(budgets), tuple(store.raw.lengths)
+        if key not in self._known:
+            numbers = [*([n + t for n in store.raw.lengths] for t in range(new)), budgets]
+            with torch.inference_mode(False):  # a copy of the cache is usable in any mode
+                rows = torch.tensor(numbers, dtype=torch.int32, device=device)
+            self._known[key] = StepPlan(rows[:-1], rows[-1], max(1, *budgets), everything)
+        return self._known[key]
+
+
+class FixedPlan(StepPlan):
+    """A plan whose tensors and sizes stay as they are from step to step, for a graph to record.
+
+    Args:
+        store: any compressed layer's, with room for the new tokens in its window.
+        new: tokens a row, T.
+
+    Attributes:
+        columns: tokens, padding included, that the model is told it has seen.
+    """
+
+    def __init__(self, store: LayerStore, new: int) -> None:
+        with torch.inference_mode(False):
+            rows = torch.zeros(new + 1, store.batch, dtype=torch.int32, device=store.raw.keys.device)
+        width = most_of_a_budget(store.config, store.table.padded()[0].shape[1])
+        super().__init__(rows[:-1], rows[-1], width, everything=False)
+        self._rows = rows
+        self.columns = 0
+
+    def update(self, store: LayerStore) -> None:
+        """Plan the next step, from what a layer holds now."""
+        new = len(self.lengths)
+        numbers = [*([n + t for n in store.raw.lengths] for t in range(new)), budgets_of(store, new)]
+        self._rows.copy_(torch.tensor(numbers, dtype=torch.int32))
+
+
+def attend_step(
+    store: LayerStore,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    plan: StepPlan,
+    scaling: float,
+    sink_logit: Tensor | None = None,
+) -> Tensor:
+    """Attend to stored tokens and, causally, to the new ones, which are written behind those held.
+
+    They count as held once the store has advanced.
+
+    Args:
+        query: [B, Hq, T, d]; keys, values: [B, H, T, d], the new tokens, post-RoPE; T is small.
+        scaling: factor on q.k.
+        sink_logit: [Hq], see `merge_parts`.
+    Returns:
+        [B, T, Hq, d] in the query's dtype.
+    """
+    if store.constants is None:  # nothing was ever encoded
+        part = plan.nothing(query)
+    else:
+        pools = query, store.pool.index, store.pool.payload, *store.table.padded()
+        rest = store.constants, scaling, store.format.name
+        if plan.everything:
+            part = ops.dense_attend(*pools, *rest)
+        else:
+            part = ops.sparse_decode(*pools, plan.budgets, plan.width, *rest)
+    held = store.raw.keys, store.raw.values
+    if query.shape[2] == 1:
+        return ops.window_attend(query, keys, values, *held, plan.lengths[0], *part, sink_logit, scaling)
+    outputs = []
+    for t, lengths in enumerate(plan.lengths):
+        new = (x[:, :, t : t + 1] for x in (query, keys, values, *part))
+        q, k, v, output, lse = new
+        outputs.append(ops.window_attend(q, k, v, *held, lengths, output, lse, sink_logit, scaling))
+    return torch.cat(outputs, 1)

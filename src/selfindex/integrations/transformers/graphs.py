@@ -1,0 +1,97 @@
+"""CUDA graphs of decode steps: recording, and what has to stay as it was for one to be replayed."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def without_collection() -> Iterator[None]:
+    """Keep the garbage collector from running: another graph that it destroys would end a capture."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+_streams: dict[torch.device, list[torch.cuda.Stream]] = {}
+"""Streams of recorders that are gone, for the next ones: cuBLAS keeps a workspace for each (32 MiB on
+Hopper)."""
+
+
+class Recorder:
+    """Records graphs on a stream of its own, and into memory that they share.
+
+    Graphs that run at the same time must not come from one recorder.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        free = _streams.setdefault(device, [])
+        if free:
+            # Another recorder's graph may still use cuBLAS's workspace.
+            torch.cuda.synchronize(device)
+            self._stream = free.pop()
+        else:
+            self._stream = torch.cuda.Stream(device)
+        self._pool = torch.cuda.graph_pool_handle()
+        weakref.finalize(self, free.append, self._stream).atexit = False
+
+    def record(self, run: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        """A graph of what `run` does. Runs it once before: kernels compile, libraries allocate."""
+        stream = self._stream
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.device(self._device), torch.cuda.stream(stream):
+            run()
+            graph = torch.cuda.CUDAGraph()
+            with without_collection(), torch.cuda.graph(graph, stream=stream, pool=self._pool):
+                run()
+        torch.cuda.current_stream(self._device).wait_stream(stream)
+        return graph
+
+
+class ModelState:
+    """What a graph took from a model: where its weights are, and what Python decides in its layers.
+
+    Args:
+        model: the model that was recorded.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        inner = list(model.modules())[1:]  # hooks of the model itself run around a replay as well
+        self._inner = [weakref.ref(module) for module in inner]
+        self._weights = [weakref.ref(x) for x in (*model.parameters(), *model.buffers())]
+        self._adapters = [weakref.ref(module) for module in inner if hasattr(module, "active_adapters")]
+        self._seen = self._now()
+
+    def _now(self) -> tuple[object, ...]:
+        weights = tuple(x.data_ptr() if (x := ref()) is not None else None for ref in self._weights)
+        adapters = tuple(_adapter(ref()) for ref in self._adapters)
+        return weights, adapters
+
+    def unchanged(self) -> bool:
+        """Whether a graph recorded then does what the model does now."""
+        return self._seen == self._now()
+
+    def hooked(self) -> str | None:
+        """The class of a submodule with hooks, which a replay would not call; None if there is none."""
+        for ref in self._inner:
+            module = ref()
+            if module is not None and (module._forward_hooks or module._forward_pre_hooks):
+                return type(module).__name__
+        return None
+
+
+def _adapter(module: nn.Module | None) -> object:
+    """What decides the output of an adapter layer (PEFT) beside its weights."""
+    names = ("active_adapters", "disable_adapters", "merged_adapters", "scaling")
+    return tuple(str(getattr(module, name, None)) for name in names)
