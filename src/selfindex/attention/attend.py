@@ -7,8 +7,12 @@ from torch import Tensor
 
 from ..backends import ops
 from ..store import LayerStore
+from .exact import exact_part
 from .integers import StepIntegers
-from .partial import attend_raw, join_parts, merge_parts
+from .partial import join_parts, merge_parts
+
+BLOCK = 4096
+"""Queries at a time over encoded tokens: bounds what is in float32. Each block decodes all pages it reads."""
 
 STAGED_PAGES = 1024
 """Offloaded pages on the device at a time when many queries attend to all of them."""
@@ -35,20 +39,32 @@ def attend(
     Returns:
         (output [B, Hq, T, d] in the query's dtype, encoded tokens read per row).
     """
-    integers = integers or StepIntegers()
-    encoded = [store.encoded(b) for b in range(store.batch)]
-    if not any(encoded):
-        raw = _raw_part(store, query, keys, values, valid, scaling)
-        return merge_parts([raw], sink_logit).to(query.dtype), encoded
-    budgets = [store.config.budget_tokens(store.length(b) + query.shape[2], n) for b, n in enumerate(encoded)]
-    if query.shape[2] > store.config.sparse_queries or budgets == encoded:
-        part, read = _dense_part(store, query, scaling), encoded
-    else:
-        part, read = _sparse_part(store, query, budgets, scaling, integers), budgets
-    if query.shape[2] == 1 and valid is None:
+    integers, new = integers or StepIntegers(), query.shape[2]
+    read = encoded = [store.encoded(b) for b in range(store.batch)]
+    budgets = [store.config.budget_tokens(store.length(b) + new, n) for b, n in enumerate(encoded)]
+    sparse = any(encoded) and new <= store.config.sparse_queries and budgets != encoded
+    if sparse:
+        read = budgets
+
+    def encoded_part(query: Tensor) -> tuple[Tensor, Tensor]:
+        return (
+            _sparse_part(store, query, budgets, scaling, integers)
+            if sparse
+            else _dense_part(store, query, scaling)
+        )
+
+    if new == 1 and valid is None and any(encoded):
+        part = encoded_part(query)
         return _finish_step(store, query, keys, values, part, scaling, sink_logit, integers), read
-    raw = _raw_part(store, query, keys, values, valid, scaling)
-    return merge_parts([part, raw], sink_logit).to(query.dtype), read
+    raw = exact_part(store.raw, query, keys, values, valid, scaling, integers)
+    outputs = []
+    # Blocks of queries: attention to encoded tokens and merging work in float32.
+    for q, *exact in zip(*(x.split(BLOCK, 2) for x in (query, *raw)), strict=True):
+        parts = [(exact[0], exact[1])]
+        if any(encoded):
+            parts.insert(0, encoded_part(q))
+        outputs.append(merge_parts(parts, sink_logit).to(query.dtype))
+    return torch.cat(outputs, 2), read
 
 
 def _finish_step(
@@ -72,19 +88,6 @@ def _finish_step(
         query, keys, values, store.raw.keys, store.raw.values, lengths, *part, sink_logit, scaling
     )
     return output.transpose(1, 2)
-
-
-def _raw_part(
-    store: LayerStore, query: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None, scaling: float
-) -> tuple[Tensor, Tensor]:
-    held_k, held_v, real = store.raw.held()
-    b, t, past = query.shape[0], query.shape[2], held_k.shape[2]
-    causal = torch.ones(t, t, dtype=torch.bool, device=query.device).tril()
-    new = causal.expand(b, t, t) if valid is None else causal & valid[:, None, :]
-    old = torch.ones(1, 1, 1, dtype=torch.bool, device=query.device) if real is None else real[:, None, :]
-    visible = torch.cat((old.expand(b, t, past), new), -1)
-    joined = [torch.cat(pair, 2) for pair in ((held_k, keys), (held_v, values))]
-    return attend_raw(query, joined[0], joined[1], visible[:, None, None], scaling)
 
 
 def _dense_part(store: LayerStore, query: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
