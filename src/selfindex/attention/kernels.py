@@ -110,7 +110,10 @@ def _kernel(
     if choose is None:
         return None
     grouped = query.shape[1] != keys.shape[1]
-    choice = choose(query, keys, values, bias, 0.0, causal, scale=scaling, enable_gqa=grouped)
+    try:
+        choice = choose(query, keys, values, bias, 0.0, causal, scale=scaling, enable_gqa=grouped)
+    except RuntimeError:  # `sdpa_kernel` allows none that takes these
+        return None
     name, further = KERNELS.get((query.device.type, SDPBackend(choice)), ("", {}))
     operator = getattr(torch.ops.aten, name, None) if name else None
     if operator is None:
