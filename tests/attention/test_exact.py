@@ -205,9 +205,24 @@ def test_a_chunk_in_blocks_of_queries_is_the_whole_chunk(config, budget, padded,
     call = (store, query, keys, values, padding(3, 17) if padded else None, 0.125, torch.ones(4))
     whole, read = attend_module.attend(*call)
     monkeypatch.setattr(attend_module, "BLOCK", 5)
+    sizes, name = [], "_dense_part" if budget == 1.0 else "_sparse_part"
+    part = getattr(attend_module, name)
+    monkeypatch.setattr(
+        attend_module, name, lambda s, q, *rest: sizes.append(q.shape[2]) or part(s, q, *rest)
+    )
     blocks, read_in_blocks = attend_module.attend(*call)
+    assert sizes == [5, 5, 5, 2]
     torch.testing.assert_close(blocks, whole, atol=1e-6, rtol=1e-5)
     assert read == read_in_blocks
+
+
+@pytest.mark.parametrize("lengths", [[0, 0, 0], [4, 0, 2]])
+def test_no_query_is_without_a_key(lengths):
+    """What a kernel makes of one that is differs, and NaN of padding would spread to later layers."""
+    bias = exact._bias(lengths, torch.empty(3, 4, 9, 64), padding(3, 9))
+    assert (bias == 0).any(-1).all()
+    later = torch.ones(9, 9, dtype=torch.bool).triu(1)
+    assert (bias[:, 0, :, max(lengths) :][:, later] == -torch.inf).all()
 
 
 def test_padding_is_told_apart_in_a_pass(monkeypatch):
