@@ -154,13 +154,15 @@ def test_memory_that_holds_no_token_is_not_read(preset, budget):
     assert torch.equal(got, wanted)
 
 
-def test_attending_changes_nothing():
+@pytest.mark.parametrize("new", [3, 12])
+def test_attending_changes_nothing_that_is_held(new):
     store = filled(small_config(budget=5))
-    before = store.memory(), store.length(0), store.pool.index.clone(), store.raw.keys.clone()
-    attend(store, *reversed_tokens(store, 3), None, 0.125)
+    store.reserve(0, 60)
+    before = store.memory(), store.length(0), store.pool.index.clone(), store.raw.held()[0].clone()
+    attend(store, *reversed_tokens(store, new), None, 0.125)
     assert (store.memory(), store.length(0)) == before[:2]
     assert torch.equal(store.pool.index, before[2])
-    assert torch.equal(store.raw.keys, before[3])
+    assert torch.equal(store.raw.held()[0], before[3])
 
 
 def test_values_keep_their_own_scale():

@@ -220,7 +220,7 @@ def test_caches_side_by_side_have_streams_of_their_own():
         forward(model, ids[:, -1:], caches[-1])
     streams = [cache.replay._recorder._stream for cache in caches]
     assert len(set(map(id, streams))) == 3
-    del caches, cache
+    del caches
     gc.collect()
     again = selfindex.SelfIndexCache(model)
     forward(model, ids, again)

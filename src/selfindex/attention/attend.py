@@ -7,8 +7,12 @@ from torch import Tensor
 
 from ..backends import ops
 from ..store import LayerStore
-from .partial import attend_raw, join_parts, merge_parts
+from .exact import exact_part
+from .partial import join_parts, merge_parts
 from .step import StepPlans, attend_step, budgets_of
+
+BLOCK = 4096
+"""Queries at a time over encoded tokens: bounds what is in float32. Each block decodes all pages it reads."""
 
 MOST_STEP_TOKENS = 8
 """New tokens a row that a decode step takes one behind the other; more are a chunk."""
@@ -41,40 +45,31 @@ def attend(
     Returns:
         (output [B, Hq, T, d] in the query's dtype, encoded tokens read per row).
     """
+    plans, new = plans or StepPlans(), query.shape[2]
     encoded = [store.encoded(b) for b in range(store.batch)]
+    budgets = budgets_of(store, new)
+    sparse = any(encoded) and new <= store.config.sparse_queries and budgets != encoded
+    read = budgets if sparse else encoded
     if is_step(store, query, valid):
-        store.reserve(0, store.raw.width + query.shape[2])
-        plan = (plans or StepPlans())(store, query.shape[2])
-        output = attend_step(store, query, keys, values, plan, scaling, sink_logit).transpose(1, 2)
-        return output, encoded if plan.everything else budgets_of(store, query.shape[2])
-    raw = _raw_part(store, query, keys, values, valid, scaling)
-    if not any(encoded):
-        return merge_parts([raw], sink_logit).to(query.dtype), encoded
-    budgets = budgets_of(store, query.shape[2])
-    if query.shape[2] > store.config.sparse_queries or budgets == encoded:
-        part, read = _dense_part(store, query, scaling), encoded
-    else:
-        part, read = _sparse_part(store, query, budgets, scaling), budgets
-    return merge_parts([part, raw], sink_logit).to(query.dtype), read
+        store.reserve(0, store.raw.width + new)
+        output = attend_step(store, query, keys, values, plans(store, new), scaling, sink_logit)
+        return output.transpose(1, 2), read
+    raw = exact_part(store.raw, query, keys, values, valid, scaling, plans)
+    outputs = []
+    # Blocks of queries: attention to encoded tokens and merging work in float32.
+    for q, *exact in zip(*(x.split(BLOCK, 2) for x in (query, *raw)), strict=True):
+        parts = [(exact[0], exact[1])]
+        if any(encoded):
+            part = _sparse_part(store, q, budgets, scaling) if sparse else _dense_part(store, q, scaling)
+            parts.insert(0, part)
+        outputs.append(merge_parts(parts, sink_logit).to(query.dtype))
+    return torch.cat(outputs, 2), read
 
 
 def is_step(store: LayerStore, query: Tensor, valid: Tensor | None) -> bool:
     """Whether new tokens are taken by `attend_step`: few of them, in all rows, behind encoded ones."""
     few = query.shape[2] <= min(MOST_STEP_TOKENS, max(1, store.config.sparse_queries))
     return few and valid is None and any(row.blocks for row in store.table.rows)
-
-
-def _raw_part(
-    store: LayerStore, query: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None, scaling: float
-) -> tuple[Tensor, Tensor]:
-    held_k, held_v, real = store.raw.held()
-    b, t, past = query.shape[0], query.shape[2], held_k.shape[2]
-    causal = torch.ones(t, t, dtype=torch.bool, device=query.device).tril()
-    new = causal.expand(b, t, t) if valid is None else causal & valid[:, None, :]
-    old = torch.ones(1, 1, 1, dtype=torch.bool, device=query.device) if real is None else real[:, None, :]
-    visible = torch.cat((old.expand(b, t, past), new), -1)
-    joined = [torch.cat(pair, 2) for pair in ((held_k, keys), (held_v, values))]
-    return attend_raw(query, joined[0], joined[1], visible[:, None, None], scaling)
 
 
 def _dense_part(store: LayerStore, query: Tensor, scaling: float) -> tuple[Tensor, Tensor]:

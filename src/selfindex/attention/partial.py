@@ -62,7 +62,7 @@ def merge_parts(parts: list[tuple[Tensor, Tensor]], sink_logit: Tensor | None = 
 def attend_raw(
     query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor]:
-    """Exact attention over full-precision tokens.
+    """Exact attention over full-precision tokens; holds T K logits of every query head.
 
     Args:
         query: [B, Hq, T, d]; keys, values: [B, H, K, d].
@@ -71,18 +71,8 @@ def attend_raw(
     Returns:
         (output [B, Hq, T, d], log-sum-exp [B, Hq, T]), float32.
     """
-    heads = keys.shape[1]
-    grouped = query.float().unflatten(1, (heads, -1))
+    grouped = query.float().unflatten(1, (keys.shape[1], -1))
     k, v = keys.float()[:, :, None], values.float()[:, :, None]
-    outputs, sums = [], []
-    # Blocks of queries bound the logits held at once when a long chunk meets a long window.
-    for part, mask in zip(
-        grouped.split(256, dim=3),
-        visible.expand(*visible.shape[:3], query.shape[2], -1).split(256, dim=3),
-        strict=True,
-    ):
-        logits = (part @ k.transpose(-1, -2)) * scaling
-        output, lse = softmax_part(logits.masked_fill(~mask, -torch.inf), v)
-        outputs.append(output)
-        sums.append(lse)
-    return torch.cat(outputs, 3).flatten(1, 2), torch.cat(sums, 3).flatten(1, 2)
+    logits = (grouped @ k.transpose(-1, -2)) * scaling
+    output, lse = softmax_part(logits.masked_fill(~visible, -torch.inf), v)
+    return output.flatten(1, 2), lse.flatten(1, 2)

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..backends import ops
 from ..config import SelfIndexConfig
 from ..store import LayerStore
+from .shared import Shared
 
 
 @dataclass
@@ -55,22 +56,16 @@ def most_of_a_budget(config: SelfIndexConfig, pages: int) -> int:
     return max(1, config.budget_tokens(longest, room), min(config.dense_below, room))
 
 
-class StepPlans:
+class StepPlans(Shared):
     """Makes the plans of a forward pass: layers that hold the same, as a rule all of them, share one.
-
-    Each costs copies to the device, which wait for the work before them.
 
     Attributes:
         fixed: a plan that every layer gets, whatever it holds; see `FixedPlan`.
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self.fixed: FixedPlan | None = None
-        self._known: dict[tuple[object, ...], StepPlan] = {}
-
-    def begin(self) -> None:
-        """A forward pass begins: forget those of the last one."""
-        self._known.clear()
 
     def __call__(self, store: LayerStore, new: int) -> StepPlan:
         """The plan of a step of `new` tokens in a layer; its tensors are not to be written to."""
@@ -79,13 +74,13 @@ class StepPlans:
         budgets, device = budgets_of(store, new), store.raw.keys.device
         encoded = [store.encoded(b) for b in range(store.batch)]
         everything = new > store.config.sparse_queries or budgets == encoded
-        key = device, new, everything, tuple(budgets), tuple(store.raw.lengths)
-        if key not in self._known:
-            numbers = [*([n + t for n in store.raw.lengths] for t in range(new)), budgets]
-            with torch.inference_mode(False):  # a copy of the cache is usable in any mode
-                rows = torch.tensor(numbers, dtype=torch.int32, device=device)
-            self._known[key] = StepPlan(rows[:-1], rows[-1], max(1, *budgets), everything)
-        return self._known[key]
+        lengths = [[n + t for n in store.raw.lengths] for t in range(new)]
+
+        def make() -> StepPlan:
+            rows = torch.tensor([*lengths, budgets], dtype=torch.int32, device=device)
+            return StepPlan(rows[:-1], rows[-1], max(1, *budgets), everything)
+
+        return self.once((device, everything, str(lengths), tuple(budgets)), make)
 
 
 class FixedPlan(StepPlan):

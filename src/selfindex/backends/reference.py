@@ -18,6 +18,9 @@ from ..index.select import sum_of_softmax, top_k
 DENSE_CHUNK = 4096
 """Slots decoded at a time by `dense_attend`: bounds its memory, does not change its result."""
 
+DENSE_QUERIES = 1024
+"""Queries of a KV head that attend at a time, likewise."""
+
 ENCODE_PAGES = 32
 """Pages encoded at a time: bounds float32 temporaries, does not change the bytes."""
 
@@ -119,9 +122,12 @@ def dense_attend(
     for chunk in torch.arange(present.shape[1], device=query.device).split(DENSE_CHUNK):
         at = chunk.expand(query.shape[0], fmt.kv_heads, -1)
         keys, values = _read(codec, index_pool, payload_pool, block_table, at, constants)
-        logits = mapped @ keys.transpose(-1, -2) * scaling
-        part = softmax_part(logits.masked_fill(~present[:, None, None, chunk], -torch.inf), values)
-        joined = join_parts(joined, part)
+        parts = []
+        for rows in mapped.split(DENSE_QUERIES, 2):
+            logits = rows @ keys.transpose(-1, -2) * scaling
+            parts.append(softmax_part(logits.masked_fill(~present[:, None, None, chunk], -torch.inf), values))
+        outputs, sums = zip(*parts, strict=True)
+        joined = join_parts(joined, (torch.cat(outputs, 2), torch.cat(sums, 2)))
     groups = query.shape[1] // fmt.kv_heads
     output, total = codec.unmap_output(joined[0]), joined[1]
     return output.unflatten(2, (groups, -1)).flatten(1, 2), total.unflatten(2, (groups, -1)).flatten(1, 2)

@@ -9,6 +9,7 @@ Self-Indexing KVCache (arXiv 2603.14224).
 
 from __future__ import annotations
 
+from functools import lru_cache
 from itertools import pairwise
 
 import torch
@@ -35,9 +36,9 @@ The least-squares value for a Gaussian is sqrt(2 / pi) = 0.80; a sharper estimat
 """
 
 
-def thresholds(levels: tuple[float, ...]) -> list[float]:
+def thresholds(levels: tuple[float, ...]) -> tuple[float, ...]:
     """Decision boundaries: midpoints between neighbouring magnitudes."""
-    return [(a + b) / 2 for a, b in pairwise(levels)]
+    return tuple((a + b) / 2 for a, b in pairwise(levels))
 
 
 class BalancedCodec:
@@ -143,16 +144,23 @@ class BalancedCodec:
         return levels * scale[..., None]
 
 
+@lru_cache(maxsize=64)
+def _constants(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """float32 [n] on a device, copied there once: a CUDA graph cannot record a copy from the host."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=torch.float32, device=device)
+
+
 def _quantise(x: Tensor, magnitudes: tuple[float, ...]) -> tuple[Tensor, Tensor]:
     """Nearest level of x over its own root mean square: (magnitude codes uint8, signed levels)."""
     rms = x.square().mean(-1, keepdim=True).sqrt()
     relative = torch.where(rms > 0, x.abs() / rms, 0.0)
-    codes = torch.bucketize(relative, torch.tensor(thresholds(magnitudes), device=x.device), out_int32=True)
+    codes = torch.bucketize(relative, _constants(thresholds(magnitudes), x.device), out_int32=True)
     return codes.to(torch.uint8), _dequantise(x >= 0, codes, magnitudes)
 
 
 def _dequantise(signs: Tensor, codes: Tensor, magnitudes: tuple[float, ...]) -> Tensor:
-    levels = torch.tensor(magnitudes, device=codes.device)[codes.int()]
+    levels = _constants(magnitudes, codes.device)[codes.int()]
     return torch.where(signs, levels, -levels)
 
 

@@ -85,6 +85,6 @@ class RawTokens:
         if any(n != width for n in self.lengths):
             columns = torch.arange(width, device=keys.device)
             real = columns < torch.tensor(self.lengths, device=keys.device)[:, None]
-            # Memory nobody wrote may hold NaN, which a weight of 0 does not remove.
-            values = values.masked_fill(~real[:, None, :, None], 0)
+            # Memory nobody wrote may hold NaN, which neither -inf nor a weight of 0 removes.
+            keys, values = (x.masked_fill(~real[:, None, :, None], 0) for x in (keys, values))
         return keys, values, real

@@ -20,6 +20,8 @@ from .launch import Kernel
 from .loader import INPUT_TYPES, load
 
 HEAD_DIMS, PAGE_SIZE, MAX_GROUPS = (64, 96, 128, 256), 128, 16
+MOST_QUERIES = 8
+"""New tokens a row that select for themselves; the reference operator serves more."""
 STAGES, SELECT_BYTES = 2, 9 * 1024
 """As in the kernels' ring.cuh and select.cuh."""
 WARPS, CLUSTERS = (8, 16), range(1, 17)
@@ -144,7 +146,7 @@ def supported(query: Tensor, index_pool: Tensor, block_table: Tensor, width: int
         fmt.preset == "balanced"
         and fmt.page_size == PAGE_SIZE
         and fmt.head_dim in HEAD_DIMS
-        and query.shape[2] == 1
+        and query.shape[2] <= MOST_QUERIES
         and query.shape[1] // fmt.kv_heads <= MAX_GROUPS
         and query.dtype in INPUT_TYPES
         and query.stride(3) == 1

@@ -55,4 +55,17 @@ def prepared(*arguments: Any) -> Decode:
 
 def sparse_decode(*arguments: Any) -> tuple[Tensor, Tensor]:
     """The operator `selfindex::sparse_decode` for a supported call; see `decode.sparse_decode`."""
-    return prepared(*arguments).run()
+    query, index, payload, table, counts, budgets, width, constants, scaling, format = arguments
+    batch, heads, new, dim = query.shape
+    if new == 1:
+        return prepared(*arguments).run()
+
+    def repeated(x: Tensor) -> Tensor:
+        return x[:, None].expand(-1, new, *x.shape[1:]).reshape(-1, *x.shape[1:])
+
+    # Several new tokens select for themselves: rows of their own over the same pages.
+    queries = query.transpose(1, 2).reshape(batch * new, heads, 1, dim)
+    own = constants if constants.shape[0] == 1 else repeated(constants)
+    rows = repeated(table), repeated(counts), repeated(budgets)
+    output, lse = prepared(queries, index, payload, *rows, width, own, scaling, format).run()
+    return output.view(batch, new, heads, dim).transpose(1, 2), lse.view(batch, new, heads).transpose(1, 2)

@@ -86,8 +86,11 @@ class ModelState:
         """The class of a submodule with hooks, which a replay would not call; None if there is none."""
         for ref in self._inner:
             module = ref()
-            if module is not None and (module._forward_hooks or module._forward_pre_hooks):
-                return type(module).__name__
+            if module is not None:
+                hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+                # transformers leaves its own, which collect hidden states where they are asked for.
+                if any(not getattr(hook, "__module__", "").startswith("transformers.") for hook in hooks):
+                    return type(module).__name__
         return None
 
 

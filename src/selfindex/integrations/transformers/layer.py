@@ -22,6 +22,10 @@ from .inputs import check_new_tokens, check_query
 if TYPE_CHECKING:
     from .cache import SelfIndexCache
 
+MASKED_CHUNK = 1024
+"""New tokens up to which the model's own attention takes them behind held ones: some of these
+implementations do so through a mask of all pairs."""
+
 
 class SelfIndexLayer(CacheLayerMixin):
     """One compressed attention layer of a `SelfIndexCache`."""
@@ -97,7 +101,7 @@ class SelfIndexLayer(CacheLayerMixin):
             if self.columns == 0:
                 # Prefill is the model's own attention on its own tensors.
                 output = dense(query, keys, values, mask)[0]
-            elif not encoded and cache.columns is None and valid is None:
+            elif not encoded and cache.columns is None and valid is None and keys.shape[2] <= MASKED_CHUNK:
                 held_k, held_v, _ = store.raw.held()
                 output = dense(query, torch.cat((held_k, keys), 2), torch.cat((held_v, values), 2), mask)[0]
             else:
