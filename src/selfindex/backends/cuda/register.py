@@ -2,7 +2,8 @@
 
 Calls the kernels do not serve run the reference implementation on the same device: the paper
 preset, other page sizes and head dimensions, sparse attention of several new queries at once. So
-do all calls where the kernels are unavailable (no cuda-core, a GPU below compute capability 8.0),
+do all calls where the kernels are unavailable (no cuda-core, a GPU below compute capability 8.0, a
+driver or compiler that refuses),
 announced once.
 """
 
