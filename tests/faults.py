@@ -1,5 +1,6 @@
-"""Makes a call fail at a chosen place: at its n-th tensor operation, or at its n-th line of our code."""
+"""Makes a call fail, or lets something else happen, at its n-th tensor operation or line of our code."""
 
+import linecache
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,6 +41,15 @@ def _deleting(frame):
     return False
 
 
+def _leaving(frame, entered):
+    """Whether a `with` is about to end: its line comes once more, where Python never looks for signals."""
+    line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
+    if not line.lstrip().startswith("with "):
+        return False
+    entered[frame.f_lineno] = not entered.get(frame.f_lineno, False)
+    return not entered[frame.f_lineno]
+
+
 class AtLine:
     """Raises `error` before line `number` of the files that hold state, as Ctrl-C may."""
 
@@ -49,11 +59,19 @@ class AtLine:
     def _trace(self, frame, event, _):
         if not frame.f_code.co_filename.startswith(STATEFUL) or _deleting(frame):
             return None
-        if event == "line":
-            self.left -= 1
-            if self.left == -1:
-                raise self.error
-        return self._trace
+        entered = {}
+
+        def lines(frame, event, _):
+            if event == "line" and not _leaving(frame, entered):
+                self.left -= 1
+                if self.left == -1:
+                    self.strike()
+            return lines
+
+        return lines
+
+    def strike(self):
+        raise self.error
 
     def __enter__(self):
         self._before = sys.gettrace()
@@ -66,6 +84,14 @@ class AtLine:
     @property
     def happened(self):
         return self.left < 0
+
+
+class Meanwhile(AtLine):
+    """Calls `act` before line `number`, as the garbage collector and a signal's handler may."""
+
+    def __init__(self, number, act):
+        super().__init__(number, None)
+        self.strike = act
 
 
 @contextmanager

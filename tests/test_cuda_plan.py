@@ -48,3 +48,17 @@ def test_rows_are_spread_until_the_gpu_is_full():
     assert cluster(64, 1024) == 2  # eight of them: 128 blocks for 132 multiprocessors
     assert cluster(128, 256) == 1
     assert cluster(8, 3) == 1  # too short to be shared
+
+
+def test_the_plans_that_are_remembered_are_bounded():
+    class Kernel:
+        room = 100_000
+
+        def at_once(self, threads, cluster, shared, sms):
+            return sms
+
+    decoders = ((8, Kernel()),)
+    for pages in range(1, 1100):
+        assert decode._plan_for(decoders, 8, pages, 2048, 1, False, 4).pages == pages
+    info = decode._plan_for.cache_info()
+    assert info.currsize == info.maxsize < 1100

@@ -8,6 +8,7 @@ from .codec import BalanceProfile
 from .config import SelfIndexConfig
 from .errors import (
     ConfigError,
+    DeviceError,
     FormatError,
     HostMemoryError,
     InputError,
@@ -23,6 +24,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BalanceProfile",
     "ConfigError",
+    "DeviceError",
     "FormatError",
     "HostMemoryError",
     "InputError",

@@ -27,3 +27,7 @@ class FormatError(SelfIndexError, ValueError):
 
 class HostMemoryError(SelfIndexError, MemoryError):
     """An offloaded cache needs more host memory than there is or can be pinned."""
+
+
+class DeviceError(SelfIndexError, RuntimeError):
+    """The GPU has failed in this process: what it holds cannot be trusted, nothing more can run on it."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from .backends.cpu.loader import scratch
 from .store import LayerStore, Memory
 
 
@@ -71,9 +72,15 @@ class Report:
         held = sum(layer.tokens for layer in self.layers)
         return sum(layer.read for layer in self.layers) / held if held else 1.0
 
+    @property
+    def scratch(self) -> int:
+        """Bytes of working memory that the process keeps for all caches; not part of `memory`."""
+        return scratch()
+
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain numbers."""
-        return asdict(self) | {"ratio": self.ratio, "read_fraction": self.read_fraction}
+        derived = {"ratio": self.ratio, "read_fraction": self.read_fraction, "scratch": self.scratch}
+        return asdict(self) | derived
 
     def __str__(self) -> str:
         memory, layers = self.memory, self.layers

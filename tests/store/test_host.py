@@ -1,5 +1,6 @@
 """Rows in host memory: what does not need a GPU. tests/gpu/test_offload.py has the rest."""
 
+import contextlib
 import copy
 import gc
 import sys
@@ -11,7 +12,7 @@ from pages import page_format
 
 from selfindex import ConfigError, HostMemoryError
 from selfindex.store import host
-from selfindex.store.host import HostRows
+from selfindex.store.host import HostRows, _Range
 from selfindex.store.pool import BlockPool
 
 ROW = 768
@@ -145,3 +146,61 @@ def test_a_copy_of_a_pool_has_the_pages_and_goes_its_own_way(offloading):
     for kind in (twin.index, twin.payload):
         assert kind[blocks, 0].tolist() == [200] * 7 + list(range(7, 40))
     assert twin.payload.data_ptr() != pool.payload.data_ptr()
+
+
+@pytest.fixture
+def cudart(monkeypatch):
+    """A CUDA runtime that keeps a list of what is pinned."""
+
+    class Fake:
+        pinned, trouble = [], None
+
+        def cudaHostRegister(self, address, size, flags):
+            self.pinned.append(address)
+            self.have_trouble()
+            return 0
+
+        def cudaHostUnregister(self, address):
+            self.pinned.remove(address)
+            return 0
+
+        def have_trouble(self, *_):
+            if self.trouble is not None:
+                raise self.trouble
+
+    fake = Fake()
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: fake)
+    monkeypatch.setattr(torch.cuda, "synchronize", fake.have_trouble)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    return fake
+
+
+def test_ctrl_c_while_memory_is_pinned_leaves_nothing_pinned(cudart):
+    region = _Range(CPU)
+    region._device = torch.device("cuda", 0)
+    cudart.trouble = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        region.use(4096)
+    assert not cudart.pinned
+    cudart.trouble = None
+    region.use(4096)
+    region.use(8192)
+    assert region.regions == [(0, 4096), (4096, 8192)]
+    assert cudart.pinned == [region.address, region.address + 4096]
+
+
+@pytest.mark.parametrize("trouble", [KeyboardInterrupt(), RuntimeError("a graph is captured")], ids=repr)
+def test_what_could_not_be_unpinned_is_unpinned_later(cudart, trouble):
+    old, new = _Range(CPU), _Range(CPU)
+    for region in (old, new):
+        region._device = torch.device("cuda", 0)
+    old.use(4096)
+    cudart.trouble = trouble
+    with pytest.raises(type(trouble)):
+        host._unpin(old._memory, old.address, old.regions, old._device)
+    assert cudart.pinned == [old.address]
+    cudart.trouble = None
+    new.use(4096)
+    assert cudart.pinned == [new.address]
+    assert not host._late

@@ -9,6 +9,7 @@ import os
 import re
 import sys
 import weakref
+from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -83,7 +84,7 @@ class HostRows:
 
         A copy may not cross the border of two pinned regions.
         """
-        start, borders = 0, {at // self.row_bytes for at in self._range.starts}
+        start, borders = 0, {start // self.row_bytes for start, _ in self._range.regions}
         for i in range(1, len(rows) + 1):
             if i == len(rows) or rows[i] != rows[i - 1] + 1 or rows[i] in borders:
                 yield start, rows[start], i - start
@@ -130,18 +131,17 @@ class _Range:
         with suppress(OSError):  # kernels built without huge pages
             self._memory.madvise(mmap.MADV_HUGEPAGE)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
-        self.starts: list[int] = []
-        """Where regions begin that were taken into use, and for a GPU pinned, together."""
-        self._used = 0
+        self.regions: list[tuple[int, int]] = []
+        """First and last byte of what was taken into use, and for a GPU pinned, together."""
         if device.type == "cuda":
             # A child process would make copies on write, of which the GPU knows nothing.
             self._memory.madvise(mmap.MADV_DONTFORK)
             # At exit the driver cleans up, and may be gone before us.
-            weakref.finalize(self, _unpin, self._memory, self.address, self.starts, device).atexit = False
+            weakref.finalize(self, _unpin, self._memory, self.address, self.regions, device).atexit = False
 
     def use(self, end: int) -> None:
         """Take everything up to byte `end` into use."""
-        start, free = self._used, available()
+        start, free = self.regions[-1][1] if self.regions else 0, available()
         if end <= start:
             return
         if end > self._size:
@@ -155,14 +155,20 @@ class _Range:
         self.tensor(end)[start:].zero_()
         if self._device.type == "cuda":
             self._pin(start, end)
-        self.starts.append(start)
-        self._used = end
+        self.regions.append((start, end))
 
     def _pin(self, start: int, end: int) -> None:
-        for waiting in [_late.pop() for _ in range(len(_late))]:
-            _unpin(*waiting)
+        # Threads may share the list, and what is still in the way comes back to it.
+        for _ in range(len(_late)):
+            with suppress(IndexError):
+                _unpin(*_late.popleft())
         with torch.cuda.device(self._device):
-            status = torch.cuda.cudart().cudaHostRegister(self.address + start, end - start, 0)
+            try:
+                status = torch.cuda.cudart().cudaHostRegister(self.address + start, end - start, 0)
+            except BaseException:
+                # Ctrl-C during the call is raised after it: nobody would ever unpin this region.
+                torch.cuda.cudart().cudaHostUnregister(self.address + start)
+                raise
         if int(status) != 0:
             with suppress(RuntimeError):
                 # CUDA reports a failed call once more, at the next launch: have it here.
@@ -199,18 +205,25 @@ class _DeviceView:
         }
 
 
-_late: list[tuple[mmap.mmap, int, list[int], torch.device]] = []
-"""What was let go of while a graph was captured, when CUDA allows no such call."""
+_late: deque[tuple[mmap.mmap, int, list[tuple[int, int]], torch.device]] = deque()
+"""What could not be unpinned yet: CUDA allows no such call while a graph is captured."""
 
 
-def _unpin(memory: mmap.mmap, address: int, starts: list[int], device: torch.device) -> None:
+def _unpin(memory: mmap.mmap, address: int, regions: list[tuple[int, int]], device: torch.device) -> None:
     """Let go of the pinned regions of `memory`, which has to exist until then."""
     if torch.cuda.is_current_stream_capturing():
-        _late.append((memory, address, starts, device))
-    elif starts:
-        torch.cuda.synchronize(device)
-        for start in starts:
-            torch.cuda.cudart().cudaHostUnregister(address + start)
+        _late.append((memory, address, regions, device))
+        return
+    try:
+        if regions:
+            torch.cuda.synchronize(device)
+        while regions:
+            torch.cuda.cudart().cudaHostUnregister(address + regions[-1][0])
+            regions.pop()
+    except BaseException:
+        # Another thread captures a graph, or Ctrl-C: the memory stays, and the next pinning has a try.
+        _late.append((memory, address, regions, device))
+        raise
 
 
 def available() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from ..backends.cuda.recent import Recent
 from ..codec import PageFormat
+from ..errors import StateError
 from .host import HostRows
 
 
@@ -20,6 +22,10 @@ class BlockPool:
     Blocks are written once and then only read. A block may be in the tables of several rows
     (beams, shared prefixes) and of several stores (forks), which may run in threads of their own;
     it is free again when the last of them lets go.
+
+    The garbage collector may run a finaliser, and a signal its handler, between any two steps of what
+    is done here. `release` is all that they may call: it only takes a note, which the next call reads.
+    Other calls out of the middle of one raise StateError.
 
     Args:
         device: of both planes.
@@ -39,13 +45,15 @@ class BlockPool:
         self.recent: Recent | None = None
         self._references: list[int] = []
         self._free: list[int] = []
+        self._released: deque[list[int]] = deque()
         self._lock = threading.RLock()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BlockPool:
         """A pool with the same pages under the same ids, in the same kind of memory."""
         new = BlockPool(self.format, self.index.device, self.offloading)
         memo[id(self)] = new
-        with self._lock:
+        with self._alone():
+            self._settle()
             new.index, new.payload = new._resized(self.capacity)
             new.index.copy_(self.index)
             if self._host is None or new._host is None:
@@ -67,6 +75,10 @@ class BlockPool:
 
     @property
     def used(self) -> int:
+        """Blocks that somebody holds."""
+        if not self._is_busy():
+            with self._lock:
+                self._settle()
         return self.capacity - len(self._free)
 
     def add(self, index: Tensor, payload: Tensor) -> list[int]:
@@ -76,8 +88,8 @@ class BlockPool:
             their block ids.
         """
         count = index.shape[0]
-        with self._lock:
-            self.reserve(count)
+        with self._alone():
+            self._make_room(count)
             blocks = self._free[-count:][::-1] if count else []
             if self._host is None:
                 self._put(blocks, (self.index, index), (self.payload, payload))
@@ -87,9 +99,9 @@ class BlockPool:
                     self.recent.forget(blocks)
                 self._host.write(blocks, payload)
             # Taken once they are written: what failed before this line has cost nothing.
+            del self._free[len(self._free) - count :]
             for block in blocks:
                 self._references[block] = 1
-            del self._free[len(self._free) - count :]
         return blocks
 
     def read(self, blocks: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -102,40 +114,73 @@ class BlockPool:
 
     def retain(self, blocks: Iterable[int]) -> None:
         """Count one more table that holds these blocks."""
-        with self._lock:
+        with self._alone():
+            self._settle()
             for block in blocks:
                 self._references[block] += 1
 
     def release(self, blocks: Iterable[int]) -> None:
-        """Count one table fewer; a block nobody holds becomes free."""
-        with self._lock:
-            for block in blocks:
-                self._references[block] -= 1
-                if self._references[block] == 0:
-                    self._free.append(block)
+        """Count one table fewer from the next call on; a block nobody holds becomes free.
+
+        May be called at any moment, by a finaliser as well: it takes no lock and changes no count.
+        """
+        self._released.append(list(blocks))
 
     def hold_only(self, blocks: Iterable[int]) -> None:
         """Count one holder for every time a block occurs in `blocks`; all others become free."""
         references = [0] * self.capacity
         for block in blocks:
             references[block] += 1
-        self._references = references
-        self._free = [b for b in range(self.capacity - 1, -1, -1) if not references[b]]
+        self._references, self._free = references, self._unheld(references)
 
     def reserve(self, count: int) -> None:
         """Make room for `count` more pages, so that adding them moves nothing."""
-        with self._lock:
-            missing = count - len(self._free)
-            if missing <= 0:
-                return
-            # A sixteenth more than needed: copying stays O(1) per page, slack stays under 6.25 %.
-            old = self.capacity
-            index, payload = self._resized(old + missing + old // 16)
-            references = self._references + [0] * (index.shape[0] - old)
-            # Reversed, so that a fresh pool hands out ascending ids and a prompt's pages are one run.
-            free = [*range(index.shape[0] - 1, old - 1, -1), *self._free]
-            # One statement: no interrupt comes in between.
-            self.index, self.payload, self._references, self._free = index, payload, references, free
+        with self._alone():
+            self._make_room(count)
+
+    def _is_busy(self) -> bool:
+        """Whether this thread is in the middle of a call."""
+        return bool(self._lock._is_owned())  # type: ignore[attr-defined]  # as threading.Condition does
+
+    def _alone(self) -> threading.RLock:
+        """The lock, for a call that reads the free list and the planes more than once.
+
+        Raises:
+            StateError: this thread is in the middle of such a call.
+        """
+        if self._is_busy():
+            raise StateError(
+                "a signal handler or a finaliser uses pages in the middle of another call that stores "
+                "some; let it only take a note, and act when that call is over"
+            )
+        return self._lock
+
+    def _settle(self) -> None:
+        """Count what was released. Cut short, blocks stay in use; they are never free too early."""
+        while self._released:
+            for block in self._released.popleft():
+                self._references[block] -= 1
+                if self._references[block] == 0:
+                    self._free.append(block)
+
+    @staticmethod
+    def _unheld(references: list[int]) -> list[int]:
+        """Blocks without a holder, in an order that hands out ascending ids: a prompt's pages are one run."""
+        return [b for b in range(len(references) - 1, -1, -1) if not references[b]]
+
+    def _make_room(self, count: int) -> None:
+        self._settle()
+        missing = count - len(self._free)
+        if missing <= 0:
+            return
+        # A sixteenth more than needed: copying stays O(1) per page, slack stays under 6.25 %.
+        old = self.capacity
+        index, payload = self._resized(old + missing + old // 16)
+        references = self._references + [0] * (index.shape[0] - old)
+        # From the counts: finds blocks again that a call cut short has taken off the list.
+        free = self._unheld(references)
+        # One statement: no interrupt comes in between.
+        self.index, self.payload, self._references, self._free = index, payload, references, free
 
     def _resized(self, capacity: int) -> tuple[Tensor, Tensor]:
         """Planes with room for `capacity` pages or a few more; those there are keep their bytes."""

@@ -46,9 +46,13 @@ class BlockTable:
         """Row, place in the row, block and count of pages that are not in `_mirror` yet."""
 
     def __del__(self) -> None:
-        # Forks of a cache share the pool, which then lives longer than this table.
-        for row in self.rows:
+        # Forks of a cache share the pool, which then lives longer than this table. The collector may
+        # call this in the middle of anything, and for a table that never got its rows.
+        for row in getattr(self, "rows", ()):
             self.pool.release(row.blocks)
+
+    def __copy__(self) -> BlockTable:
+        return self.copied(share=True)
 
     def copied(self, share: bool) -> BlockTable:
         """The same rows, over the same pool if they `share` it, over a copy of it otherwise."""
@@ -69,46 +73,42 @@ class BlockTable:
 
     def append(self, row: int, blocks: list[int], counts: list[int]) -> None:
         """Add pages, already referenced once in the pool, to the end of a row."""
-        place = len(self.rows[row].blocks)
-        self.rows[row].blocks += blocks
-        self.rows[row].counts += counts
+        target, added = self.rows[row], self._added
+        place = len(target.blocks)
         if self._mirror is not None:
             pages = zip(range(place, place + len(blocks)), blocks, counts, strict=True)
-            self._added += [(row, *page) for page in pages]
+            added = added + [(row, *page) for page in pages]
+        held = target.blocks + blocks, target.counts + counts
+        # One statement, here and below: cut short, row and mirror still agree.
+        target.blocks, target.counts, self._added = *held, added
 
     def crop(self, row: int, tokens: int) -> None:
         """Keep the first `tokens` tokens of a row; whole pages beyond them are released."""
-        kept, target = 0, self.rows[row]
-        for page, count in enumerate(target.counts):
-            if kept + count > tokens:
-                cut = page
-                if tokens > kept:
-                    target.counts[page] = tokens - kept
-                    cut += 1
-                # Let go of only after the row has: cut short in between, a page is lost, never shared
-                # with somebody who writes to it.
-                gone = target.blocks[cut:]
-                del target.blocks[cut:], target.counts[cut:]
-                self.pool.release(gone)
+        left, target, counts = tokens, self.rows[row], []
+        for count in target.counts:
+            if left <= 0:
                 break
-            kept += count
-        self._stale = True
+            counts.append(min(count, left))
+            left -= count
+        kept, gone = target.blocks[: len(counts)], target.blocks[len(counts) :]
+        # Let go of only after the row has: cut short in between, a page is lost, never shared with
+        # somebody who writes to it.
+        target.blocks, target.counts, self._stale = kept, counts, True
+        self.pool.release(gone)
 
     def select(self, rows: list[int]) -> None:
         """Make row i a copy of old row rows[i]; blocks are shared, not copied."""
         old = self.rows
         new = [Row(list(old[i].blocks), list(old[i].counts)) for i in rows]
-        for row in new:
-            self.pool.retain(row.blocks)
-        self.rows = new
-        for row in old:
-            self.pool.release(row.blocks)
-        if self._mirror is not None and len(rows) == len(old) and not (self._stale or self._added):
+        self.pool.retain([block for row in new for block in row.blocks])
+        current = self._mirror is not None and len(new) == len(old) and not (self._stale or self._added)
+        self.rows, self._stale = new, True
+        if current and self._mirror is not None:
             at = torch.tensor(rows, device=self.pool.index.device)
             for plane in self._mirror:
                 plane.copy_(plane[at])
-        else:
-            self._stale = True
+            self._stale = False
+        self.pool.release([block for row in old for block in row.blocks])
 
     def tensors(self) -> tuple[Tensor, Tensor]:
         """(block_table, page_counts), int32 [B, M]; missing pages are block 0 with count 0."""

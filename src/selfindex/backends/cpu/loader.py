@@ -58,3 +58,11 @@ def _instruction_set(forced: str) -> str:
     if forced not in found:
         raise NativeUnavailable(f"{VARIABLE}={forced}, but this processor has only {', '.join(found)}")
     return forced
+
+
+def scratch() -> int:
+    """Bytes of working memory the compiled operators keep for later calls of this process, 24 MiB at most."""
+    try:
+        return int(native().kept_bytes())
+    except NativeUnavailable:
+        return 0

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from ...codec import PageFormat
 from .launch import Kernel
-from .loader import INPUT_TYPES, load
+from .loader import INPUT_TYPES, KernelsUnavailable, load
 
 HEAD_DIMS, PAGE_SIZE, MAX_GROUPS = (64, 96, 128, 256), 128, 16
 MOST_QUERIES = 8
@@ -115,6 +116,9 @@ def plan(
         limits: dynamic shared memory of a block, by warps.
         clusters: whether the device has thread block clusters; sms: its multiprocessors.
         at_once: (warps, cluster, shared bytes) -> rows that fit on the device together.
+
+    Raises:
+        KernelsUnavailable: none fits.
     """
     found: list[tuple[float, int, Plan]] = []
     for cluster in CLUSTERS if clusters else (1,):
@@ -137,6 +141,8 @@ def plan(
                         fixed += CROWD_COST
                     cost = -(-rows // together) * (fixed + max(reading, working))
                     found.append((cost, len(found), choice))
+    if not found:
+        raise KernelsUnavailable("no launch of the decode kernel fits the device")
     return min(found)[2]
 
 
@@ -188,7 +194,24 @@ def sparse_decode(
     ).run()
 
 
-_plans: dict[tuple[Kernel, int, int], Plan] = {}
+@lru_cache(maxsize=1024)
+def _plan_for(
+    decoders: tuple[tuple[int, Kernel], ...],
+    rows: int,
+    pages: int,
+    record: int,
+    quads: int,
+    clusters: bool,
+    sms: int,
+) -> Plan:
+    """`plan` for loaded kernels by warps, remembered: layers and steps ask for the same ones."""
+    known = dict(decoders)
+    limits = {warps: kernel.room for warps, kernel in known.items()}
+
+    def at_once(warps: int, cluster: int, shared: int) -> int:
+        return known[warps].at_once(32 * warps, cluster, shared, sms)
+
+    return plan(rows, pages, record, quads, limits, clusters, sms, at_once)
 
 
 class Decode:
@@ -224,7 +247,9 @@ class Decode:
             "selected": rows * width * 4,
             "parts": rows * splits * groups * (dim + 4) * 4,
         }
-        self.plan = self._plan(rows, pages, fmt.index.record, quads, properties.multi_processor_count)
+        decoders = tuple((n, self.kernels[f"decode{n}"]) for n in WARPS if f"decode{n}" in self.kernels)
+        sms = properties.multi_processor_count
+        self.plan = _plan_for(decoders, rows, pages, fmt.index.record, quads, self.modern, sms)
         sizes["scratch"] = self.plan.scratch * rows * self.plan.cluster
         starts, total = {}, 0
         for name, size in sizes.items():
@@ -273,20 +298,6 @@ class Decode:
         )
         self.rows, self.splits, self.groups = rows, splits, groups
         self._selected = starts["selected"], (batch, heads, 1, width)
-
-    def _plan(self, rows: int, pages: int, record: int, quads: int, sms: int) -> Plan:
-        key = (self.kernels["attend"], rows, pages)
-        if key not in _plans:
-            known = {
-                warps: self.kernels[f"decode{warps}"] for warps in WARPS if f"decode{warps}" in self.kernels
-            }
-            limits = {warps: kernel.room for warps, kernel in known.items()}
-
-            def at_once(warps: int, cluster: int, shared: int) -> int:
-                return known[warps].at_once(32 * warps, cluster, shared, sms)
-
-            _plans[key] = plan(rows, pages, record, quads, limits, self.modern, sms, at_once)
-        return _plans[key]
 
     @property
     def selected(self) -> Tensor:

@@ -8,6 +8,18 @@ from typing import Any
 
 import torch
 
+from ...errors import DeviceError
+from .loader import KernelsUnavailable
+
+OUT_OF_MEMORY = 2
+LOST = {
+    *(3, 4, 201, 214, 220, 226, 700, 702, 709, 710),
+    *(714, 715, 716, 717, 718, 719, 721, 999),
+}
+"""Status codes after which the driver runs nothing more in this process (cuda.h, CUresult)."""
+CAPTURING = range(900, 909)
+"""Status codes of a graph that is captured: no other operator may run in its place."""
+
 DEFAULT_SHARED = 48 * 1024
 """Dynamic shared memory a kernel gets without asking."""
 
@@ -92,8 +104,15 @@ def _config(
 
 
 def open_module(code: bytes, device: int) -> dict[str, Kernel]:
-    """Load a cubin into the context of a device and return its kernels by name."""
-    from cuda.bindings import driver
+    """Load a cubin into the context of a device and return its kernels by name.
+
+    Raises:
+        KernelsUnavailable: the driver does not take it, or cannot be called.
+    """
+    try:
+        from cuda.bindings import driver
+    except ImportError as error:
+        raise KernelsUnavailable(f"cuda-bindings cannot be imported ({error})") from error
 
     with torch.cuda.device(device):
         attribute = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
@@ -113,9 +132,23 @@ def _check(result: tuple[Any, ...]) -> Any:
     """Unpack (status, value) of a driver call.
 
     Raises:
-        RuntimeError: the call failed.
+        KernelsUnavailable: the driver refuses the call; nothing has run, and other operators can.
+        torch.OutOfMemoryError: there is not enough GPU memory for it.
+        DeviceError: the GPU has failed, in this call or in work launched before it, or captures a graph.
     """
     status, *values = result
-    if int(status) != 0:
-        raise RuntimeError(f"CUDA driver: {status.name}")
+    code = int(status)
+    if code == OUT_OF_MEMORY:
+        raise torch.OutOfMemoryError(
+            f"CUDA out of memory: no room to load or launch a kernel ({status.name})"
+        )
+    if code in LOST:
+        raise DeviceError(
+            f"the GPU reports {status.name}, from this call or from work launched before it; start the "
+            "process again (CUDA_LAUNCH_BLOCKING=1 shows where it comes from)"
+        )
+    if code in CAPTURING:
+        raise DeviceError(f"a call came that the CUDA graph being captured cannot hold ({status.name})")
+    if code != 0:
+        raise KernelsUnavailable(f"the CUDA driver refuses a kernel: {status.name}")
     return values[0] if values else None

@@ -48,9 +48,11 @@ def cache_folder() -> Path:
     chosen = os.environ.get("SELFINDEX_CACHE")
     if chosen:
         return Path(chosen)
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "selfindex"
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "selfindex"
+    variable, place = (
+        ("LOCALAPPDATA", "AppData/Local") if sys.platform == "win32" else ("XDG_CACHE_HOME", ".cache")
+    )
+    given = os.environ.get(variable)
+    return (Path(given) if given else Path.home() / place) / "selfindex"
 
 
 def source(module: str) -> str:
@@ -85,7 +87,7 @@ def compile_module(module: str, arch: int, defines: dict[str, str]) -> tuple[byt
         (cubin, the compiler's log with register counts and spills).
 
     Raises:
-        KernelsUnavailable: cuda-core is missing or too old.
+        KernelsUnavailable: cuda-core is missing or too old, or its compiler fails.
     """
     try:
         from cuda.core import Program, ProgramOptions
@@ -109,23 +111,32 @@ def compile_module(module: str, arch: int, defines: dict[str, str]) -> tuple[byt
         define_macro=list(defines.items()),
         ptxas_options=["-v"],
     )
-    code = Program(source(module), "c++", options).compile("cubin", logs=log).code
+    try:
+        code = Program(source(module), "c++", options).compile("cubin", logs=log).code
+    except Exception as error:
+        # NVRTC is missing, does not know the architecture, or fails: cuda-core has an exception for each.
+        reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+        raise KernelsUnavailable(f"the {module} kernels do not compile for sm_{arch} ({reason})") from error
     return bytes(code), log.text
 
 
-def cubin(module: str, arch: int, defines: dict[str, str]) -> bytes:
-    """Machine code from the disk cache, compiled and stored there when it is missing.
+def cubin(module: str, arch: int, defines: dict[str, str], anew: bool = False) -> bytes:
+    """Machine code from the disk cache, compiled and stored there when it is missing or wanted `anew`.
 
     Entries are written beside their place and renamed into it, so concurrent processes see whole
     files; a folder that cannot be written costs one warning and a compilation per process.
     """
     text = "\0".join((source(module), module, str(arch), repr(sorted(defines.items())), _compiler()))
     digest = hashlib.sha256(text.encode()).hexdigest()
-    path = cache_folder() / f"{module}-sm{arch}-{digest[:32]}.cubin"
     try:
-        stored = path.read_bytes()
+        path = cache_folder() / f"{module}-sm{arch}-{digest[:32]}.cubin"
+    except RuntimeError as error:  # of Path.home
+        _warn_cache(f"compiled kernels cannot be kept ({error}); set SELFINDEX_CACHE to a folder")
+        return compile_module(module, arch, defines)[0]
+    try:
+        stored = b"" if anew else path.read_bytes()
         # The file ends with a checksum of its content: a truncated or damaged one is replaced.
-        if hashlib.sha256(stored[:-32]).digest() == stored[-32:]:
+        if stored and hashlib.sha256(stored[:-32]).digest() == stored[-32:]:
             return stored[:-32]
     except OSError:
         pass
@@ -189,7 +200,16 @@ def _load(
     major, minor = capability(torch.device("cuda", device))
     arch = 10 * major + minor
     defines = macros(head_dim, groups, value_bits, dtype, arch)
-    return open_module(cubin(module, arch, defines), device)
+    code = cubin(module, arch, defines)
+    try:
+        return open_module(code, device)
+    except KernelsUnavailable:
+        # Perhaps only what was kept on disk is at fault.
+        return open_module(cubin(module, arch, defines, anew=True), device)
+
+
+_refused: dict[tuple[Any, ...], str] = {}
+"""Why modules cannot be had: finding out takes seconds, and a decode step asks once a layer."""
 
 
 def load(
@@ -198,8 +218,15 @@ def load(
     """Kernels of a module by name, ready to launch on `device`.
 
     Raises:
-        KernelsUnavailable: cuda-core is missing, or the GPU is too old.
+        KernelsUnavailable: cuda-core is missing, the GPU is too old, or compiling or loading fails.
     """
     index = torch.cuda.current_device() if device.index is None else device.index
+    what = module, index, head_dim, groups, value_bits, dtype
     with _lock:
-        return _load(module, index, head_dim, groups, value_bits, dtype)
+        if what in _refused:
+            raise KernelsUnavailable(_refused[what])
+        try:
+            return _load(*what)
+        except KernelsUnavailable as error:
+            _refused[what] = str(error)
+            raise

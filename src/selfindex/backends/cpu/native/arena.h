@@ -1,16 +1,24 @@
-// Memory for one call, kept for the next one: fresh pages from the system cost more than the work.
+// Memory for one call. Some of it is kept for later calls: fresh pages from the system cost more than
+// the work.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
-#include <cstdlib>
-#include <new>
 
 namespace selfindex {
 
+// What is kept, for all threads of the process together.
+constexpr size_t kMostKept = 24 << 20;
+
+// Bytes that are kept at the moment, kMostKept at most.
+size_t kept_bytes();
+
 class Arena {
  public:
-  ~Arena() { std::free(memory_); }
+  Arena() = default;
+  Arena(const Arena&) = delete;
+  Arena& operator=(const Arena&) = delete;
+  ~Arena() { give_back(); }
 
   // First pass: sizes only. Second pass: memory. Both passes make the same calls.
   template <class T>
@@ -22,18 +30,15 @@ class Arena {
   }
 
   // `plan` takes everything it needs; afterwards its pointers are valid until the next call.
+  // Throws std::bad_alloc where the system has no more memory.
   template <class Plan>
   void lay_out(Plan&& plan) {
     measuring_ = true;
     used_ = 0;
     plan();
     if (used_ > size_) {
-      std::free(memory_);
-      size_ = 0;
-      const size_t wanted = (used_ + 4095) / 4096 * 4096;
-      memory_ = static_cast<char*>(std::aligned_alloc(64, wanted));
-      if (!memory_) throw std::bad_alloc();
-      size_ = wanted;
+      give_back();
+      borrow(used_);
     }
     measuring_ = false;
     used_ = 0;
@@ -41,6 +46,9 @@ class Arena {
   }
 
  private:
+  void borrow(size_t wanted);
+  void give_back();
+
   char* memory_ = nullptr;
   size_t size_ = 0, used_ = 0;
   bool measuring_ = false;

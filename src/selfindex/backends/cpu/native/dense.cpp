@@ -10,10 +10,14 @@
 namespace selfindex {
 namespace {
 
-constexpr int64_t kTaskTokens = 256;
+// Tokens of a task, and tasks of a KV head: with more tokens there are more to a task.
+constexpr int64_t kTaskTokens = 256, kMostShares = 128;
+// Results of tasks at a time, at least those of one KV head.
+constexpr int64_t kMostBytes = 16 << 20;
 
 // One KV head of one row of the batch.
 struct Unit {
+  int64_t number;
   Rows rows;
   int64_t tokens;
   std::vector<Part> parts;
@@ -25,56 +29,64 @@ void dense_attend(const Kernels& kernels, const Cache& cache, const Queries& que
   cache.check();
   const Layout& layout = cache.layout;
   const int rows = static_cast<int>(queries.groups * queries.queries);
-  const int64_t units_count = cache.batch * layout.heads;
   // Slots of the tokens of each row of the batch, short pages closed up.
   std::vector<std::vector<int32_t>> slots(cache.batch);
-  int64_t shares = 0;
+  int64_t longest = 0;
   for (int64_t b = 0; b < cache.batch; b++) {
     for (int64_t page = 0; page < cache.pages; page++)
       for (int t = 0; t < cache.count(b, page); t++)
         slots[b].push_back(static_cast<int32_t>(page * layout.page + t));
-    shares = std::max<int64_t>(shares, (slots[b].size() + kTaskTokens - 1) / kTaskTokens);
+    longest = std::max<int64_t>(longest, slots[b].size());
   }
-  std::vector<Unit> units(units_count);
+  const int64_t share = std::max(kTaskTokens, (longest + kMostShares - 1) / kMostShares);
+  const int64_t shares = (longest + share - 1) / share;
+  const int64_t bytes = 4 * rows * (shares * padded(layout.dim) + cache.pages);
+  const int64_t all = cache.batch * layout.heads;
+  const int64_t at_once = std::min(all, std::max<int64_t>(1, kMostBytes / std::max<int64_t>(1, bytes)));
+  std::vector<Unit> units(at_once);
   std::vector<AttendScratch> scratch(std::max(1, queries.threads));
-  thread_local Arena arena;
-  for (int64_t i = 0; i < units_count; i++) {
-    Unit& unit = units[i];
-    unit.rows.row = i / layout.heads;
-    unit.rows.head = i % layout.heads;
-    unit.rows.count = rows;
-    unit.rows.stride = layout.dim;
-    unit.rows.query = queries.query + i * rows * layout.dim;
-    unit.tokens = slots[unit.rows.row].size();
-    unit.parts.resize((unit.tokens + kTaskTokens - 1) / kTaskTokens);
-  }
-  arena.lay_out([&] {
-    for (Unit& unit : units) {
-      unit.rows.allocate(arena, cache, false);
-      for (Part& part : unit.parts) part.allocate(arena, unit.rows);
+  Arena arena;
+  for (int64_t first = 0; first < all; first += at_once) {
+    const int64_t count = std::min(at_once, all - first);
+    for (int64_t u = 0; u < count; u++) {
+      Unit& unit = units[u];
+      unit.number = first + u;
+      unit.rows.row = unit.number / layout.heads;
+      unit.rows.head = unit.number % layout.heads;
+      unit.rows.count = rows;
+      unit.rows.stride = layout.dim;
+      unit.rows.query = queries.query + unit.number * rows * layout.dim;
+      unit.tokens = slots[unit.rows.row].size();
+      unit.parts.resize((unit.tokens + share - 1) / share);
     }
-    for (AttendScratch& some : scratch) some.allocate(arena, rows, kTaskTokens);
-  });
-  run_phases(queries.threads, units_count,
-             {{1,
-               [&](int64_t u, int64_t, int) {
-                 units[u].rows.prepare(kernels, cache);
-                 units[u].rows.page_offsets(kernels, cache, 0, cache.pages);
-               }},
-              {shares,
-               [&](int64_t u, int64_t i, int worker) {
-                 Unit& unit = units[u];
-                 const int64_t from = i * kTaskTokens;
-                 if (from < unit.tokens)
-                   attend(kernels, cache, unit.rows, slots[unit.rows.row].data() + from,
-                          std::min(kTaskTokens, unit.tokens - from), scratch[worker],
-                          unit.parts[i]);
-               }},
-              {1, [&](int64_t u, int64_t, int) {
-                 const Unit& unit = units[u];
-                 merge(kernels, cache, unit.rows, unit.parts.data(), unit.parts.size(),
-                       queries.output + u * rows * layout.dim, layout.dim, queries.lse + u * rows, 1);
-               }}});
+    arena.lay_out([&] {
+      for (int64_t u = 0; u < count; u++) {
+        units[u].rows.allocate(arena, cache, false);
+        for (Part& part : units[u].parts) part.allocate(arena, units[u].rows);
+      }
+      for (AttendScratch& some : scratch) some.allocate(arena, rows, share);
+    });
+    run_phases(queries.threads, count,
+               {{1,
+                 [&](int64_t u, int64_t, int) {
+                   units[u].rows.prepare(kernels, cache);
+                   units[u].rows.page_offsets(kernels, cache, 0, cache.pages);
+                 }},
+                {shares,
+                 [&](int64_t u, int64_t i, int worker) {
+                   Unit& unit = units[u];
+                   const int64_t from = i * share;
+                   if (from < unit.tokens)
+                     attend(kernels, cache, unit.rows, slots[unit.rows.row].data() + from,
+                            std::min(share, unit.tokens - from), scratch[worker], unit.parts[i]);
+                 }},
+                {1, [&](int64_t u, int64_t, int) {
+                   const Unit& unit = units[u];
+                   const int64_t to = unit.number * rows;
+                   merge(kernels, cache, unit.rows, unit.parts.data(), unit.parts.size(),
+                         queries.output + to * layout.dim, layout.dim, queries.lse + to, 1);
+                 }}});
+  }
 }
 
 }  // namespace selfindex

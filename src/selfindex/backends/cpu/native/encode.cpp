@@ -14,7 +14,7 @@ void encode(const Kernels& kernels, const Pages& pages) {
   const int threads = std::max(1, pages.threads);
   // Whole vectors of tokens for any instruction set.
   const int64_t tokens = (layout.page + 15) / 16 * 16;
-  thread_local Arena arena;
+  Arena arena;
   std::vector<float*> scratch(threads), scales(threads);
   arena.lay_out([&] {
     for (int i = 0; i < threads; i++) {

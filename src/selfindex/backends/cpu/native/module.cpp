@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "arena.h"
 #include "cache.h"
 #include "kernels.h"
 #include "operators.h"
@@ -162,6 +163,7 @@ NB_MODULE(_native, m) {
       if (kernels_named(name)) names.push_back(name);
     return names;
   });
+  m.def("kept_bytes", &kept_bytes);
   m.def("sparse_decode", [](const std::string& name, const Cache& cache, const Queries& queries,
                             uintptr_t budgets, int64_t width, uintptr_t chosen) {
     const Kernels& kernels = named(name);

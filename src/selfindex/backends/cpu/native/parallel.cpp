@@ -1,9 +1,11 @@
 #include "parallel.h"
 
 #include <dlfcn.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
+#include <exception>
 #include <thread>
 #include <vector>
 
@@ -19,12 +21,20 @@ struct Loop {
   int threads;
   std::atomic<int64_t> next{0};
   std::atomic<int> workers{0};
+  std::atomic<bool> failed{false};
+  std::exception_ptr error{};
 
-  void work() {
+  // An exception that left a thread would end the process.
+  void work() noexcept {
     const int worker = workers.fetch_add(1, std::memory_order_relaxed);
     if (worker >= threads) return;
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;)
-      task(context, i, worker);
+    try {
+      for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;)
+        task(context, i, worker);
+    } catch (...) {
+      next.store(count, std::memory_order_relaxed);
+      if (!failed.exchange(true)) error = std::current_exception();
+    }
   }
 };
 
@@ -34,10 +44,13 @@ void enter(void* loop) { static_cast<Loop*>(loop)->work(); }
 // threads would compete with PyTorch's, whose threads wait for their next loop without sleeping.
 using OpenMpParallel = void (*)(void (*)(void*), void*, unsigned threads, unsigned flags);
 
+// A forked process has none of the threads that its OpenMP runtime would wait for.
+const pid_t home = getpid();
+
 OpenMpParallel open_mp() {
   static const auto found =
       reinterpret_cast<OpenMpParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
-  return found;
+  return getpid() == home ? found : nullptr;
 }
 
 }  // namespace
@@ -49,19 +62,20 @@ void run_tasks(int threads, int64_t count, Task task, void* context) {
     return;
   }
   Loop loop{task, context, count, threads};
-  if (open_mp()) {
-    open_mp()(enter, &loop, static_cast<unsigned>(threads), 0);
-    return;
+  if (const OpenMpParallel parallel = open_mp()) {
+    parallel(enter, &loop, static_cast<unsigned>(threads), 0);
+  } else {
+    // Threads of this call only: nothing to keep alive, and nothing that a fork could break.
+    std::vector<std::thread> helpers;
+    try {
+      for (int i = 1; i < threads; i++) helpers.emplace_back(enter, &loop);
+    } catch (...) {
+      // Fewer threads than asked for do the same work.
+    }
+    loop.work();
+    for (std::thread& helper : helpers) helper.join();
   }
-  // Threads of this call only: nothing to keep alive, and nothing that a fork could break.
-  std::vector<std::thread> helpers;
-  try {
-    for (int i = 1; i < threads; i++) helpers.emplace_back(enter, &loop);
-  } catch (...) {
-    // Fewer threads than asked for do the same work.
-  }
-  loop.work();
-  for (std::thread& helper : helpers) helper.join();
+  if (loop.error) std::rethrow_exception(loop.error);
 }
 
 void run_phases(int threads, int64_t units, std::vector<Phase> phases) {
@@ -72,6 +86,7 @@ void run_phases(int threads, int64_t units, std::vector<Phase> phases) {
   int64_t total = 0;
   for (const Phase& phase : phases) total += units * phase.tasks;
   std::vector<std::atomic<int64_t>> done(phases.size() * units);
+  std::atomic<bool> failed{false};
   parallel_for(threads, total, [&](int64_t i, int worker) {
     size_t at = 0;
     for (; i >= units * phases[at].tasks; at++) i -= units * phases[at].tasks;
@@ -80,10 +95,17 @@ void run_phases(int threads, int64_t units, std::vector<Phase> phases) {
     // Tasks are handed out in order, so what this waits for is done or in the hands of a thread.
     if (at) {
       const std::atomic<int64_t>& before = done[(at - 1) * units + unit];
-      for (int spins = 0; before.load(std::memory_order_acquire) < phases[at - 1].tasks; spins++)
+      for (int spins = 0; before.load(std::memory_order_acquire) < phases[at - 1].tasks; spins++) {
+        if (failed.load(std::memory_order_relaxed)) return;  // it will never be done
         if (spins > kSpins) std::this_thread::yield();
+      }
     }
-    phase.work(unit, i % phase.tasks, worker);
+    try {
+      phase.work(unit, i % phase.tasks, worker);
+    } catch (...) {
+      failed.store(true, std::memory_order_relaxed);
+      throw;
+    }
     done[at * units + unit].fetch_add(1, std::memory_order_release);
   });
 }

@@ -11,7 +11,7 @@ namespace selfindex {
 using Task = void (*)(void* context, int64_t task, int worker);
 
 // Runs tasks 0 .. count - 1 on up to `threads` threads, this one among them; returns when all are
-// done. Tasks must not throw.
+// done. Throws the first exception of a task, after which no thread begins another one.
 void run_tasks(int threads, int64_t count, Task task, void* context);
 
 template <class Work>

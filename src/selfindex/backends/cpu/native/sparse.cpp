@@ -20,7 +20,7 @@ constexpr float kSignGain = 0.9f, kSharpness = 0.5f;
 // to spread a short cache over threads.
 constexpr int64_t kTaskSlots = 2048, kTaskTokens = 192;
 // Logits of as many queries at a time as fit this many bytes, at least of one.
-constexpr int64_t kMostBytes = 32 << 20;
+constexpr int64_t kMostBytes = 16 << 20;
 
 // One new query of one KV head: the unit that selects.
 struct Unit {
@@ -60,12 +60,11 @@ class SparseDecode {
 
  private:
   void wave(int64_t first, int64_t last) {
-    thread_local Arena arena;
     units_.assign(last - first, Unit{});
     for (int64_t i = first; i < last; i++) place(units_[i - first], i);
-    arena.lay_out([&] {
-      for (Unit& unit : units_) allocate(unit, arena);
-      for (AttendScratch& scratch : scratch_) scratch.allocate(arena, groups_, kTaskTokens);
+    arena_.lay_out([&] {
+      for (Unit& unit : units_) allocate(unit);
+      for (AttendScratch& scratch : scratch_) scratch.allocate(arena_, groups_, kTaskTokens);
     });
     const int64_t units = last - first;
     const int64_t shares = (width_ + kTaskTokens - 1) / kTaskTokens;
@@ -104,13 +103,13 @@ class SparseDecode {
            unit.query;
   }
 
-  void allocate(Unit& unit, Arena& arena) const {
-    unit.rows.allocate(arena, cache_, true);
-    unit.logits = arena.take<float>(groups_ * slots_);
-    unit.tops = arena.take<float>(ranges_ * groups_);
-    unit.masses = arena.take<float>(ranges_ * groups_);
-    unit.slots = arena.take<int32_t>(unit.budget + 1);
-    for (Part& part : unit.parts) part.allocate(arena, unit.rows);
+  void allocate(Unit& unit) {
+    unit.rows.allocate(arena_, cache_, true);
+    unit.logits = arena_.take<float>(groups_ * slots_);
+    unit.tops = arena_.take<float>(ranges_ * groups_);
+    unit.masses = arena_.take<float>(ranges_ * groups_);
+    unit.slots = arena_.take<int32_t>(unit.budget + 1);
+    for (Part& part : unit.parts) part.allocate(arena_, unit.rows);
   }
 
   void score(Unit& unit, int64_t range) const {
@@ -218,6 +217,7 @@ class SparseDecode {
   std::vector<AttendScratch> scratch_;
   std::vector<int64_t> budgets_;
   std::vector<Unit> units_;
+  Arena arena_;
 };
 
 }  // namespace

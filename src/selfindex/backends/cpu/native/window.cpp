@@ -18,7 +18,7 @@ void window_attend(const Kernels& kernels, const Window& w) {
   }
   const int threads = std::max(1, w.threads), bytes = w.format == kFloat32 ? 4 : 2;
   const int64_t token = static_cast<int64_t>(w.dim) * bytes;
-  thread_local Arena arena;
+  Arena arena;
   std::vector<float*> logits(threads);
   arena.lay_out([&] {
     for (float*& some : logits) some = arena.take<float>(4 * longest);
