@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache
 
 from ...attention.integers import StepIntegers
 from ...codec import BalanceProfile
-from ...config import SelfIndexConfig, check_budget
+from ...config import SelfIndexConfig
 from ...errors import InputError, StateError
 from ...report import LayerReport, Report
 from .attention import prepare
@@ -114,9 +114,9 @@ class SelfIndexCache(Cache):
         Raises:
             ConfigError: the budget is out of range.
         """
-        check_budget(budget)
+        config = SelfIndexConfig.make(self.config, budget=budget)
         with self.guard.change():
-            self.config = SelfIndexConfig.make(self.config, budget=budget)
+            self.config = config
             for layer in self._compressed:
                 if layer.store is not None:
                     layer.store.config = self.config
