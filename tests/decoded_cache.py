@@ -33,7 +33,7 @@ def decoded_cache(cache, model):
         shape = (store.batch, store.format.kv_heads, layer.columns, store.format.head_dim)
         full = [torch.zeros(shape), torch.zeros(shape)]
         for b in rows:
-            real = slice(None) if cache.columns is None else cache.columns[b]
+            real = slice(None) if cache.columns is None else cache.columns[b].cpu()
             for target, tokens in zip(full, held_tokens(store, b), strict=True):
                 target[b][:, real] = tokens
         dense.layers[i].update(*(x.to(model.device) for x in full))

@@ -80,7 +80,7 @@ def loop(ours, cache, ids):
 def rows_of(cache, ids):
     """Token ids of every row of a whole cache, without padding."""
     columns = cache.columns
-    return [row if columns is None else row[columns[b]] for b, row in enumerate(ids)]
+    return [row if columns is None else row[columns[b].cpu()] for b, row in enumerate(ids)]
 
 
 def check_whole(cache, dense, ids):
@@ -116,7 +116,7 @@ def going_on_is_right_or_refused(ours, dense, cache, outcomes):
     cache = copy.deepcopy(cache)
     new, options = prompt(1, batch=cache.compressed_layers[0].store.batch, seed=3), {}
     if cache.columns is not None:
-        mask = torch.cat((cache.columns.long(), torch.ones_like(new)), 1)
+        mask = torch.cat((cache.columns.cpu().long(), torch.ones_like(new)), 1)
         options = {"mask": mask, "position_ids": mask.sum(1, keepdim=True) - 1}
     try:
         forward(ours, new, cache, **options)
