@@ -158,7 +158,7 @@ def check_budget(budget: float | int) -> float | int:
     if _is_integer(budget):
         if not 1 <= budget <= MOST:
             raise ConfigError(
-                f"an integer budget is a number of tokens and must be from 1 to {MOST}, got {budget}"
+                f"an integer budget is a number of tokens and must be >= 1 and <= {MOST}, got {budget}"
             )
         return int(budget)
     if isinstance(budget, bool) or not isinstance(budget, Real):
