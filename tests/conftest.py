@@ -1,5 +1,6 @@
 """Settings and fixtures shared by all tests."""
 
+import backends
 import pytest
 import torch
 from decoded_cache import check_tokens, full_cache
@@ -28,9 +29,10 @@ def _seed():
 
 
 @pytest.fixture(autouse=True)
-def _reference(monkeypatch):
-    """The specification serves all tests but tests/cpu, which compare the compiled operators with it."""
-    monkeypatch.setenv("SELFINDEX_CPU", "reference")
+def backend(request, monkeypatch):
+    """The specification serves all tests but those that ask for more, see backends.py, and tests/cpu."""
+    with backends.use(getattr(request, "param", "reference"), monkeypatch) as used:
+        yield used
 
 
 @pytest.fixture

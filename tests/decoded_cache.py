@@ -3,7 +3,7 @@
 import copy
 
 import torch
-from stores import SMALL, held_tokens
+from stores import held_tokens, small_options
 from tiny_models import forward
 from transformers import DynamicCache
 
@@ -11,10 +11,10 @@ from selfindex import SelfIndexCache
 
 
 def small_cache(model, **options):
-    """A cache that encodes a page every 8 tokens beyond 12 of them."""
+    """A cache that encodes a page every 8 tokens (128 on a GPU) beyond 12 of them."""
     if options.get("preset") == "paper":
         options = {"sinks": 4, "recent": 0} | options
-    return SelfIndexCache(model, **(SMALL | options))
+    return SelfIndexCache(model, **small_options(**options))
 
 
 def full_cache(model, **options):
@@ -33,10 +33,10 @@ def decoded_cache(cache, model):
         shape = (store.batch, store.format.kv_heads, layer.columns, store.format.head_dim)
         full = [torch.zeros(shape), torch.zeros(shape)]
         for b in rows:
-            real = slice(None) if cache.columns is None else cache.columns[b]
+            real = slice(None) if cache.columns is None else cache.columns[b].cpu()
             for target, tokens in zip(full, held_tokens(store, b), strict=True):
                 target[b][:, real] = tokens
-        dense.layers[i].update(*full)
+        dense.layers[i].update(*(x.to(model.device) for x in full))
     return dense
 
 
@@ -48,7 +48,7 @@ def check_tokens(cache, model, sequence, row=0):
     dense = DynamicCache(config=model.config)
     forward(model, sequence[None], dense)
     store = cache.layers[0].store
-    wanted = dense.layers[0].keys[0], dense.layers[0].values[0]
+    wanted = dense.layers[0].keys[0].cpu(), dense.layers[0].values[0].cpu()
     held, sinks = store.raw.lengths[row], store.config.sinks
     assert store.length(row) == len(sequence)
     places = [*range(min(sinks, held)), *range(min(sinks, held) + store.encoded(row), len(sequence))]

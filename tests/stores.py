@@ -1,5 +1,6 @@
 """Layer stores filled with random tokens, and reading back what they hold."""
 
+import backends
 import torch
 from pages import gaussian, leave_coded_domain
 
@@ -11,8 +12,13 @@ SMALL = {"sinks": 4, "recent": 8, "page_size": 8, "dense_below": 0, "min_tokens"
 """Options under which a few dozen tokens fill several pages."""
 
 
+def small_options(**options):
+    """`SMALL` with the backend's page size, and further options."""
+    return SMALL | {"page_size": backends.current.page_size} | options
+
+
 def small_config(**options):
-    return SelfIndexConfig(**(SMALL | options))
+    return SelfIndexConfig(**small_options(**options))
 
 
 def paper_config(**options):
@@ -20,7 +26,9 @@ def paper_config(**options):
 
 
 def new_store(config, batch=1, heads=2, dim=64, dtype=torch.float32, balance=None):
-    return LayerStore(config, torch.empty(batch, heads, 0, dim, dtype=dtype), balance)
+    return LayerStore(
+        config, torch.empty(batch, heads, 0, dim, dtype=dtype, device=backends.current.device), balance
+    )
 
 
 def random_tokens(store, new, groups=2, seed=0):
@@ -43,27 +51,30 @@ def fill(store, *lengths, groups=2, seed=0):
 
 
 def decoded_pages(store, row):
-    """Encoded tokens of a row as float32 keys and values [H, n, d], oldest first."""
+    """Encoded tokens of a row as float32 keys and values [H, n, d] on the CPU, oldest first."""
     fmt, held = store.format, store.table.rows[row]
     if not held.blocks:
         empty = torch.zeros(fmt.kv_heads, 0, fmt.head_dim)
         return empty, empty
-    block = torch.tensor(held.blocks).repeat_interleave(torch.tensor(held.counts))[None, None]
-    offset = torch.cat([torch.arange(n) for n in held.counts])[None, None]
+    device = store.pool.index.device
+    block = torch.tensor(held.blocks, device=device).repeat_interleave(
+        torch.tensor(held.counts, device=device)
+    )[None, None]
+    offset = torch.cat([torch.arange(n, device=device) for n in held.counts])[None, None]
     codec = codec_for(fmt.name)
     constants = store.constants if store.constants.shape[0] == 1 else store.constants[row : row + 1]
     keys = codec.read_keys(store.pool.index, store.pool.payload, block, offset, constants)
     values = codec.read_values(store.pool.index, store.pool.payload, block, offset)
     keys, values = leave_coded_domain(fmt, keys.expand(1, fmt.kv_heads, -1, -1), values, constants)
-    return keys[0], values[0]
+    return keys[0].cpu(), values[0].cpu()
 
 
 def held_tokens(store, row):
-    """All tokens of a row as float32 keys and values [H, n, d]: sinks, decoded pages, recent ones."""
+    """All tokens of a row as float32 keys and values [H, n, d], on the CPU: sinks, pages, recent ones."""
     raw, sinks = store.raw, min(store.config.sinks, store.raw.lengths[row])
     tokens = []
     for pages, full in zip(decoded_pages(store, row), (raw.keys, raw.values), strict=True):
-        full = full[row, :, : raw.lengths[row]].float()
+        full = full[row, :, : raw.lengths[row]].float().cpu()
         tokens.append(torch.cat((full[:, :sinks], pages, full[:, sinks:]), 1))
     return tokens
 

@@ -1,9 +1,17 @@
+import copy
+import dataclasses
+import pickle
+from fractions import Fraction
+
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import pair
 
-from selfindex import ConfigError, SelfIndexConfig
+from selfindex import ConfigError, SelfIndexCache, SelfIndexConfig
+from selfindex.config import AUTO, MOST
 
 
 @pytest.mark.parametrize(
@@ -18,7 +26,13 @@ from selfindex import ConfigError, SelfIndexConfig
         ({"budget": True}, "number"),
         ({"budget": "5%"}, "number"),
         ({"budget": None}, "number"),
+        ({"budget": np.float64("nan")}, r"in \(0, 1\]"),
+        ({"budget": torch.tensor(0.5)}, "number"),
+        ({"budget": 1 + 0j}, "number"),
+        ({"budget": 2**31}, "integer budget"),
         ({"preset": "best"}, "preset must be one of"),
+        ({"preset": ["paper"]}, "preset must be one of"),
+        ({"preset": np.array(["paper", "paper"])}, "preset must be one of"),
         ({"sinks": -2}, "sinks"),
         ({"recent": 1.5}, "recent"),
         ({"recent": True}, "recent"),
@@ -28,6 +42,21 @@ from selfindex import ConfigError, SelfIndexConfig
         ({"page_size": 0}, "page_size"),
         ({"page_size": 12}, "page_size"),
         ({"page_size": 64.0}, "page_size"),
+        ({"page_size": True}, "page_size"),
+        ({"page_size": 1 << 20}, "page_size"),
+        ({"sinks": 2**31}, "sinks"),
+        ({"sinks": torch.tensor(4)}, "sinks"),
+        ({"sinks": None}, "sinks"),
+        ({"recent": float("nan")}, "recent"),
+        ({"min_tokens": "128"}, "min_tokens"),
+        ({"dense_below": MOST + 1}, "dense_below"),
+        ({"sparse_queries": np.float64(8)}, "sparse_queries"),
+        ({"value_bits": 2.0}, "value_bits"),
+        ({"value_bits": True}, "value_bits"),
+        ({"profile": 3}, "profile must be the path"),
+        ({"profile": b"file"}, "profile must be the path"),
+        ({"offloading": 1}, "offloading"),
+        ({"allow_untested": "no"}, "allow_untested"),
         ({"value_bits": 4}, "value_bits"),
         ({"preset": "paper", "value_bits": 3}, "paper"),
         ({"preset": "paper", "profile": "file"}, "profile"),
@@ -65,6 +94,62 @@ def test_options_override_a_config():
     assert (changed.budget, changed.sinks, config.budget) == (0.5, 3, 7)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda config, **options: SelfIndexConfig.make(config, **options),
+        dataclasses.replace,
+        lambda config, **options: dataclasses.replace(pickle.loads(pickle.dumps(config)), **options),
+        lambda config, **options: dataclasses.replace(copy.deepcopy(config), **options),
+    ],
+    ids=["make", "replace", "pickled", "copied"],
+)
+@pytest.mark.parametrize("before", [{}, {"sinks": 16}, {"recent": 5}, {"preset": "paper"}, {"sinks": AUTO}])
+@pytest.mark.parametrize(
+    "options", [{"preset": "paper"}, {"preset": "balanced", "budget": 9}, {"sinks": AUTO}, {"recent": 2}]
+)
+def test_a_changed_config_is_what_a_new_one_would_be(change, before, options):
+    changed, new = change(SelfIndexConfig(**before), **options), SelfIndexConfig(**(before | options))
+    assert changed == new
+    assert (changed.sinks, changed.recent) == (new.sinks, new.recent)
+    # And so is the next change.
+    assert dataclasses.replace(changed, preset="paper") == SelfIndexConfig(
+        **(before | options | {"preset": "paper"})
+    )
+
+
+def test_a_new_budget_leaves_what_the_preset_chose_to_the_preset():
+    cache = SelfIndexCache(pair("llama")[1], preset="paper")
+    cache.set_budget(9)
+    assert cache.config == SelfIndexConfig(preset="paper", budget=9)
+    assert SelfIndexConfig.make(cache.config, preset="balanced") == SelfIndexConfig(budget=9)
+
+
+def test_numbers_of_other_libraries_become_pythons():
+    config = SelfIndexConfig(
+        budget=np.int64(7), sinks=np.int32(3), page_size=np.int8(64), value_bits=np.uint8(3)
+    )
+    assert config == SelfIndexConfig(budget=7, sinks=3, page_size=64, value_bits=3)
+    values = (config.budget, config.sinks, config.page_size, config.value_bits)
+    assert [type(value) for value in values] == [int] * 4
+    assert [type(SelfIndexConfig(budget=x).budget) for x in (np.float32(0.5), Fraction(1, 2))] == [float] * 2
+    assert SelfIndexConfig(sinks=np.int64(AUTO)).sinks == 16
+
+
+@pytest.mark.parametrize("config", ["paper", 0.05, {"budget": 3}, SelfIndexConfig])
+def test_something_else_is_no_config(config):
+    with pytest.raises(ConfigError, match="must be a SelfIndexConfig"):
+        SelfIndexCache(pair("llama")[1], config)
+
+
+def test_repr_shows_what_is_not_the_default_and_can_be_read_back():
+    assert repr(SelfIndexConfig()) == "SelfIndexConfig()"
+    assert repr(SelfIndexConfig(preset="paper")) == "SelfIndexConfig(preset='paper')"
+    config = SelfIndexConfig(budget=7, sinks=16, recent=0, profile="a file")
+    assert repr(config) == "SelfIndexConfig(budget=7, sinks=16, recent=0, profile='a file')"
+    assert eval(repr(config)) == config
+
+
 @given(
     st.one_of(st.integers(1, 5000), st.floats(0.001, 1.0)),
     st.integers(0, 500),
@@ -89,3 +174,8 @@ def test_budget_in_tokens(budget, min_tokens, dense_below, encoded, full):
 def test_the_config_is_immutable():
     with pytest.raises(AttributeError):
         SelfIndexConfig().budget = 3
+
+
+def test_the_config_serves_as_a_key():
+    assert {SelfIndexConfig(): 1}[SelfIndexConfig(sinks=16)] == 1
+    assert len({SelfIndexConfig(), SelfIndexConfig(preset="paper"), SelfIndexConfig(budget=0.06)}) == 3

@@ -9,7 +9,7 @@ from selfindex.backends import reference
 from selfindex.backends.cuda import decode, dense, encode, offloaded, window
 from selfindex.backends.cuda import register as register_cuda
 from selfindex.backends.cuda.loader import KernelsUnavailable
-from selfindex.backends.fallback import announce
+from selfindex.backends.fallback import announce, observed, with_fallback
 
 MODULES = {"encode": encode, "sparse_decode": decode, "dense_attend": dense, "window_attend": window}
 HOMES = MODULES | {"sparse_decode": offloaded}
@@ -53,3 +53,25 @@ def test_the_cuda_operators_are_wired(name, arguments, monkeypatch):  # noqa: F8
     monkeypatch.setattr(MODULES[name], "supported", lambda *chosen: False)
     assert run(*given) == "reference"
     assert len(calls) == 3
+
+
+def test_who_served_a_call_can_be_observed():
+    def add(*numbers):
+        return sum(numbers)
+
+    def fails(*_):
+        raise KernelsUnavailable("out of order")
+
+    seen, others = [], []
+    fast = with_fallback("GPU", add, add, lambda *numbers: len(numbers) == 2, KernelsUnavailable)
+    broken = with_fallback(
+        "GPU", fails, add, lambda *_: True, KernelsUnavailable, silent=(KernelsUnavailable,)
+    )
+    with observed(lambda *call: seen.append(call)):
+        with observed(lambda *call: others.append(call)):
+            assert fast(1, 2) == 3
+        assert fast(1, 2, 3) == 6
+        assert broken(4) == 4
+    assert fast(5, 6) == 11
+    assert seen == [("add", True, (1, 2)), ("add", False, (1, 2, 3)), ("add", False, (4,))]
+    assert others == seen[:1]

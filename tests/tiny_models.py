@@ -4,6 +4,7 @@ import copy
 import inspect
 from functools import lru_cache
 
+import backends
 import torch
 import transformers
 
@@ -70,11 +71,25 @@ def make_model(family, seed=0, dtype=torch.float32, attention="sdpa", **options)
     return model.to(dtype).eval()
 
 
-@lru_cache(maxsize=32)
 def pair(family, **options):
-    """(untouched model, equal model to be used with the cache), shared between tests."""
-    model = make_model(family, **options)
+    """(untouched model, equal model for the cache) on the backend's device, shared between tests."""
+    return _pair(family, backends.current.device, **options)
+
+
+@lru_cache(maxsize=32)
+def _pair(family, device, **options):
+    model = make_model(family, **options).to(device)
     return model, copy.deepcopy(model)
+
+
+def device_of(model):
+    """Where a model, wrapped or not, is."""
+    return next(model.parameters()).device
+
+
+def _move(tensors, device):
+    """The options of a call, tensors among them on a device."""
+    return {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in tensors.items()}
 
 
 def cache_argument(model):
@@ -85,10 +100,11 @@ def cache_argument(model):
 
 @torch.no_grad()
 def forward(model, ids, cache=None, mask=None, **options):
-    """Logits of one forward pass."""
+    """Logits of one forward pass; tensors are taken and given where the ids are."""
+    given = _move({"input_ids": ids, "attention_mask": mask, **options}, device_of(model))
     if cache is not None:
-        options[cache_argument(model)] = cache
-    return model(input_ids=ids, attention_mask=mask, use_cache=True, **options).logits
+        given[cache_argument(model)] = cache
+    return model(use_cache=True, **given).logits.to(ids.device)
 
 
 def generate(model, ids, cache=None, **options):
@@ -99,7 +115,14 @@ def generate(model, ids, cache=None, **options):
         # Left to itself, `generate` takes a generated token 0 of an earlier turn for padding.
         options = {"attention_mask": torch.ones_like(ids)} | options
     options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": VOCAB, "pad_token_id": 0} | options
-    return model.generate(ids, **options)
+    device = "cpu" if ids is None else ids.device
+    there = device_of(model)
+    out = model.generate(None if ids is None else ids.to(there), **_move(options, there))
+    if isinstance(out, torch.Tensor):
+        return out.to(device)
+    for name, tensor in _move({k: v for k, v in out.items() if isinstance(v, torch.Tensor)}, device).items():
+        out[name] = tensor
+    return out
 
 
 def prompt(tokens, batch=1, seed=0):

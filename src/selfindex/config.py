@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,10 +19,23 @@ AUTO = -1
 EVERY_QUERY = 1 << 30
 """Value of `sparse_queries` that makes every query of a chunk select for itself."""
 
+MOST = 1 << 30
+"""Largest number of tokens an option may name: sums of two still fit the operators' 32-bit integers."""
 
-@dataclass(frozen=True)
+MOST_PAGE = 1 << 15
+"""Largest page in tokens, hundreds of times what is useful."""
+
+
+class _Chosen(int):
+    """A number that the preset chose for `AUTO`: a config made from this one chooses anew."""
+
+
+@dataclass(frozen=True, repr=False)
 class SelfIndexConfig:
     """Options of a self-indexing KV cache. Immutable; every field is checked on construction.
+
+    Numbers of any integer or real type (NumPy's too) are kept as Python's. `dataclasses.replace` and
+    `make` give what a new config with the changed options would be: what a preset chose is chosen anew.
 
     Args:
         preset: "balanced" (default) or "paper" (the faithful published system).
@@ -49,7 +63,7 @@ class SelfIndexConfig:
         allow_untested: accept a model family that is not in the tested list.
 
     Raises:
-        ConfigError: a value is out of range.
+        ConfigError: a value is of the wrong type or out of range.
     """
 
     preset: Preset = "balanced"
@@ -68,37 +82,51 @@ class SelfIndexConfig:
     allow_untested: bool = False
 
     def __post_init__(self) -> None:
-        if self.preset not in PRESETS:
+        if not isinstance(self.preset, str) or self.preset not in PRESETS:
             raise ConfigError(f"preset must be one of {PRESETS}, got {self.preset!r}")
-        check_budget(self.budget)
+        self._set("budget", check_budget(self.budget))
         # The paper keeps 64 tokens chosen from the prompt and no further window.
-        if self.sinks == AUTO:
-            object.__setattr__(self, "sinks", 64 if self.preset == "paper" else 16)
-        if self.recent == AUTO:
-            object.__setattr__(self, "recent", 0 if self.preset == "paper" else 64)
-        for name in ("min_tokens", "sinks", "recent", "dense_below", "sparse_queries"):
+        paper = self.preset == "paper"
+        for name, chosen in (("sinks", 64 if paper else 16), ("recent", 0 if paper else 64)):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise ConfigError(f"{name} must be an integer >= 0, got {value!r}")
-        if not isinstance(self.page_size, int) or self.page_size < 8 or self.page_size % 8:
-            raise ConfigError(f"page_size must be a positive multiple of 8, got {self.page_size!r}")
-        for name in ("offloading", "cuda_graphs", "compile"):
+            automatic = isinstance(value, _Chosen) or (_is_integer(value) and value == AUTO)
+            self._set(name, _Chosen(chosen) if automatic else _integer(name, value, 0))
+        for name in ("min_tokens", "dense_below", "sparse_queries"):
+            self._set(name, _integer(name, getattr(self, name), 0))
+        self._set("page_size", _integer("page_size", self.page_size, 8, MOST_PAGE))
+        if self.page_size % 8:
+            raise ConfigError(f"page_size must be a multiple of 8, got {self.page_size}")
+        self._set("value_bits", _integer("value_bits", self.value_bits, 2, 3))
+        for name in ("offloading", "cuda_graphs", "compile", "allow_untested"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
-        if self.value_bits not in (2, 3):
-            raise ConfigError(f"value_bits must be 2 or 3, got {self.value_bits!r}")
-        if self.preset == "paper" and self.value_bits != 2:
+        if self.profile is not None and not isinstance(self.profile, (str, Path)):
+            raise ConfigError(f"profile must be the path of a file, got {self.profile!r}")
+        if paper and self.value_bits != 2:
             raise ConfigError("the paper preset stores values in 2 bits; use preset='balanced' for 3")
-        if self.preset == "paper" and self.profile is not None:
+        if paper and self.profile is not None:
             raise ConfigError("the paper preset takes its statistics from the prompt, not a profile")
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    def __repr__(self) -> str:
+        """Only what differs from the defaults."""
+        given = ((f.name, getattr(self, f.name), f.default) for f in fields(self))
+        shown = [f"{n}={v!r}" for n, v, default in given if v != default and not isinstance(v, _Chosen)]
+        return f"SelfIndexConfig({', '.join(shown)})"
 
     @classmethod
     def make(cls, config: SelfIndexConfig | None = None, **options: Any) -> SelfIndexConfig:
         """Build a config from options, or override some options of an existing one.
 
         Raises:
-            ConfigError: an option does not exist or is out of range.
+            ConfigError: an option does not exist or is out of range, or `config` is something else.
         """
+        if config is not None and not isinstance(config, SelfIndexConfig):
+            raise ConfigError(
+                f"config must be a SelfIndexConfig, got {config!r}; give options by name, such as budget=0.05"
+            )
         unknown = sorted(set(options) - set(cls.__dataclass_fields__))
         if unknown:
             known = ", ".join(cls.__dataclass_fields__)
@@ -119,15 +147,30 @@ class SelfIndexConfig:
         return min(wanted, encoded)
 
 
-def check_budget(budget: float | int) -> None:
-    """Raise ConfigError unless `budget` is a fraction in (0, 1] or a token count >= 1."""
-    if isinstance(budget, bool) or not isinstance(budget, (int, float)):
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _integer(name: str, value: Any, least: int, most: int = MOST) -> int:
+    """`value` as a Python integer; ConfigError unless it is one between `least` and `most`."""
+    if not _is_integer(value) or not least <= value <= most:
+        raise ConfigError(f"{name} must be an integer from {least} to {most}, got {value!r}")
+    return int(value)
+
+
+def check_budget(budget: float | int) -> float | int:
+    """The budget as Python's number; ConfigError unless a fraction in (0, 1] or a token count >= 1."""
+    if _is_integer(budget):
+        if not 1 <= budget <= MOST:
+            raise ConfigError(
+                f"an integer budget is a number of tokens and must be >= 1 and <= {MOST}, got {budget}"
+            )
+        return int(budget)
+    if isinstance(budget, bool) or not isinstance(budget, Real):
         raise ConfigError(f"budget must be a number, got {budget!r}")
-    if isinstance(budget, int):
-        if budget < 1:
-            raise ConfigError(f"an integer budget is a number of tokens and must be >= 1, got {budget}")
-    elif not 0.0 < budget <= 1.0:  # also false for NaN
+    if not 0.0 < budget <= 1.0:  # also false for NaN
         raise ConfigError(
             f"a float budget is a fraction of the cached tokens and must be in (0, 1], got {budget}; "
             "pass an integer for a number of tokens"
         )
+    return float(budget)

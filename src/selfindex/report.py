@@ -2,54 +2,89 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from torch import Tensor
 
 from .backends.cpu.loader import scratch
 from .store import LayerStore, Memory
 
+MIB = 2**20
+
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One layer of a `Report`.
+    """One compressed layer of a `Report`.
 
     Attributes:
-        tokens: tokens held, summed over the batch.
+        tokens: tokens held, summed over the batch; padding is not held.
         encoded: how many of them are encoded.
-        read: tokens attended by the last step, per query and KV head, summed over the batch.
+        read: how many of them each KV head attended to in the last step (for the last of its new
+            tokens, if there were several), summed over the batch. 0 after a crop, a load or a reset:
+            no step has run on what is held now.
+        row_tokens: tokens held, of each row.
+        row_read: tokens read, of each row.
         memory: bytes by kind.
-        dense_bytes: bytes of the same tokens as 16-bit keys and values.
+        shared_bytes: how many of the index and payload bytes forks of this cache hold as well;
+            the report of each of them counts these.
+        dense_bytes: bytes of the same tokens as 16-bit keys and values, whatever the model's dtype.
+        dtype: of the model's keys and values.
+        own_dtype_bytes: bytes of the same tokens in this dtype, as a dense cache of the model holds them.
     """
 
     layer: int
     tokens: int
     encoded: int
     read: int
+    row_tokens: list[int]
+    row_read: list[int]
     memory: Memory
+    shared_bytes: int
     dense_bytes: int
+    dtype: str
+    own_dtype_bytes: int
 
     @classmethod
-    def of(cls, layer: int, store: LayerStore, read: list[int]) -> LayerReport:
-        """Describe a store; `read` is what `attend` returned last."""
-        tokens = sum(store.length(b) for b in range(store.batch))
-        encoded = sum(store.encoded(b) for b in range(store.batch))
-        fmt = store.format
+    def of(cls, layer: int, store: LayerStore, unread: list[int]) -> LayerReport:
+        """Describe a store; `unread`: tokens of each row that the last step left out, [] for no step."""
+        rows, fmt, dtype = range(store.batch), store.format, store.raw.keys.dtype
+        held = [store.length(b) for b in rows]
+        read = [n - left for n, left in zip(held, unread, strict=True)] if unread else [0] * store.batch
+        numbers = 2 * sum(held) * fmt.kv_heads * fmt.head_dim
+        own = Counter(block for row in store.table.rows for block in row.blocks)
+        shared = sum(store.pool.references(block) > count for block, count in own.items())
         return cls(
             layer=layer,
-            tokens=tokens,
-            encoded=encoded,
-            read=(sum(read) if read else encoded) + sum(store.raw.lengths),
+            tokens=sum(held),
+            encoded=sum(store.encoded(b) for b in rows),
+            read=sum(read),
+            row_tokens=held,
+            row_read=read,
             memory=store.memory(),
-            dense_bytes=tokens * fmt.kv_heads * fmt.head_dim * 4,
+            shared_bytes=shared * (fmt.index_bytes + fmt.payload_bytes),
+            dense_bytes=2 * numbers,
+            dtype=str(dtype).removeprefix("torch."),
+            own_dtype_bytes=dtype.itemsize * numbers,
         )
 
 
 @dataclass(frozen=True)
 class Report:
-    """Memory and traffic of a cache; `str()` is a readable summary."""
+    """Memory and traffic of a cache; `str()` is a readable summary.
+
+    Attributes:
+        layers: those this cache compresses. All sums and ratios are over these.
+        other_layers: layers with a window or a state of fixed size, which transformers keeps as always.
+        other_bytes: bytes these hold, counted nowhere else.
+    """
 
     preset: str
     layers: list[LayerReport]
+    other_layers: int = 0
+    other_bytes: int = 0
 
     @property
     def memory(self) -> Memory:
@@ -68,7 +103,7 @@ class Report:
 
     @property
     def read_fraction(self) -> float:
-        """Share of the held tokens that the last step attended."""
+        """Share of the held tokens that the last step attended to; 0 if no step has run on them."""
         held = sum(layer.tokens for layer in self.layers)
         return sum(layer.read for layer in self.layers) / held if held else 1.0
 
@@ -78,33 +113,66 @@ class Report:
         return scratch()
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain numbers."""
+        """Everything as plain numbers, lists and strings, which JSON can hold."""
         derived = {"ratio": self.ratio, "read_fraction": self.read_fraction, "scratch": self.scratch}
         return asdict(self) | derived
 
     def __str__(self) -> str:
-        memory, layers = self.memory, self.layers
-        if not layers:
+        if not self.layers:
             return f"self-indexing KV cache ({self.preset}): empty"
-        tokens, read = layers[0].tokens, [layer.read for layer in layers]
-        mib = 1 / 2**20
-        held = []
-        if memory.host:
-            held = [
-                f"         {memory.host * mib:.2f} MiB of it in host memory, {memory.recent * mib:.2f} MiB "
-                "of recently read tokens kept on the GPU as well"
-            ]
-        return "\n".join(
-            [
-                f"self-indexing KV cache ({self.preset}): {tokens} tokens in {len(layers)} layers, "
-                f"{layers[0].encoded} encoded",
-                f"memory   {memory.total * mib:.2f} MiB, {self.ratio:.2f}x smaller than 16 bit "
-                f"({self.dense_bytes * mib:.2f} MiB)",
-                f"         index {memory.index * mib:.2f}, payload {memory.payload * mib:.2f}, "
-                f"full precision {memory.full_precision * mib:.2f}, "
-                f"statistics {memory.statistics * mib:.2f}, slack {memory.slack * mib:.2f} MiB",
-                *held,
-                f"read     {min(read)} to {max(read)} tokens per head in the last step "
-                f"({100 * self.read_fraction:.1f} %)",
-            ]
+        return "\n".join(self._lines())
+
+    def _lines(self) -> Iterator[str]:
+        memory, layers, first = self.memory, self.layers, self.layers[0]
+        rows = f" ({len(first.row_tokens)} rows of {_span(first.row_tokens)})"
+        yield (
+            f"self-indexing KV cache ({self.preset}): {first.tokens} tokens in {len(layers)} layers"
+            f"{rows if len(first.row_tokens) > 1 else ''}, {first.encoded} encoded"
         )
+        own = sum(layer.own_dtype_bytes for layer in layers)
+        wider = f", {own / MIB:.2f} as {first.dtype}" * (own != self.dense_bytes)
+        yield (
+            f"memory   {memory.total / MIB:.2f} MiB, {self.ratio:.2f}x smaller than 16 bit "
+            f"({self.dense_bytes / MIB:.2f} MiB{wider})"
+        )
+        yield (
+            f"         index {memory.index / MIB:.2f}, payload {memory.payload / MIB:.2f}, "
+            f"full precision {memory.full_precision / MIB:.2f}, "
+            f"statistics {memory.statistics / MIB:.2f}, slack {memory.slack / MIB:.2f} MiB"
+        )
+        if memory.host:
+            yield (
+                f"         {memory.host / MIB:.2f} MiB of it in host memory, {memory.recent / MIB:.2f} MiB "
+                "of recently read tokens kept on the GPU as well"
+            )
+        shared = sum(layer.shared_bytes for layer in layers)
+        if shared:
+            yield f"         {shared / MIB:.2f} MiB of it shared with forks, whose reports count it too"
+        if self.other_layers:
+            yield (
+                f"         and {self.other_bytes / MIB:.2f} MiB not counted above in {self.other_layers} "
+                "layers that are not compressed"
+            )
+        read = [n for layer in layers for n in layer.row_read]
+        if any(read):
+            yield (
+                f"read     {_span(read)} tokens per row and head in the last step "
+                f"({100 * self.read_fraction:.1f} %)"
+            )
+        else:
+            yield "read     nothing yet: no step has run on what is held now"
+
+
+def _span(numbers: list[int]) -> str:
+    return f"{min(numbers)} to {max(numbers)}"
+
+
+def held_bytes(thing: Any) -> int:
+    """Bytes of the tensors an object holds, in its attributes and in lists and dicts of them."""
+    if isinstance(thing, Tensor):
+        return thing.untyped_storage().nbytes()
+    if isinstance(thing, dict):
+        return sum(map(held_bytes, thing.values()))
+    if isinstance(thing, (list, tuple)):
+        return sum(map(held_bytes, thing))
+    return held_bytes(vars(thing)) if hasattr(thing, "is_initialized") else 0

@@ -1,6 +1,7 @@
 import runpy
 import sys
 
+import backends
 import pytest
 import torch
 import transformers
@@ -26,24 +27,104 @@ def test_doctor_passes(invoke):
 
 
 def test_doctor_fails(invoke, monkeypatch):
-    monkeypatch.setattr(doctor, "check", lambda preset, d, device: Check(preset, d, 1.0, ["it is broken"]))
+    monkeypatch.setattr(doctor, "check", lambda preset, d, *_: Check(preset, d, 1.0, ["it is broken [/]"]))
     result = invoke("doctor")
     assert result.exit_code == 1
-    assert "it is broken" in result.output
+    assert "it is broken [/]" in result.output
     assert "failed" in result.output
 
 
 def test_doctor_names_missing_parts(invoke, monkeypatch):
-    monkeypatch.setattr(doctor, "check", lambda preset, d, device: Check(preset, d, 0.0, []))
+    monkeypatch.setattr(doctor, "check", lambda preset, d, *_: Check(preset, d, 0.0, []))
     monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
     result = invoke("doctor")
     assert result.exit_code == 0, result.output
     assert 'missing: pip install "selfindex[demo]"' in result.output
 
 
+@backends.every
 @pytest.mark.parametrize("preset", ["balanced", "paper"])
-def test_check_passes(preset):
-    assert check(preset, 64, torch.device("cpu")).failures == []
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_check_passes_and_says_who_ran(backend, preset, dtype):
+    found = check(preset, 64, torch.device(backend.device), dtype)
+    assert found.failures == []
+    # A page of 128 tokens, one new token and chunks below and above what kernels for few queries take.
+    shapes = [f"{operator} of a {chunk}" for operator, chunk in SHAPES]
+    fast = {
+        ("reference", "balanced"): set(),
+        ("reference", "paper"): set(),
+        ("compiled", "balanced"): {"encode", "window_attend", *shapes},
+        ("compiled", "paper"): {"window_attend"},
+        ("cuda", "balanced"): {"encode", "window_attend", *shapes} - {"sparse_decode of a short chunk"},
+        ("cuda", "paper"): {"window_attend"},
+    }[backend.name, preset]
+    assert set(found.fast) == fast
+    assert set(found.slow) == {"encode", "window_attend", *shapes} - fast
+
+
+SHAPES = [
+    ("sparse_decode", "decode step"),
+    ("sparse_decode", "short chunk"),
+    ("dense_attend", "decode step"),
+    ("dense_attend", "short chunk"),
+    ("dense_attend", "long chunk"),
+]
+
+
+@backends.on_cpu
+def test_doctor_says_what_runs_and_what_is_slower(backend, invoke):
+    lines = invoke("doctor").output.splitlines()
+    if backend.name == "compiled":
+        assert any(line.startswith("balanced: compiled operators") and "everything" in line for line in lines)
+        assert not any(line.startswith("balanced: plain PyTorch") for line in lines)
+    else:
+        assert "balanced: plain PyTorch, which is slower, ran everything" in lines
+    assert any(line.startswith("paper: plain PyTorch, which is slower, ran ") for line in lines)
+    assert any("pages of 128 tokens" in line for line in lines)
+
+
+@pytest.mark.gpu
+def test_doctor_runs_the_kernels_of_a_gpu(invoke):
+    result = invoke("doctor")
+    assert result.exit_code == 0, result.output
+    assert "balanced: CUDA kernels, ran " in result.output
+
+
+@pytest.mark.parametrize("backend", ["compiled"], indirect=True)
+@pytest.mark.parametrize(
+    ("name", "match"),
+    [
+        ("encode", "encode gives other bytes"),
+        ("sparse_decode", "sparse_decode of a decode step differs"),
+        ("dense_attend", "dense_attend of a long chunk differs"),
+        ("window_attend", "window_attend differs"),
+    ],
+)
+def test_doctor_fails_where_a_compiled_operator_is_wrong(backend, invoke, monkeypatch, name, match):
+    right = getattr(ops, name)
+
+    def wrong(*arguments):
+        result = right(*arguments)
+        if name == "encode":
+            result[1][:, ::50] += 1
+            return result
+        # As much as one exchanged token.
+        return result * 1.01 if name == "window_attend" else (result[0] * 1.01, result[1])
+
+    monkeypatch.setattr(ops, name, wrong)
+    result = invoke("doctor")
+    assert result.exit_code == 1
+    assert match in result.output
+
+
+def test_doctor_fails_where_an_operator_raises(invoke, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("an illegal memory access [was] encountered")
+
+    monkeypatch.setattr(ops, "sparse_decode", broken)
+    result = invoke("doctor")
+    assert result.exit_code == 1
+    assert "RuntimeError: an illegal memory access [was] encountered" in result.output
 
 
 def test_check_finds_a_wrong_operator(monkeypatch):

@@ -72,7 +72,7 @@ def test_ragged_rows(isa_of_module, rows, page, groups, share, short, shared):
 @pytest.fixture(params=["avx2", "generic"])
 def isa_of_module(request, monkeypatch):
     """As `isa`, for a test whose examples share one setting."""
-    request.getfixturevalue("_reference")
+    request.getfixturevalue("backend")
     monkeypatch.setenv("SELFINDEX_CPU", request.param)
 
 

@@ -5,14 +5,29 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
+import backends
 import torch
 from decoded_cache import check_tokens, full_cache
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 from tiny_models import forward, pair, prompt
 
 from selfindex import SelfIndexCache
+
+pytestmark = backends.every
+
+
+def grown(tokens):
+    """A few tokens, or with larger pages correspondingly more."""
+    return tokens if tokens < 5 else tokens * backends.current.page_size // 8
 
 
 class CacheMachine(RuleBasedStateMachine):
@@ -36,6 +51,9 @@ class CacheMachine(RuleBasedStateMachine):
 
     @rule(new=st.integers(1, 25), padded=st.booleans(), seed=st.integers(0, 1000))
     def say(self, new, padded, seed):
+        self._say(grown(new), padded, seed)
+
+    def _say(self, new, padded, seed):
         batch = len(self.ids)
         fresh = torch.ones(batch, new, dtype=torch.long)
         if padded:
@@ -49,6 +67,7 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(remove=st.integers(0, 30), positive=st.booleans())
     def crop(self, remove, positive):
         columns = self.ids.shape[1]
+        remove = grown(remove)
         keep = max(0, columns - remove)
         self.cache.crop(keep if positive and keep else -remove)
         self.ids, self.mask = self.ids[:, :keep], self.mask[:, :keep]
@@ -73,8 +92,14 @@ class CacheMachine(RuleBasedStateMachine):
 
     @rule(new=st.integers(9, 40), seed=st.integers(0, 1000))
     def say_in_chunks(self, new, seed):
-        for i, part in enumerate(range(0, new, 7)):
-            self.say(min(7, new - part), False, seed + i)
+        new, most = grown(new), grown(7)
+        for i, part in enumerate(range(0, new, most)):
+            self._say(min(most, new - part), False, seed + i)
+
+    @rule(steps=st.integers(1, 10), seed=st.integers(0, 1000))
+    def step(self, steps, seed):
+        for i in range(steps):
+            self._say(1, False, seed + i)
 
     @rule(how=st.sampled_from(["fork", "copy"]))
     def go_two_ways(self, how):
@@ -125,5 +150,7 @@ class CacheMachine(RuleBasedStateMachine):
             assert {b: n for b, n in enumerate(pool._references) if n} == counted
 
 
-TestCacheMachine = CacheMachine.TestCase
-TestCacheMachine.settings = settings(max_examples=20, stateful_step_count=14, deadline=None, derandomize=True)
+def test_any_sequence_of_calls(backend):
+    chosen = settings(max_examples=20, stateful_step_count=14, deadline=None, derandomize=True)
+    run_state_machine_as_test(CacheMachine, settings=chosen)
+    backend.check_ran("encode", "dense_attend", "window_attend")

@@ -2,13 +2,14 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from decoded_cache import check_tokens, decoded_cache, full_cache, small_cache
 from tiny_models import HYBRIDS, forward, pair, prompt
 from transformers import DynamicCache
 
-from selfindex import StateError
+from selfindex import InputError, StateError
 
 TOLERANCE = {"atol": 2e-4, "rtol": 2e-4}
 
@@ -131,6 +132,63 @@ def test_crop_by_nothing_and_of_an_empty_cache_do_nothing():
     forward(ours, prompt(60), cache)
     cache.crop(0)
     check_tokens(cache, dense, prompt(60)[0])
+
+
+@pytest.mark.parametrize("keep", [60, 61, 10**6])
+def test_crop_to_more_than_there_is_keeps_everything(keep):
+    dense, ours = pair("llama")
+    cache = full_cache(ours)
+    forward(ours, prompt(60), cache)
+    cache.crop(keep)
+    check_tokens(cache, dense, prompt(60)[0])
+
+
+@pytest.mark.parametrize(
+    "amount", [-4, np.int64(-4), torch.tensor(-4), torch.tensor([-4], dtype=torch.int32)]
+)
+def test_crop_takes_any_integer(amount):
+    _, ours = pair("llama")
+    cache = full_cache(ours)
+    forward(ours, prompt(60), cache)
+    cache.crop(amount)
+    assert cache.get_seq_length() == 56
+
+
+@pytest.mark.parametrize(
+    "amount",
+    [-4.0, "4", None, True, [4, 4], torch.tensor([-4, -4]), torch.tensor(-4.0), torch.tensor(True)],
+    ids=str,
+)
+def test_what_is_no_integer_crops_nothing(refuses, used, amount):
+    refuses(lambda: used[2].crop(amount), InputError, "crop takes one integer")
+
+
+@pytest.mark.parametrize("repeats", [1.5, "2", True, torch.tensor([1, 2])], ids=str)
+def test_rows_are_repeated_a_whole_number_of_times(refuses, used, repeats):
+    refuses(lambda: used[2].batch_repeat_interleave(repeats), InputError, "repeated one integer")
+
+
+@pytest.mark.parametrize("amount", [-3, 0, 3])
+def test_crop_of_an_empty_cache_leaves_it_empty(amount):
+    dense, ours = pair("gemma3")
+    cache = full_cache(ours)
+    cache.crop(amount)
+    assert cache.get_seq_length() == 0
+    assert torch.equal(forward(ours, prompt(30, 2), cache), forward(dense, prompt(30, 2)))
+
+
+@pytest.mark.parametrize(
+    ("method", "argument"),
+    [
+        ("crop", -1),
+        ("reorder_cache", torch.tensor([0])),
+        ("batch_select_indices", torch.tensor([0])),
+        ("batch_repeat_interleave", 2),
+    ],
+)
+def test_one_layer_does_not_change_on_its_own(refuses, used, method, argument):
+    layer = used[2].layers[0]
+    refuses(lambda: getattr(layer, method)(argument), StateError, f"call the cache's {method}")
 
 
 def test_crop_before_the_padding_of_a_right_padded_batch():
@@ -262,8 +320,35 @@ def test_sequence_length_counts_columns():
     assert cache.get_seq_length() == 0
     forward(ours, prompt(60), cache)
     assert cache.get_seq_length() == 60
-    assert not cache.is_compileable
-    assert len(cache) == len(DynamicCache(config=ours.config))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("tokens", [0, 40])
+def test_what_transformers_asks_a_cache_is_answered_as_its_own_does(family, tokens):
+    dense, ours = pair(family)
+    cache, plain = small_cache(ours), DynamicCache(config=dense.config)
+    if tokens:
+        forward(ours, prompt(tokens, 2), cache)
+        forward(dense, prompt(tokens, 2), plain)
+    assert len(cache) == len(plain)
+    asked = ["is_compileable", "is_croppable", "is_sliding", "is_linear", "batch_size"]
+    for name in [name for name in (*asked, "max_batch_size", "is_dummy") if hasattr(plain, name)]:
+        assert getattr(cache, name) == getattr(plain, name), name
+    calls = [("get_max_length", ()), ("get_seq_length", ()), ("get_seq_length", (99,))]
+    for i in range(len(plain)):
+        calls += [(name, (i,)) for name in ("get_seq_length", "get_max_length", "get_query_offset")]
+        calls += [("get_mask_sizes", (new, i)) for new in (1, 7)]
+    if hasattr(plain, "get_max_cache_shape"):
+        calls += [("get_max_cache_shape", ())]
+    for name, arguments in calls:
+        assert getattr(cache, name)(*arguments) == getattr(plain, name)(*arguments), (name, arguments)
+
+
+def test_keys_and_values_cannot_be_listed(used):
+    with pytest.raises(StateError, match="cannot be listed"):
+        list(used[2])
+    with pytest.raises(TypeError, match="not subscriptable"):
+        used[2][0]
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,13 @@
 """`generate`: with nothing encoded it equals the dense model; with pages it equals step by step."""
 
+import backends
 import pytest
 import torch
+from backends import scaled
 from decoded_cache import check_tokens, full_cache, small_cache
 from tiny_models import HYBRIDS, forward, generate, pair, prompt
+
+pytestmark = backends.every
 
 FEW = ("llama", "phi3", *HYBRIDS)
 
@@ -56,10 +60,10 @@ def test_each_row_of_a_left_padded_batch_equals_the_row_alone(family, options, r
     _, ours = pair(family)
     # A shared balance: without a profile, rows that start together share their statistics.
     first = small_cache(ours)
-    forward(ours, prompt(30), first)
+    forward(ours, prompt(scaled(30)), first)
     first.profile().save(tmp_path / "profile")
     config = {"recent": recent, "profile": tmp_path / "profile", "budget": 1.0}
-    ids, mask, rows = left_padded(45, 20, 33)
+    ids, mask, rows = left_padded(*map(scaled, (45, 20, 33)))
     together = generate(ours, ids, small_cache(ours, **config), attention_mask=mask, **options)
     for b, row in enumerate(rows):
         alone = generate(ours, row[None], small_cache(ours, **config), **options)
@@ -67,25 +71,26 @@ def test_each_row_of_a_left_padded_batch_equals_the_row_alone(family, options, r
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_greedy_is_the_argmax_of_every_step(family):
+def test_greedy_is_the_argmax_of_every_step(backend, family):
     _, ours = pair(family)
-    ids, budget = prompt(60), {"budget": 12}
+    ids, budget = prompt(scaled(60)), {"budget": 12}
     cache = small_cache(ours, **budget)
     got = generate(ours, ids, cache, max_new_tokens=14)
-    assert cache.get_seq_length() == 60 + 13
+    assert cache.get_seq_length() == scaled(60) + 13
     manual, sequence = small_cache(ours, **budget), ids
     new = ids
     for _ in range(14):
         new = forward(ours, new, manual)[:, -1:].argmax(-1)
         sequence = torch.cat((sequence, new), 1)
     assert torch.equal(got, sequence)
+    backend.check_ran("encode", "sparse_decode", "window_attend")
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_generated_tokens_are_in_the_cache(family):
     dense, ours = pair(family)
     cache = small_cache(ours, budget=12)
-    got = generate(ours, prompt(30), cache, max_new_tokens=25)
+    got = generate(ours, prompt(scaled(30)), cache, max_new_tokens=25)
     check_tokens(cache, dense, got[0, :-1])
 
 
@@ -94,7 +99,7 @@ def test_beam_scores_are_those_of_the_sequence_run_alone(preset):
     # Pages are encoded while beams are reordered: the winner's score shows whether its own
     # tokens were in its rows all along.
     _, ours = pair("llama")
-    ids, config = prompt(40), {"preset": preset, "budget": 10}
+    ids, config = prompt(scaled(40)), {"preset": preset, "budget": 10}
     out = generate(
         ours,
         ids,
@@ -110,7 +115,7 @@ def test_beam_scores_are_those_of_the_sequence_run_alone(preset):
     for sequence, score in zip(out.sequences, out.sequences_scores, strict=True):
         cache, total = small_cache(ours, **config), 0.0
         logits = forward(ours, ids, cache)[:, -1]
-        for token in sequence[40:]:
+        for token in sequence[ids.shape[1] :]:
             total += logits.log_softmax(-1)[0, token]
             logits = forward(ours, token.view(1, 1), cache)[:, -1]
         assert float(score) == pytest.approx(float(total), abs=0.02)
@@ -119,10 +124,10 @@ def test_beam_scores_are_those_of_the_sequence_run_alone(preset):
 def test_beams_share_the_prompt_pages():
     _, ours = pair("llama")
     cache = small_cache(ours)
-    generate(ours, prompt(60), cache, num_beams=4, max_new_tokens=3)
+    generate(ours, prompt(scaled(60)), cache, num_beams=4, max_new_tokens=3)
     store = cache.compressed_layers[0].store
     assert store.batch == 4
-    assert store.pool.used == 48 // 8
+    assert store.pool.used == 6
 
 
 @pytest.mark.parametrize("chunk", [7, 16, 64])
@@ -138,7 +143,7 @@ def test_chunked_prefill(models, chunk):
 def test_chunked_prefill_over_pages_keeps_all_tokens(chunk):
     dense, ours = pair("llama")
     cache = full_cache(ours)
-    got = generate(ours, prompt(50), cache, prefill_chunk_size=chunk)
+    got = generate(ours, prompt(scaled(50)), cache, prefill_chunk_size=scaled(chunk))
     check_tokens(cache, dense, got[0, :-1])
 
 
@@ -174,8 +179,9 @@ def test_assisted_generation_equals_plain_generation(models):
 def test_assisted_generation_over_pages_keeps_the_accepted_tokens_only():
     dense, ours = pair("llama")
     cache = full_cache(ours)
-    got = generate(ours, repetitive(60), cache, max_new_tokens=30, prompt_lookup_num_tokens=4)
-    assert got.shape == (1, 90)
+    ids = repetitive(scaled(60))
+    got = generate(ours, ids, cache, max_new_tokens=30, prompt_lookup_num_tokens=4)
+    assert got.shape == (1, ids.shape[1] + 30)
     check_tokens(cache, dense, got[0, : cache.get_seq_length()])
 
 
@@ -189,7 +195,7 @@ def test_a_draft_model_may_assist():
 
 def test_inputs_as_embeddings():
     dense, ours = pair("llama")
-    embedded = dense.get_input_embeddings()(prompt(30)).detach()
+    embedded = dense.get_input_embeddings()(prompt(30).to(dense.device)).detach()
     wanted = generate(dense, None, inputs_embeds=embedded)
     got = generate(ours, None, small_cache(ours, recent=100), inputs_embeds=embedded)
     assert torch.equal(got, wanted)

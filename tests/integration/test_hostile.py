@@ -3,6 +3,7 @@
 import copy
 import threading
 
+import backends
 import pytest
 import torch
 from decoded_cache import check_tokens, full_cache, small_cache
@@ -11,6 +12,8 @@ from threads import at_once
 from tiny_models import cache_argument, forward, generate, pair, prompt
 
 from selfindex import InputError, StateError
+
+pytestmark = backends.on_cpu
 
 KEYS = torch.zeros(1, 2, 3, 64)
 

@@ -1,14 +1,22 @@
 """Random sequences of append, crop, reorder and reset, against a list of tokens per row."""
 
+import backends
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 from pages import gaussian
 from stores import decoded_pages, new_store, small_config
 
+pytestmark = backends.every
+
 HEADS, DIM = 1, 64
 seeds = st.integers(0, 2**31)
+
+
+def grown(tokens):
+    """With larger pages, correspondingly more tokens."""
+    return tokens * backends.current.page_size // 8
 
 
 class Tokens(RuleBasedStateMachine):
@@ -32,7 +40,9 @@ class Tokens(RuleBasedStateMachine):
 
     def append(self, keys, values, valid):
         query = gaussian(self.batch, HEADS * 2, keys.shape[2], DIM, dtype=self.dtype)
-        self.store.append(keys, values, query, valid, 0.125)
+        device = backends.current.device
+        given = (None if x is None else x.to(device) for x in (keys, values, query, valid))
+        self.store.append(*given, 0.125)
         for b, row in enumerate(self.rows):
             for t in range(keys.shape[2]):
                 if valid is None or valid[b, t]:
@@ -40,7 +50,7 @@ class Tokens(RuleBasedStateMachine):
 
     @rule(new=st.integers(1, 30), seed=seeds)
     def append_chunk(self, new, seed):
-        shape = (self.batch, HEADS, new, DIM)
+        shape = (self.batch, HEADS, grown(new), DIM)
         self.append(
             gaussian(*shape, seed=seed, dtype=self.dtype),
             gaussian(*shape, seed=seed + 1, dtype=self.dtype),
@@ -56,7 +66,7 @@ class Tokens(RuleBasedStateMachine):
 
     @rule(new=st.integers(1, 12), seed=seeds)
     def append_padded(self, new, seed):
-        generator = torch.Generator().manual_seed(seed)
+        generator, new = torch.Generator().manual_seed(seed), grown(new)
         valid = torch.rand(self.batch, new, generator=generator) < 0.6
         shape = (self.batch, HEADS, new, DIM)
         keys, values = (gaussian(*shape, seed=seed + j, dtype=self.dtype) for j in (1, 2))
@@ -66,7 +76,7 @@ class Tokens(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def crop(self, data):
-        keep = [data.draw(st.integers(max(0, len(row) - 20), len(row))) for row in self.rows]
+        keep = [data.draw(st.integers(max(0, len(row) - grown(20)), len(row))) for row in self.rows]
         self.store.check_crop(keep)
         self.store.crop(keep)
         self.rows = [row[:n] for row, n in zip(self.rows, keep, strict=True)]
@@ -101,8 +111,8 @@ class Tokens(RuleBasedStateMachine):
             sinks = min(self.config.sinks, held)
             places = [*range(sinks), *range(sinks + encoded, len(row))]
             # Sinks and recent tokens are the tokens themselves.
-            assert torch.equal(self.store.raw.keys[b, :, :held], keys[:, places].to(self.dtype))
-            assert torch.equal(self.store.raw.values[b, :, :held], values[:, places].to(self.dtype))
+            assert torch.equal(self.store.raw.keys[b, :, :held].cpu(), keys[:, places].to(self.dtype))
+            assert torch.equal(self.store.raw.values[b, :, :held].cpu(), values[:, places].to(self.dtype))
             got_keys, got_values = decoded_pages(self.store, b)
             assert got_keys.shape == (HEADS, encoded, DIM)
             middle = slice(sinks, sinks + encoded)
@@ -117,5 +127,7 @@ class Tokens(RuleBasedStateMachine):
         assert self.store.pool.used == len(held)
 
 
-TestTokens = Tokens.TestCase
-TestTokens.settings = settings(max_examples=25, stateful_step_count=12, deadline=None, derandomize=True)
+def test_any_sequence_of_changes(backend):
+    chosen = settings(max_examples=25, stateful_step_count=12, deadline=None, derandomize=True)
+    run_state_machine_as_test(Tokens, settings=chosen)
+    backend.check_ran("encode")

@@ -3,9 +3,33 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache, wraps
 from typing import Any
+
+Observer = Callable[[str, bool, tuple[Any, ...]], None]
+
+_observers: tuple[Observer, ...] = ()
+
+
+@contextmanager
+def observed(observer: Observer) -> Iterator[None]:
+    """Within the block, tell `observer` of every call, in any thread, that may be served fast.
+
+    It gets the operator's name, whether the fast implementation served the call, and its arguments.
+    """
+    global _observers
+    _observers = (*_observers, observer)
+    try:
+        yield
+    finally:
+        _observers = tuple(other for other in _observers if other is not observer)
+
+
+def _tell(name: str, fast: bool, arguments: tuple[Any, ...]) -> None:
+    for observer in _observers:
+        observer(name, fast, arguments)
 
 
 @cache
@@ -34,15 +58,20 @@ def with_fallback(
         unavailable: what `fast` raises where it cannot run at all: announced once, then `reference`.
         silent: subclasses of it that the user asked for and need not be told.
     """
+    name = reference.__name__
 
     @wraps(reference)
     def run(*arguments: Any) -> Any:
         if supported(*arguments):
             try:
-                return fast(*arguments)
+                result = fast(*arguments)
             except unavailable as error:
                 if not isinstance(error, silent):
                     announce(place, str(error))
+            else:
+                _tell(name, True, arguments)
+                return result
+        _tell(name, False, arguments)
         return reference(*arguments)
 
     return run

@@ -9,16 +9,16 @@ import torch
 import transformers
 import typer
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 from .. import __version__
 from ..backends.cpu.loader import NativeUnavailable, instruction_set
 from ..backends.cuda.loader import KernelsUnavailable, capability
-from ..codec.rotation import HEAD_DIMS
 from ..config import PRESETS
 from .console import errors_in_one_line, out, progress
 from .models import find_smollm2, pick_device
-from .selfcheck import Check, check
+from .selfcheck import PAGE, Check, check, variants
 
 OPTIONAL = (
     ("gguf", "reads GGUF weights", 'pip install "selfindex[demo]"'),
@@ -30,7 +30,8 @@ OPTIONAL = (
 def doctor() -> None:
     """Show versions, devices, backend and optional parts, then check that the operators work.
 
-    Exit code 0 if the self-check passes, else 1.
+    The self-check runs what a cache with default options runs, says which implementation served it,
+    and compares it with plain attention. Exit code 0 if it passes, else 1.
     """
     with errors_in_one_line():
         out.print(_parts())
@@ -102,30 +103,56 @@ def _devices() -> list[str]:
 
 def _self_check(device: torch.device) -> bool:
     """Run and show the checks of one device; whether all passed."""
-    results: dict[tuple[str, int], Check] = {}
+    chosen = variants(device)
+    results: dict[tuple[str, int, torch.dtype], Check] = {}
     with progress() as bars:
-        bar = bars.add_task(f"self-check on {device}", total=len(PRESETS) * len(HEAD_DIMS))
+        bar = bars.add_task(f"self-check on {device}", total=len(PRESETS) * len(chosen))
         for preset in PRESETS:
-            for head_dim in HEAD_DIMS:
-                results[preset, head_dim] = check(preset, head_dim, device)
+            for head_dim, dtype in chosen:
+                results[preset, head_dim, dtype] = check(preset, head_dim, device, dtype)
                 bars.advance(bar)
     table = Table(
         box=box.SIMPLE_HEAD, title=f"self-check on {device}", title_justify="left", title_style="bold"
     )
-    table.add_column("head_dim", style="dim")
-    for head_dim in HEAD_DIMS:
-        table.add_column(str(head_dim), justify="center")
+    for title in ("head_dim", "dtype"):
+        table.add_column(title, style="dim")
     for preset in PRESETS:
-        cells = [results[preset, d].failures for d in HEAD_DIMS]
-        table.add_row(preset, *("[bold red]fail[/]" if failures else "[green]ok[/]" for failures in cells))
+        table.add_column(preset, justify="center")
+    for head_dim, dtype in chosen:
+        cells = [results[preset, head_dim, dtype].failures for preset in PRESETS]
+        marks = ("[bold red]fail[/]" if failures else "[green]ok[/]" for failures in cells)
+        table.add_row(str(head_dim), _short(dtype), *marks)
     out.print()
     out.print(table)
-    failed = [(r, failure) for r in results.values() for failure in r.failures]
-    for r, failure in failed:
-        out.print(f"[red]{r.preset}, head_dim {r.head_dim}:[/] {failure}")
+    for preset in PRESETS:
+        for line in _served([r for (of, *_), r in results.items() if of == preset], device):
+            out.print(f"{preset}: {line}", soft_wrap=True)
+    failed = [(key, failure) for key, r in results.items() for failure in r.failures]
+    for (of, head_dim, dtype), failure in failed:
+        out.print(f"[red]{of}, head_dim {head_dim}, {_short(dtype)}:[/] {escape(failure)}")
     worst = max(r.difference for r in results.values())
     verdict = "[bold red]failed[/]" if failed else "[bold green]passed[/]"
     out.print(
-        f"{verdict}; encode, score, select and attend differ from plain attention by at most {worst:.0e}"
+        f"{verdict}; pages of {PAGE} tokens: encode, score, select and attend differ from plain attention by "
+        f"at most {worst:.0e}"
     )
     return not failed
+
+
+def _short(dtype: torch.dtype) -> str:
+    return {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
+
+
+def _served(results: list[Check], device: torch.device) -> list[str]:
+    """Which implementation ran what, in words."""
+    slow = dict.fromkeys(name for r in results for name in r.slow)
+    fast = dict.fromkeys(name for r in results for name in r.fast if name not in slow)
+    lines = []
+    if fast:
+        kernels = "CUDA kernels" if device.type == "cuda" else f"compiled operators, {instruction_set()}"
+        lines.append(f"{kernels}, ran {'everything' if not slow else ', '.join(fast)}")
+    if slow:
+        lines.append(
+            f"[yellow]plain PyTorch, which is slower[/], ran {'everything' if not fast else ', '.join(slow)}"
+        )
+    return lines

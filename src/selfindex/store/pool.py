@@ -112,6 +112,10 @@ class BlockPool:
             return index, self._host.read(blocks, device)
         return index, self.payload[at].to(device)
 
+    def references(self, block: int) -> int:
+        """How many rows, of all tables over this pool, hold a block."""
+        return self._references[block]
+
     def retain(self, blocks: Iterable[int]) -> None:
         """Count one more table that holds these blocks."""
         with self._alone():

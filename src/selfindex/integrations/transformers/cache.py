@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import operator
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +16,9 @@ from transformers.cache_utils import Cache
 
 from ...attention.step import StepPlans
 from ...codec import BalanceProfile
-from ...config import SelfIndexConfig, check_budget
+from ...config import SelfIndexConfig
 from ...errors import InputError, StateError
-from ...report import LayerReport, Report
+from ...report import LayerReport, Report, held_bytes
 from .attention import prepare
 from .guard import Guard, check_sliding_crop
 from .layer import SelfIndexLayer
@@ -30,6 +31,17 @@ from .saving import load, read_options, save
 def _with_padding(columns: Tensor | None) -> Tensor | None:
     """`SelfIndexCache.columns` after some were dropped: None if no padding is left."""
     return None if columns is None or bool(columns.all()) else columns
+
+
+def _integer(what: str, value: Any) -> int:
+    """Python's form of an integer of any library, or of a tensor of one; transformers 5.17 passes these."""
+    boolean = isinstance(value, bool) or (isinstance(value, Tensor) and value.dtype == torch.bool)
+    try:
+        if not boolean:
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise InputError(f"{what} one integer for all rows, got {value!r}")
 
 
 class SelfIndexCache(Cache):
@@ -106,6 +118,12 @@ class SelfIndexCache(Cache):
             new.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
             return new
 
+    def __iter__(self) -> NoReturn:
+        raise StateError(
+            "the keys and values of a SelfIndexCache cannot be listed as tensors: most are encoded. report() "
+            "says what it holds, save() writes it to a file"
+        )
+
     @property
     def compressed_layers(self) -> list[SelfIndexLayer]:
         """The layers this cache compresses, in order."""
@@ -117,9 +135,9 @@ class SelfIndexCache(Cache):
         Raises:
             ConfigError: the budget is out of range.
         """
-        check_budget(budget)
+        config = SelfIndexConfig.make(self.config, budget=budget)
         with self.guard.change():
-            self.config = SelfIndexConfig.make(self.config, budget=budget)
+            self.config = config
             for layer in self._compressed:
                 if layer.store is not None:
                     layer.store.config = self.config
@@ -150,14 +168,17 @@ class SelfIndexCache(Cache):
         """Forget the latest tokens.
 
         Args:
-            tokens_to_remove: negative: this many columns from the end, as transformers calls it.
-                Positive: keep this many, as it did before 5.18. 0 removes nothing.
+            tokens_to_remove: an integer, or a tensor of one. Negative: this many columns from the end of
+                every row, as transformers calls it; all of them empty the cache. Positive: keep this many,
+                as in transformers before 5.18, which since refuses it; as many as there are, or more,
+                keep all. 0 only returns from a step that was cut short to the last complete one.
 
         Raises:
+            InputError: not an integer.
             StateError: the paper preset would have to cut inside its prompt.
         """
+        amount = _integer("crop takes", tokens_to_remove)
         common = min(layer.columns for layer in self._compressed)
-        amount = int(tokens_to_remove)  # transformers 5.17 passes a tensor
         keep = max(0, min(amount if amount > 0 else common + amount, common))
         with self.guard.use():
             if keep == 0:
@@ -175,6 +196,7 @@ class SelfIndexCache(Cache):
         others = self._dense_layers()
         for layer in others:
             check_sliding_crop(layer, keep)
+        removes = any(compressed.columns > keep for compressed in self._compressed)
         with self.guard.change():
             for layer in others:
                 surplus = max(0, layer.get_seq_length() - keep)
@@ -183,6 +205,8 @@ class SelfIndexCache(Cache):
             for compressed in self._compressed:
                 if compressed.store is not None:
                     compressed.store.crop(lengths)
+                if removes:
+                    compressed.read = []
                 compressed.columns, compressed._pending = keep, None
             self.columns = _with_padding(columns)
 
@@ -220,8 +244,9 @@ class SelfIndexCache(Cache):
         """Repeat every row; encoded pages are shared between the copies.
 
         Raises:
-            InputError: `repeats` is below 1.
+            InputError: `repeats` is not an integer, or below 1.
         """
+        repeats = _integer("rows are repeated", repeats)
         if repeats < 1:
             raise InputError(f"rows can be repeated once or more, got {repeats}")
         batch = self._batch()
@@ -254,6 +279,7 @@ class SelfIndexCache(Cache):
             for compressed in self._compressed:
                 if compressed.store is not None:
                     compressed.store.select_rows(rows)
+                    compressed.select_read(rows.tolist())
                 compressed._pending = None
             if self.columns is not None:
                 self.columns = _with_padding(self.columns[rows.to(self.columns.device)])
@@ -303,8 +329,10 @@ class SelfIndexCache(Cache):
         return Report(
             preset=self.config.preset,
             layers=[
-                LayerReport.of(layer.layer_idx, layer.store, layer.read)
+                LayerReport.of(layer.layer_idx, layer.store, layer.unread)
                 for layer in self._compressed
                 if layer.store is not None
             ],
+            other_layers=len(self.layers) - len(self._compressed),
+            other_bytes=sum(held_bytes(layer) for layer in self.layers if layer not in self._compressed),
         )

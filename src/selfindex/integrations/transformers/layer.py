@@ -42,12 +42,30 @@ class SelfIndexLayer(CacheLayerMixin):
         self._balance = balance
         self.store: LayerStore | None = None
         self.columns = 0
-        self.read: list[int] = []
+        self.unread: list[int] = []
+        """Per row, how many of the tokens it holds the last step left out; [] if no step ran on them."""
+        self._read: list[int] = []
         self._pending: NewKeys | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.store = LayerStore(self._cache.config, key_states, self._balance)
         self.is_initialized = True
+
+    @property
+    def read(self) -> list[int]:
+        """Per row, the encoded tokens that each KV head attended to in the last step; [] for no step."""
+        return self._read
+
+    @read.setter
+    def read(self, tokens: list[int]) -> None:
+        # Set before the step's own tokens may be encoded: these it has all attended to.
+        self._read = tokens
+        self.unread = [self.store.encoded(b) - n for b, n in enumerate(tokens)] if self.store else []
+
+    def select_read(self, rows: list[int]) -> None:
+        """Let what the last step read follow the rows, of which row i is a copy of old row rows[i]."""
+        if self._read:
+            self._read, self.unread = ([x[i] for i in rows] for x in (self._read, self.unread))
 
     @torch.compiler.disable
     def update(
@@ -100,10 +118,11 @@ class SelfIndexLayer(CacheLayerMixin):
             encoded = any(store.encoded(b) for b in range(store.batch))
             if self.columns == 0:
                 # Prefill is the model's own attention on its own tensors.
-                output = dense(query, keys, values, mask)[0]
+                output, self.read = dense(query, keys, values, mask)[0], [0] * store.batch
             elif not encoded and cache.columns is None and valid is None and keys.shape[2] <= MASKED_CHUNK:
                 held_k, held_v, _ = store.raw.held()
                 output = dense(query, torch.cat((held_k, keys), 2), torch.cat((held_v, values), 2), mask)[0]
+                self.read = [0] * store.batch
             else:
                 step = is_step(store, query, valid)
                 output, self.read = attend(
@@ -166,4 +185,17 @@ class SelfIndexLayer(CacheLayerMixin):
         self.offload()
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> NoReturn:
-        raise StateError("rows change place in all layers at once: call the cache's reorder_cache")
+        self._only_together("reorder_cache")
+
+    def batch_select_indices(self, indices: Tensor) -> NoReturn:
+        self._only_together("batch_select_indices")
+
+    def batch_repeat_interleave(self, repeats: int) -> NoReturn:
+        self._only_together("batch_repeat_interleave")
+
+    def crop(self, tokens_to_remove: int) -> NoReturn:
+        self._only_together("crop")
+
+    @staticmethod
+    def _only_together(method: str) -> NoReturn:
+        raise StateError(f"rows and tokens change in all layers at once: call the cache's {method}")

@@ -227,8 +227,9 @@ class Replay:
                 if observed:
                     seen = store.statistics.queries_seen + observed
                     store.statistics = replace(store.statistics, queries_seen=seen)
+                layer.read = read
                 store.commit(change)
-                layer.columns, layer.read = layer.columns + new, read
+                layer.columns += new
             cache.columns = columns
         self.steps += 1
 
