@@ -18,6 +18,7 @@ from ...codec import BalanceProfile
 from ...config import SelfIndexConfig, check_budget
 from ...errors import InputError, StateError
 from ...report import LayerReport, Report
+from .adapters import ModelState
 from .attention import prepare
 from .guard import Guard, check_sliding_crop
 from .layer import SelfIndexLayer
@@ -65,12 +66,33 @@ class SelfIndexCache(Cache):
             layers[layer.layer_idx] = layer
         super().__init__(layers=layers)
         self._modules = weakref.WeakSet(model.modules())
+        self.state = ModelState(model)
         self.columns: Tensor | None = None
         """bool [B, columns] of real tokens; None while there was no padding."""
         self._step: Tensor | None = None
         self._next_columns: Tensor | None = None
         self.guard = Guard()
         self.integers = StepIntegers()
+
+    def __repr__(self) -> str:
+        config, batch, held = self.config, self._batch(), "empty"
+        if batch is not None and self._compressed[0].columns:
+            size = self.report().memory.total / 2**20
+            held = f"rows={batch}, tokens={self._compressed[0].columns}, {size:.2f} MiB"
+        return (
+            f"{type(self).__name__}(preset={config.preset!r}, budget={config.budget}, "
+            f"{len(self._compressed)} of {len(self.layers)} layers compressed, {held})"
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise StateError(
+            "a SelfIndexCache belongs to a model of this process and cannot be pickled, nor written by "
+            "torch.save; cache.save(model, path) writes it, SelfIndexCache.load(model, path) reads it"
+        )
+
+    def __copy__(self) -> SelfIndexCache:
+        """A fork: two caches over the same lists and tensors would spoil each other."""
+        return self.fork()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SelfIndexCache:
         """Copy what is stored, for a continuation that shares nothing; the model stays the same."""
@@ -102,6 +124,11 @@ class SelfIndexCache(Cache):
                     memo[id(layer.store)] = layer.store.copied(share)
             new.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
             return new
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether every layer holds tokens."""
+        return all(layer.is_initialized for layer in self.layers)
 
     @property
     def compressed_layers(self) -> list[SelfIndexLayer]:
