@@ -195,7 +195,6 @@ def test_numbers_that_do_not_fit_are_refused_even_under_the_right_checksum(saved
     for name, change in FORGED.items():
         path.write_bytes(raw)
         forge(path, change)
-        assert path.read_bytes() != raw, name
         try:
             SelfIndexCache.load(model, path)
         except FormatError:

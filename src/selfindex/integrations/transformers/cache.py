@@ -24,7 +24,7 @@ from .guard import Guard, check_sliding_crop
 from .layer import SelfIndexLayer
 from .masks import new_columns
 from .models import plan_layers
-from .saving import load, read_options, save
+from .saving import load, read_header, read_options, save
 
 
 def _with_padding(columns: Tensor | None) -> Tensor | None:
@@ -127,8 +127,8 @@ class SelfIndexCache(Cache):
 
     @property
     def is_initialized(self) -> bool:
-        """Whether every layer holds tokens."""
-        return all(layer.is_initialized for layer in self.layers)
+        """Whether tokens are held."""
+        return all(layer.is_initialized for layer in self._compressed)
 
     @property
     def compressed_layers(self) -> list[SelfIndexLayer]:
@@ -318,8 +318,9 @@ class SelfIndexCache(Cache):
             FormatError: the file is missing, damaged, newer, or of another model or dtype.
         """
         options = {} if offloading is None else {"offloading": offloading}
-        cache = cls(model, read_options(path, model), **options)
-        load(cache, model, path)
+        header = read_header(path, model)
+        cache = cls(model, read_options(header, path), **options)
+        load(cache, model, path, header)
         return cache
 
     def report(self) -> Report:

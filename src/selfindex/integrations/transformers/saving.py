@@ -71,11 +71,10 @@ def save(cache: SelfIndexCache, model: PreTrainedModel, path: str | Path) -> Non
     write_tensors(tensors, path, metadata)
 
 
-def load(cache: SelfIndexCache, model: PreTrainedModel, path: str | Path) -> None:
-    """Fill an empty cache from a file; see `SelfIndexCache.load`."""
-    header, tensors = _read(path, model)
+def load(cache: SelfIndexCache, model: PreTrainedModel, path: str | Path, header: dict[str, Any]) -> None:
+    """Fill an empty cache from a file with that header; see `SelfIndexCache.load`."""
     try:
-        _fill(cache, model, header, tensors)
+        _fill(cache, model, header, _read(path, header))
     except FormatError as error:
         raise FormatError(f"cannot load {path}: {error}") from error
 
@@ -132,15 +131,20 @@ def _width(columns: Tensor | None, layers: list[Any]) -> int:
     return int(first)
 
 
-def read_options(path: str | Path, model: PreTrainedModel) -> SelfIndexConfig:
+def read_options(header: dict[str, Any], path: str | Path) -> SelfIndexConfig:
     """The options a file was written with."""
     try:
-        return SelfIndexConfig.make(**_header(path, model)["options"])
+        return SelfIndexConfig.make(**header["options"])
     except (ConfigError, TypeError) as error:
         raise FormatError(f"the options in {path} cannot be read: {error}") from error
 
 
-def _header(path: str | Path, model: PreTrainedModel) -> dict[str, Any]:
+def read_header(path: str | Path, model: PreTrainedModel) -> dict[str, Any]:
+    """What a file says about itself.
+
+    Raises:
+        FormatError: the file is missing, damaged, newer, or of another model or dtype.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             meta = file.metadata() or {}
@@ -176,18 +180,17 @@ def _header(path: str | Path, model: PreTrainedModel) -> dict[str, Any]:
     return header
 
 
-def _read(path: str | Path, model: PreTrainedModel) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    header = _header(path, model)
+def _read(path: str | Path, header: dict[str, Any]) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except Exception as error:
-        raise FormatError(f"cannot read the cache {path}: {error}") from error
+        raise FormatError(str(error)) from error
     written, found = header["tensors"], _describe(tensors)
     for name in written.keys() | found.keys():
         if name not in found or written.get(name) != found[name]:
-            raise FormatError(f"{path} is damaged: {name} is missing or not what was written")
-    return header, tensors
+            raise FormatError(f"it is damaged, {name} is missing or not what was written")
+    return tensors
 
 
 def _header_checksum(header: str) -> str:
