@@ -17,7 +17,7 @@ from torch._dynamo.backends.debugging import aot_eager
 
 import selfindex
 from selfindex.integrations.transformers import replay
-from selfindex.integrations.transformers.graphs import ModelState, without_collection
+from selfindex.integrations.transformers.graphs import RecordedModel, without_collection
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "smollm3", "qwen3_moe", "olmo", "olmo2")
 
@@ -122,7 +122,7 @@ def test_a_new_budget_and_new_weights_are_recorded_anew():
     forward(ours, prompt(1), cache)
     assert cache.compressed_layers[0].read == [3]
     assert len(cache.replay._recordings) == 2
-    state = ModelState(ours)
+    state = RecordedModel(ours)
     assert state.unchanged()
     ours.lm_head.weight = torch.nn.Parameter(torch.zeros_like(ours.lm_head.weight))
     assert not state.unchanged()

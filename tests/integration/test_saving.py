@@ -1,12 +1,9 @@
 """A saved prefix goes on as if it had never left, and a wrong file is refused."""
 
-import json
-
 import pytest
 import torch
 from decoded_cache import small_cache
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tiny_models import forward, make_model, pair, prompt
 
 from selfindex import FormatError, SelfIndexCache, StateError
@@ -16,16 +13,6 @@ def filled(model, tokens=61, batch=1, **options):
     cache = small_cache(model, budget=9, **options)
     forward(model, prompt(tokens, batch=batch), cache)
     return cache
-
-
-def rewrite(path, change=None, **metadata):
-    """Write a file again with other metadata, or with changed tensors."""
-    with safe_open(path, framework="pt") as file:
-        meta = file.metadata()
-    tensors = load_file(path)
-    if change:
-        change(tensors)
-    save_file(tensors, path, metadata=meta | metadata)
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3", "qwen3"])
@@ -93,35 +80,8 @@ def test_shared_pages_are_written_once(tmp_path):
 def test_another_dtype_is_refused(tmp_path):
     model = make_model("llama")
     filled(model).save(model, tmp_path / "prefix")
-    with pytest.raises(FormatError, match=r"holds torch\.float32 tokens"):
+    with pytest.raises(FormatError, match=r"a model in torch\.float32, this one is in torch\.bfloat16"):
         SelfIndexCache.load(model.bfloat16(), tmp_path / "prefix")
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda path: path.write_bytes(path.read_bytes()[:-100]), "cannot read"),
-        (lambda path: path.write_bytes(b"not a cache"), "cannot read"),
-        (lambda path: path.unlink(), "cannot read"),
-        (lambda path: rewrite(path, version="2"), "version 2"),
-        (lambda path: rewrite(path, format="selfindex-profile"), "is not a file of"),
-        (lambda path: rewrite(path, model="0"), "another model"),
-        (lambda path: rewrite(path, header="{"), "header of"),
-        (lambda path: rewrite(path, header=json.dumps({"options": {}})), "header of"),
-        (
-            lambda path: rewrite(path, lambda t: t["layers.1.index"][0].add_(1)),
-            r"layers\.1\.index is missing",
-        ),
-        (lambda path: rewrite(path, lambda t: t.pop("layers.0.keys")), r"layers\.0\.keys is missing"),
-        (lambda path: rewrite(path, lambda t: t.update(more=torch.ones(1))), "more is missing"),
-    ],
-)
-def test_a_wrong_file_is_refused(damage, message, tmp_path):
-    _, ours = pair("llama")
-    filled(ours).save(ours, tmp_path / "prefix")
-    damage(tmp_path / "prefix")
-    with pytest.raises(FormatError, match=message):
-        SelfIndexCache.load(ours, tmp_path / "prefix")
 
 
 def test_a_file_of_another_model_is_refused(tmp_path):
@@ -138,24 +98,12 @@ def test_what_cannot_be_saved(tmp_path):
     _, ours = pair("llama")
     with pytest.raises(StateError, match="empty"):
         small_cache(ours).save(ours, tmp_path / "prefix")
+    stopped = filled(ours)
+    stopped.compressed_layers[0].columns += 1
+    with pytest.raises(StateError, match="interrupted"):
+        stopped.save(ours, tmp_path / "prefix")
     with pytest.raises(StateError, match="another model"):
         filled(ours).save(pair("qwen3")[1], tmp_path / "prefix")
     hybrid = pair("gemma3")[1]
     with pytest.raises(StateError, match="sliding-window"):
         filled(hybrid).save(hybrid, tmp_path / "prefix")
-
-
-def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
-    _, ours = pair("llama")
-    path = tmp_path / "prefix"
-    filled(ours).save(ours, path)
-    before = path.read_bytes()
-
-    def full(*args, **kwargs):
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr("selfindex.integrations.transformers.saving.save_file", full)
-    with pytest.raises(OSError, match="no space"):
-        filled(ours, 30).save(ours, path)
-    assert path.read_bytes() == before
-    assert list(tmp_path.iterdir()) == [path]

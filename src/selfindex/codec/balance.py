@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import FormatError
+from ..files import write_tensors
 
 LIMIT = 4.0
 """s is clamped to [1 / LIMIT, LIMIT]."""
@@ -60,7 +60,7 @@ class BalanceProfile:
         """Write a safetensors file."""
         # Cloned: safetensors refuses tensors that share memory.
         tensors = {f"layers.{i}.balance": s.cpu().contiguous().clone() for i, s in self.balance.items()}
-        save_file(tensors, path, metadata={"format": "selfindex-profile", "version": "1"})
+        write_tensors(tensors, path, {"format": "selfindex-profile", "version": "1"})
 
     @classmethod
     def load(cls, path: str | Path) -> BalanceProfile:

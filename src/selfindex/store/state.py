@@ -8,11 +8,9 @@ import torch
 from torch import Tensor
 
 from ..config import SelfIndexConfig
-from ..errors import FormatError
+from ..errors import FormatError, SelfIndexError
 from .change import Statistics
 from .layer import LayerStore
-
-NAMES = ("index", "payload", "keys", "values", "query_square", "constants")
 
 
 def export(store: LayerStore) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -60,30 +58,92 @@ def restore(config: SelfIndexConfig, tensors: dict[str, Tensor], numbers: dict[s
         FormatError: tensors and numbers do not fit each other or `config`.
     """
     try:
-        store = LayerStore(config, tensors["keys"][:, :, :0])
-        if store.format.name != numbers["format"]:
-            raise FormatError(f"pages are in format {numbers['format']}, not {store.format.name}")
+        keys = tensors["keys"]
+        if keys.ndim != 4 or not keys.is_floating_point():
+            raise FormatError(f"tokens are {keys.dtype} {tuple(keys.shape)}")
+        store = LayerStore(config, keys[:, :, :0])
+        _check_tensors(store, tensors, numbers)
+        _check_numbers(store, tensors, numbers)
         pages = tensors["index"].shape[0]
         blocks = store.pool.add(tensors["index"], tensors["payload"]) if pages else []
         for b, row in enumerate(numbers["rows"]):
             own = [blocks[i] for i in row["blocks"]]
             store.pool.retain(own)
-            store.table.append(b, own, [int(n) for n in row["counts"]])
+            store.table.append(b, own, list(row["counts"]))
         store.pool.release(blocks)
         for b, held in enumerate(numbers["lengths"]):
-            store.raw.put(slice(b, b + 1), 0, tensors["keys"][b, :, :held], tensors["values"][b, :, :held])
+            store.raw.put(slice(b, b + 1), 0, keys[b, :, :held], tensors["values"][b, :, :held])
         store.statistics = Statistics(
             tensors["constants"].clone() if "constants" in tensors else None,
             tensors["query_square"].clone(),
-            int(numbers["queries_seen"]),
-            tuple(bool(x) for x in numbers["has_constants"]),
-            tuple(int(n) for n in numbers["prompt_tokens"]),
+            numbers["queries_seen"],
+            tuple(numbers["has_constants"]),
+            tuple(numbers["prompt_tokens"]),
         )
-        widths = {len(numbers[n]) for n in ("rows", "lengths", "prompt_tokens", "has_constants")}
-        if widths != {store.batch}:
-            raise FormatError(f"the layer has {store.batch} rows, its lists have {sorted(widths)}")
     except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
-        if isinstance(error, FormatError):
+        if isinstance(error, SelfIndexError):
             raise
-        raise FormatError(f"a layer's tensors do not fit its description: {error}") from error
+        raise FormatError(f"a layer's tensors do not fit its description: {error!r}") from error
     return store
+
+
+def _check_tensors(store: LayerStore, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
+    """Raise FormatError unless there are just the tensors of a store, of the right types and shapes."""
+    fmt, keys = store.format, tensors["keys"]
+    if fmt.name != numbers["format"]:
+        raise FormatError(f"pages are in format {numbers['format']}, not {fmt.name}")
+    pages = tensors["index"].shape[0]
+    own = 1 if fmt.preset == "balanced" else store.batch
+    wanted = {
+        "index": (torch.uint8, (pages, fmt.index_bytes)),
+        "payload": (torch.uint8, (pages, fmt.payload_bytes)),
+        "keys": (keys.dtype, tuple(keys.shape)),
+        "values": (keys.dtype, tuple(keys.shape)),
+        "query_square": (torch.float32, (fmt.kv_heads, fmt.head_dim)),
+        "constants": (torch.float32, (own, fmt.kv_heads, fmt.constants)),
+    }
+    if "constants" not in tensors and not pages:
+        del wanted["constants"]
+    found = {name: (x.dtype, tuple(x.shape)) for name, x in tensors.items()}
+    for name in wanted.keys() | found.keys():
+        if found.get(name) != wanted.get(name):
+            raise FormatError(f"{name} is {found.get(name)}, a layer needs {wanted.get(name)}")
+
+
+def _check_numbers(store: LayerStore, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
+    """Raise FormatError unless the numbers are those of a store with these tensors."""
+    batch, width, paper = store.batch, tensors["keys"].shape[2], store.format.preset == "paper"
+    lists = {name: numbers[name] for name in ("rows", "lengths", "prompt_tokens", "has_constants")}
+    if batch == 0 or any(len(x) != batch for x in lists.values()):
+        raise FormatError(f"the layer has {batch} rows, its lists { {n: len(x) for n, x in lists.items()} }")
+    most = store.format.count(tensors["index"].cpu()).tolist()
+    if any(not 1 <= n <= store.format.page_size for n in most):
+        raise FormatError(f"pages say that they hold {most} tokens")
+    everywhere: set[int] = set()
+    for b, row in enumerate(numbers["rows"]):
+        blocks, counts, held = row["blocks"], row["counts"], numbers["lengths"][b]
+        prompt, fixed = numbers["prompt_tokens"][b], numbers["has_constants"][b]
+        _check_integers([*blocks, *counts, held, prompt])
+        everywhere |= set(blocks)
+        # Any page may be short: `crop` cuts one, and more may follow.
+        right = len(set(blocks)) == len(blocks) == len(counts) and all(i < len(most) for i in blocks)
+        if not right or not all(1 <= n <= most[i] for i, n in zip(blocks, counts, strict=True)):
+            raise FormatError(f"row {b} has blocks {blocks} with {counts} tokens, the pages hold {most}")
+        if held > width or (blocks and held < store.config.sinks):
+            raise FormatError(f"row {b} has {held} tokens in full precision, of {width}")
+        # The paper preset's constants come with a row's first page, and mostly from its prompt.
+        needed = bool(blocks or prompt) if paper else False
+        possible = paper and "constants" in tensors
+        if type(fixed) is not bool or (fixed and not possible) or (needed and not fixed):
+            raise FormatError(f"row {b} has constants: {fixed}, blocks {blocks} and a prompt of {prompt}")
+        if prompt > held + sum(counts) or (prompt and not paper):
+            raise FormatError(f"row {b} has a prompt of {prompt} tokens, and {held + sum(counts)} in all")
+    if everywhere != set(range(len(most))) or max(numbers["lengths"]) != width:
+        raise FormatError("the layer has pages or tokens that no row holds")
+    _check_integers([numbers["queries_seen"]])
+
+
+def _check_integers(numbers: list[Any]) -> None:
+    wrong = [n for n in numbers if type(n) is not int or n < 0]
+    if wrong:
+        raise FormatError(f"{wrong[0]!r} is not a number of tokens or a page")

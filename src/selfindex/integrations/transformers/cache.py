@@ -19,13 +19,14 @@ from ...codec import BalanceProfile
 from ...config import SelfIndexConfig
 from ...errors import InputError, StateError
 from ...report import LayerReport, Report, held_bytes
+from .adapters import ModelState
 from .attention import prepare
 from .guard import Guard, check_sliding_crop
 from .layer import SelfIndexLayer
 from .masks import new_columns
 from .models import plan_layers
 from .replay import Replay
-from .saving import load, read_options, save
+from .saving import load, read_header, read_options, save
 
 
 def _with_padding(columns: Tensor | None) -> Tensor | None:
@@ -78,6 +79,7 @@ class SelfIndexCache(Cache):
             layers[layer.layer_idx] = layer
         super().__init__(layers=layers)
         self._modules = weakref.WeakSet(model.modules())
+        self.state = ModelState(model)
         self.columns: Tensor | None = None
         """bool [B, columns] of real tokens; None while there was no padding."""
         self._step: Tensor | None = None
@@ -85,6 +87,26 @@ class SelfIndexCache(Cache):
         self.guard = Guard()
         self.plans = StepPlans()
         self.replay = Replay()
+
+    def __repr__(self) -> str:
+        config, batch, held = self.config, self._batch(), "empty"
+        if batch is not None and self._compressed[0].columns:
+            size = self.report().memory.total / 2**20
+            held = f"rows={batch}, tokens={self._compressed[0].columns}, {size:.2f} MiB"
+        return (
+            f"{type(self).__name__}(preset={config.preset!r}, budget={config.budget}, "
+            f"{len(self._compressed)} of {len(self.layers)} layers compressed, {held})"
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise StateError(
+            "a SelfIndexCache belongs to a model of this process and cannot be pickled, nor written by "
+            "torch.save; cache.save(model, path) writes it, SelfIndexCache.load(model, path) reads it"
+        )
+
+    def __copy__(self) -> SelfIndexCache:
+        """A fork: two caches over the same lists and tensors would spoil each other."""
+        return self.fork()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SelfIndexCache:
         """Copy what is stored, for a continuation that shares nothing; the model stays the same."""
@@ -123,6 +145,11 @@ class SelfIndexCache(Cache):
             "the keys and values of a SelfIndexCache cannot be listed as tensors: most are encoded. report() "
             "says what it holds, save() writes it to a file"
         )
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether tokens are held."""
+        return all(layer.is_initialized for layer in self._compressed)
 
     @property
     def compressed_layers(self) -> list[SelfIndexLayer]:
@@ -217,6 +244,7 @@ class SelfIndexCache(Cache):
     def reset(self) -> None:
         """Empty the cache, whatever happened to it."""
         with self.guard.restart():
+            self.replay.forget()
             super().reset()
             for layer in cast(list[Any], self.layers):
                 # Otherwise transformers 5.17 keeps their old tokens, as zeros.
@@ -320,8 +348,9 @@ class SelfIndexCache(Cache):
             FormatError: the file is missing, damaged, newer, or of another model or dtype.
         """
         options = {} if offloading is None else {"offloading": offloading}
-        cache = cls(model, read_options(path, model), **options)
-        load(cache, model, path)
+        header = read_header(path, model)
+        cache = cls(model, read_options(header, path), **options)
+        load(cache, model, path, header)
         return cache
 
     def report(self) -> Report:

@@ -59,8 +59,8 @@ class Recorder:
         return graph
 
 
-class ModelState:
-    """What a graph took from a model: where its weights are, and what Python decides in its layers.
+class RecordedModel:
+    """What a graph took from a model that Python could change: where its weights are, and its hooks.
 
     Args:
         model: the model that was recorded.
@@ -70,31 +70,22 @@ class ModelState:
         inner = list(model.modules())[1:]  # hooks of the model itself run around a replay as well
         self._inner = [weakref.ref(module) for module in inner]
         self._weights = [weakref.ref(x) for x in (*model.parameters(), *model.buffers())]
-        self._adapters = [weakref.ref(module) for module in inner if hasattr(module, "active_adapters")]
-        self._seen = self._now()
+        self._places = self._now()
 
-    def _now(self) -> tuple[object, ...]:
-        weights = tuple(x.data_ptr() if (x := ref()) is not None else None for ref in self._weights)
-        adapters = tuple(_adapter(ref()) for ref in self._adapters)
-        return weights, adapters
+    def _now(self) -> list[int | None]:
+        return [None if (x := weight()) is None else x.data_ptr() for weight in self._weights]
 
     def unchanged(self) -> bool:
-        """Whether a graph recorded then does what the model does now."""
-        return self._seen == self._now()
+        """Whether a graph recorded then reads the weights that the model has now."""
+        return self._places == self._now()
 
     def hooked(self) -> str | None:
         """The class of a submodule with hooks, which a replay would not call; None if there is none."""
-        for ref in self._inner:
-            module = ref()
+        for reference in self._inner:
+            module = reference()
             if module is not None:
                 hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
                 # transformers leaves its own, which collect hidden states where they are asked for.
                 if any(not getattr(hook, "__module__", "").startswith("transformers.") for hook in hooks):
                     return type(module).__name__
         return None
-
-
-def _adapter(module: nn.Module | None) -> object:
-    """What decides the output of an adapter layer (PEFT) beside its weights."""
-    names = ("active_adapters", "disable_adapters", "merged_adapters", "scaling")
-    return tuple(str(getattr(module, name, None)) for name in names)

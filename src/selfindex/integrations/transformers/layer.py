@@ -47,9 +47,29 @@ class SelfIndexLayer(CacheLayerMixin):
         self._read: list[int] = []
         self._pending: NewKeys | None = None
 
+    def __repr__(self) -> str:
+        if self.store is None or not self.columns:
+            return f"{type(self).__name__}({self.layer_idx}, empty)"
+        encoded = sum(self.store.encoded(b) for b in range(self.store.batch))
+        return (
+            f"{type(self).__name__}({self.layer_idx}, rows={self.store.batch}, tokens={self.columns}, "
+            f"encoded={encoded}, {self.store.memory().total / 2**20:.2f} MiB)"
+        )
+
+    def __copy__(self) -> NoReturn:
+        raise StateError("a layer is a part of its cache and has no copy of its own; copy the cache")
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether tokens are held."""
+        return self.columns > 0
+
+    @is_initialized.setter
+    def is_initialized(self, value: bool) -> None:
+        """Ignored: transformers sets it at times that are not ours, what is held decides."""
+
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.store = LayerStore(self._cache.config, key_states, self._balance)
-        self.is_initialized = True
 
     @property
     def read(self) -> list[int]:
@@ -83,11 +103,20 @@ class SelfIndexLayer(CacheLayerMixin):
             held = self.store.raw.keys if self.store is not None and self.columns else None
             check_new_tokens(key_states, value_states, held, self.layer_idx)
             check_order(self._cache, self, key_states.shape[2])
+            self._check_state(key_states.shape[2])
             if not self.columns:
                 # Also after a first step that failed.
                 self.lazy_initialization(key_states, value_states)
             self._pending = NewKeys(self, key_states, value_states)
             return self._pending, value_states
+
+    def _check_state(self, new: int) -> None:
+        """Once a step: refuse a model that is in another state than when the cache was filled."""
+        if self is self._cache.compressed_layers[0]:
+            if self.columns:
+                self._cache.state.check(thorough=new > 1)
+            else:
+                self._cache.state.remember()
 
     @torch.compiler.disable
     def attend(
@@ -166,6 +195,9 @@ class SelfIndexLayer(CacheLayerMixin):
         return self.columns if fixed is None else fixed.columns
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        # Models ask before their layers run: here nothing has been computed yet.
+        if self.columns and not torch.compiler.is_compiling() and self._cache.plans.fixed is None:
+            self._check_state(query_length)
         return self.get_seq_length() + query_length, 0
 
     def get_max_length(self) -> int:
@@ -173,7 +205,6 @@ class SelfIndexLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         self.store, self._pending, self.columns, self.read = None, None, 0, []
-        self.is_initialized = False
 
     def offload(self) -> None:
         raise StateError(

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from ...attention.attend import MOST_STEP_TOKENS
 from ...attention.step import FixedPlan, budgets_of
 from ...store import LayerStore
-from .graphs import ModelState, Recorder
+from .graphs import RecordedModel, Recorder
 from .models import cache_argument
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class _Recording:
 
     plan: FixedPlan
     given: dict[str, Any]
-    model: ModelState
+    model: RecordedModel
     places: tuple[int, ...]
     kind: type = dict
     outputs: dict[str, Tensor] = field(default_factory=dict)
@@ -108,6 +108,7 @@ class Replay:
             announce(reason)
             return None
         with cache.guard.use():
+            cache.state.check(thorough=False)
             if not _mask_fits(cache, given.get("attention_mask"), ids.shape[1]):
                 return None
             if cache.config.compile:
@@ -145,7 +146,7 @@ class Replay:
         if found is None or found.places != _places(stores) or not found.model.unchanged():
             self._recordings.pop(key, None)
             found = None
-        state = ModelState(model) if found is None else found.model
+        state = RecordedModel(model) if found is None else found.model
         if (hooked := state.hooked()) is not None:
             announce(f"a {hooked} of the model has hooks, which a graph would not call")
             return None

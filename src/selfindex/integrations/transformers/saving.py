@@ -1,8 +1,8 @@
 """Compressed prefixes on disk: a safetensors file, never code.
 
 The file holds the pages as they are in memory (docs/format.md), the full-precision tokens, and as
-metadata a version, the options, a fingerprint of the model and a checksum of every tensor. Reading
-it costs what reading and copying the bytes costs; nothing is encoded again.
+metadata a version, the options, a fingerprint of the model and checksums of every tensor and of the
+metadata. Reading it costs what reading and copying the bytes costs; nothing is encoded again.
 """
 
 from __future__ import annotations
@@ -11,46 +11,25 @@ import dataclasses
 import hashlib
 import json
 import os
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from ...config import SelfIndexConfig
-from ...errors import FormatError, StateError
+from ...errors import ConfigError, FormatError, StateError
+from ...files import write_tensors
 from ...store.state import export, restore
+from .fingerprint import fingerprint
 
 if TYPE_CHECKING:
     from .cache import SelfIndexCache
 
-KIND, VERSION = "selfindex-cache", "1"
-_SAMPLE = 4096
-"""Elements of a weight that go into the fingerprint."""
-
-
-def fingerprint(model: PreTrainedModel) -> str:
-    """Identifies a model by its shapes, its positions and a sample of its weights.
-
-    The same for every dtype and device: a sample is rounded to 3 digits of its largest value.
-    """
-    text = model.config.get_text_config(decoder=True)
-    known = ("model_type", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
-    facts: dict[str, Any] = {name: getattr(text, name, None) for name in known}
-    facts["rope"] = getattr(text, "rope_parameters", None)
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
-    for name, weight in sorted(model.named_parameters()):
-        if name.endswith(("k_proj.weight", "qkv_proj.weight", "embed_tokens.weight")):
-            flat = weight.detach().flatten()
-            sample = flat[:: max(1, flat.numel() // _SAMPLE)].float().cpu()
-            scale = sample.abs().max().clamp(min=1e-30)
-            digest.update(f"{name} {(sample / scale).square().mean().sqrt():.2f}".encode())
-    return digest.hexdigest()
+KIND, VERSION = "selfindex-cache", "2"
 
 
 def save(cache: SelfIndexCache, model: PreTrainedModel, path: str | Path) -> None:
@@ -59,10 +38,15 @@ def save(cache: SelfIndexCache, model: PreTrainedModel, path: str | Path) -> Non
         raise StateError(
             "a cache with sliding-window layers cannot be saved: their content is not part of the format"
         )
+    if len({layer.columns for layer in cache.compressed_layers}) != 1:
+        raise StateError(
+            "a forward pass was interrupted; cache.crop(...) to the last complete step, then save"
+        )
+    cache.state.check()
     tensors: dict[str, Tensor] = {}
     layers = []
     for layer in cache.compressed_layers:
-        if layer.store is None:
+        if layer.store is None or not layer.columns:
             raise StateError("the cache is empty; fill it with a forward pass before saving it")
         found, numbers = export(layer.store)
         # Cloned: safetensors refuses tensors that share memory.
@@ -74,52 +58,54 @@ def save(cache: SelfIndexCache, model: PreTrainedModel, path: str | Path) -> Non
         tensors["columns"] = cache.columns.cpu().contiguous().clone()
     # A profile's balance is in the constants; its file need not exist where this one is read.
     options = dataclasses.asdict(cache.config) | {"profile": None}
-    header = {
-        "options": options,
-        "layers": layers,
-        "checksums": _checksums(tensors),
-    }
-    metadata = {
-        "format": KIND,
-        "version": VERSION,
-        "model": fingerprint(model),
-        "header": json.dumps(header),
-    }
-    target = Path(path)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    os.close(handle)
+    header = json.dumps(
+        {
+            "model": fingerprint(model),
+            "dtype": str(model.dtype),
+            "options": options,
+            "layers": layers,
+            "tensors": _describe(tensors),
+        }
+    )
+    metadata = {"format": KIND, "version": VERSION, "header": header, "checksum": _header_checksum(header)}
+    write_tensors(tensors, path, metadata)
+
+
+def load(cache: SelfIndexCache, model: PreTrainedModel, path: str | Path, header: dict[str, Any]) -> None:
+    """Fill an empty cache from a file with that header; see `SelfIndexCache.load`."""
     try:
-        # Beside its place, then renamed into it: a crash or a full disk leaves no half of a file.
-        save_file(tensors, name, metadata=metadata)
-        os.replace(name, target)
-    except BaseException:
-        os.unlink(name)
-        raise
+        _fill(cache, model, header, _read(path, header))
+    except FormatError as error:
+        raise FormatError(f"cannot load {path}: {error}") from error
 
 
-def load(cache: SelfIndexCache, model: PreTrainedModel, path: str | Path) -> None:
-    """Fill an empty cache from a file; see `SelfIndexCache.load`."""
-    header, tensors = _read(path, model)
-    dtype = model.dtype
-    stores = {}
+def _fill(
+    cache: SelfIndexCache, model: PreTrainedModel, header: dict[str, Any], tensors: dict[str, Tensor]
+) -> None:
+    wanted = [layer.layer_idx for layer in cache.compressed_layers]
+    found = [numbers.get("layer") for numbers in header["layers"]]
+    if found != wanted or any(type(i) is not int for i in found):
+        raise FormatError(f"it holds layers {found}, the model has {wanted}")
+    columns = tensors.pop("columns", None)
+    width = _width(columns, header["layers"])
+    stores = []
     for numbers in header["layers"]:
-        start, device = f"layers.{numbers['layer']}.", _device(model, int(numbers["layer"]))
-        own = {n.removeprefix(start): x for n, x in tensors.items() if n.startswith(start)}
+        start, device = f"layers.{numbers['layer']}.", _device(model, numbers["layer"])
+        own = {n.removeprefix(start): tensors.pop(n) for n in list(tensors) if n.startswith(start)}
         # Pages go straight to where the pool keeps them.
         own = {n: x if n in ("index", "payload") else x.to(device) for n, x in own.items()}
-        if own["keys"].dtype != dtype:
-            raise FormatError(
-                f"{path} holds {own['keys'].dtype} tokens, the model computes in {dtype}; load the model in "
-                "that dtype"
-            )
-        stores[numbers["layer"]] = restore(cache.config, own, numbers), int(numbers["columns"])
-    if sorted(stores) != sorted(x.layer_idx for x in cache.compressed_layers):
-        raise FormatError(f"{path} holds layers {sorted(stores)}, the model has others")
-    for layer in cache.compressed_layers:
-        layer.store, layer.columns = stores[layer.layer_idx]
-        layer.is_initialized = True
-    if "columns" in tensors:
-        cache.columns = tensors["columns"].to(_device(model, cache.compressed_layers[0].layer_idx))
+        store = restore(cache.config, own, numbers)
+        tokens = [width] * store.batch if columns is None else columns.sum(1).tolist()
+        if [store.length(b) for b in range(store.batch)] != tokens:
+            raise FormatError(f"the tokens of layer {numbers['layer']} do not fit its columns")
+        stores.append(store)
+    if tensors or len({store.batch for store in stores}) != 1:
+        raise FormatError(f"its layers differ in rows, or it holds more than layers: {sorted(tensors)}")
+    for layer, store in zip(cache.compressed_layers, stores, strict=True):
+        layer.store, layer.columns = store, width
+    if columns is not None:
+        cache.columns = columns.to(_device(model, wanted[0]))
+    cache.state.remember()
 
 
 def _device(model: PreTrainedModel, layer: int) -> torch.device:
@@ -130,12 +116,35 @@ def _device(model: PreTrainedModel, layer: int) -> torch.device:
     return model.device
 
 
-def read_options(path: str | Path, model: PreTrainedModel) -> SelfIndexConfig:
+def _width(columns: Tensor | None, layers: list[Any]) -> int:
+    """Columns that every layer holds.
+
+    Raises:
+        FormatError: layers or the padding contradict each other.
+    """
+    counts = [numbers.get("columns") for numbers in layers]
+    first = counts[0]
+    if any(type(n) is not int or n < 1 or n != first for n in counts):
+        raise FormatError(f"its layers hold {counts} columns")
+    if columns is not None and (columns.dtype, columns.shape[1:]) != (torch.bool, (first,)):
+        raise FormatError(f"its padding is {columns.dtype} {tuple(columns.shape)}, for {first} columns")
+    return int(first)
+
+
+def read_options(header: dict[str, Any], path: str | Path) -> SelfIndexConfig:
     """The options a file was written with."""
-    return SelfIndexConfig.make(**_header(path, model)["options"])
+    try:
+        return SelfIndexConfig.make(**header["options"])
+    except (ConfigError, TypeError) as error:
+        raise FormatError(f"the options in {path} cannot be read: {error}") from error
 
 
-def _header(path: str | Path, model: PreTrainedModel) -> dict[str, Any]:
+def read_header(path: str | Path, model: PreTrainedModel) -> dict[str, Any]:
+    """What a file says about itself.
+
+    Raises:
+        FormatError: the file is missing, damaged, newer, or of another model or dtype.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             meta = file.metadata() or {}
@@ -144,37 +153,56 @@ def _header(path: str | Path, model: PreTrainedModel) -> dict[str, Any]:
     if meta.get("format") != KIND:
         raise FormatError(f"{path} is not a file of SelfIndexCache.save")
     if meta.get("version") != VERSION:
-        raise FormatError(f"{path} has version {meta.get('version')}, this release reads version {VERSION}")
-    if meta.get("model") != fingerprint(model):
         raise FormatError(
-            f"{path} was written with another model; a cache fits only the model that filled it"
+            f"{path} has version {meta.get('version')}, this release reads version {VERSION}; fill a cache "
+            "again and save it"
         )
+    if meta.get("checksum") != _header_checksum(meta.get("header", "")):
+        raise FormatError(f"the header of {path} is damaged: it is not what was written")
     try:
         header: dict[str, Any] = json.loads(meta["header"])
-        header["options"], header["layers"], header["checksums"]
+        kinds = {"model": str, "dtype": str, "options": dict, "layers": list, "tensors": dict}
+        wrong = [name for name, kind in kinds.items() if not isinstance(header[name], kind)]
+        if wrong or not all(isinstance(x, dict) for x in header["layers"]):
+            raise ValueError(f"{', '.join(wrong) or 'layers'} cannot be what it is")
     except (KeyError, TypeError, ValueError) as error:
         raise FormatError(f"the header of {path} is damaged: {error}") from error
+    if header["dtype"] != str(model.dtype):
+        raise FormatError(
+            f"{path} was written with a model in {header['dtype']}, this one is in {model.dtype}; load the "
+            "model in that dtype"
+        )
+    if header["model"] != fingerprint(model):
+        raise FormatError(
+            f"{path} was written with another model, or with other weights, adapters or options of it; a "
+            "cache fits only the model that filled it"
+        )
     return header
 
 
-def _read(path: str | Path, model: PreTrainedModel) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    header = _header(path, model)
+def _read(path: str | Path, header: dict[str, Any]) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except Exception as error:
-        raise FormatError(f"cannot read the cache {path}: {error}") from error
-    found = _checksums(tensors)
-    for name in header["checksums"].keys() | tensors.keys():
-        if name not in tensors or header["checksums"].get(name) != found[name]:
-            raise FormatError(f"{path} is damaged: {name} is missing or not what was written")
-    return header, tensors
+        raise FormatError(str(error)) from error
+    written, found = header["tensors"], _describe(tensors)
+    for name in written.keys() | found.keys():
+        if name not in found or written.get(name) != found[name]:
+            raise FormatError(f"it is damaged, {name} is missing or not what was written")
+    return tensors
 
 
-def _checksums(tensors: dict[str, Tensor]) -> dict[str, str]:
+def _header_checksum(header: str) -> str:
+    return hashlib.sha256(f"{KIND} {VERSION} {header}".encode()).hexdigest()
+
+
+def _describe(tensors: dict[str, Tensor]) -> dict[str, list[Any]]:
+    """Type, shape and checksum of every tensor, as JSON gives them back."""
     # Hashing a large buffer leaves the interpreter to other threads; one thread is slower than a disk.
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        return dict(zip(tensors, pool.map(_checksum, tensors.values()), strict=True))
+        sums = list(pool.map(_checksum, tensors.values()))
+    return {n: [str(x.dtype), list(x.shape), s] for (n, x), s in zip(tensors.items(), sums, strict=True)}
 
 
 def _checksum(x: Tensor) -> str:
