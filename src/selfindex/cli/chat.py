@@ -111,10 +111,8 @@ def _read(talk: Conversation, document: str, name: str, room: int) -> None:
         bar = bars.add_task(f"read {name} and compress", total=1.0)
         talk.read(document, room, lambda share: bars.advance(bar, share))
     report = talk.cache.report()
-    err.print(
-        f"{talk.document:,} tokens, {report.memory.total / 2**20:.1f} MiB: "
-        f"{report.ratio:.1f} times smaller than 16 bit"
-    )
+    smaller = f", {report.ratio:.1f} times smaller than 16 bit" if report.ratio > 1 else ""
+    err.print(f"{talk.document:,} tokens, {report.memory.total / 2**20:.1f} MiB{smaller}")
 
 
 def _loop(talk: Conversation, loaded: Loaded, most: int) -> None:
