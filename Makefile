@@ -9,7 +9,7 @@ EXTRAS ?= demo,eval,dev,lm-eval
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
-.PHONY: demo test test-oldest sanitize lint format clean
+.PHONY: demo test test-oldest sanitize wheel lint format clean
 
 $(VENV)/.base: pyproject.toml CMakeLists.txt $(wildcard src/selfindex/backends/cpu/native/*)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -38,6 +38,9 @@ test-oldest:  ## integration tests against the oldest supported transformers
 sanitize: $(VENV)/.dev  ## the compiled CPU operators under AddressSanitizer and UBSan
 	@PYTHON=$(abspath $(BIN)/python) scripts/cpu_sanitize.sh
 
+wheel: $(VENV)/.dev  ## sdist and wheel in dist/, checked in a fresh environment without this tree
+	@PYTHON=$(abspath $(BIN)/python) scripts/wheel_check.sh dist
+
 lint: $(VENV)/.dev  ## style, types
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
@@ -45,4 +48,4 @@ format: $(VENV)/.dev
 	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-oldest dist .pytest_cache .mypy_cache .ruff_cache

@@ -4,7 +4,11 @@ A key is stored as sign codes and 2-bit magnitudes; the sign codes are the index
 percent of tokens a query attends to. See `SelfIndexCache`, `enable` and `generate`.
 """
 
-from .codec import BalanceProfile
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
 from .config import SelfIndexConfig
 from .errors import (
     ConfigError,
@@ -16,8 +20,31 @@ from .errors import (
     StateError,
     UnsupportedModelError,
 )
-from .integrations.transformers import SelfIndexCache, enable, generate
-from .report import Report
+
+if TYPE_CHECKING:
+    from .codec import BalanceProfile
+    from .integrations.transformers import SelfIndexCache, enable, generate
+    from .report import Report
+else:
+    # PyTorch and transformers take seconds to import; the command line's help needs neither.
+    _LATER = {
+        "BalanceProfile": "codec",
+        "Report": "report",
+        "SelfIndexCache": "integrations.transformers",
+        "enable": "integrations.transformers",
+        "generate": "integrations.transformers",
+    }
+
+    def __getattr__(name: str) -> object:
+        if name not in _LATER:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(importlib.import_module(f".{_LATER[name]}", __name__), name)
+        globals()[name] = value
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})
+
 
 __version__ = "0.1.0"
 

@@ -7,7 +7,7 @@ from tiny_models import forward
 from transformers import DynamicCache
 
 import selfindex
-from selfindex.cli import demo, models
+from selfindex.cli import demo, models, trial
 from selfindex.cli.console import CommandError
 from selfindex.cli.measure import Reply, fidelity, log_probabilities, read, reply, rewind
 from selfindex.cli.needle import build_task, manual
@@ -93,9 +93,9 @@ def test_fidelity_of_a_full_budget_and_of_dense_itself(tiny, reading):
 @pytest.mark.parametrize("preset", ["balanced", "paper"])
 def test_run(tiny, preset):
     config = selfindex.SelfIndexConfig.make(preset=preset, sparse_queries=EVERY_QUERY)
-    result = demo.run(tiny, manual(), config, TOKENS, 0.5, 0, Progress(disable=True), compared=16)
+    result = trial.run(tiny, manual(), config, TOKENS, 0.5, 0, Progress(disable=True), compared=16)
     assert 0 < result.read_tokens < result.cached
-    assert result.cached == TOKENS + result.task.question_ids.shape[1] + demo.ANSWER_STEPS - 1
+    assert result.cached == TOKENS + result.task.question_ids.shape[1] + trial.ANSWER_STEPS - 1
     assert result.fidelity.tokens == 16
     assert result.dense_pair_bytes == 256
     assert 30 < result.pair_bytes < 70
@@ -113,7 +113,7 @@ def test_command(invoke, tiny, monkeypatch):
     for expected in ("tokens read per step", "KL divergence", "tokens/s", "wrong, it is"):
         assert expected in result.output
     assert max(map(len, result.output.splitlines())) <= 100
-    monkeypatch.setattr(demo.Result, "right", lambda self, answer: True)
+    monkeypatch.setattr(trial.Result, "right", lambda self, answer: True)
     assert invoke("demo", "--tokens", str(TOKENS)).exit_code == 0
 
 

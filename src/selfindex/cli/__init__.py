@@ -1,11 +1,15 @@
-"""The command `selfindex`. One file a command; each module's function of that name is the command."""
+"""The command `selfindex`. One file a command; each module's function of that name is the command.
+
+What is imported here is imported for `--help` and for every mistyped option, so none of it imports
+PyTorch or transformers: the functions do, once their arguments are known to be right.
+"""
 
 from __future__ import annotations
 
 import typer
 
 from .. import __version__
-from . import demo, doctor, evaluate, generate, inspect, profile
+from . import chat, demo, evaluate, generate, inspect, profile
 
 app = typer.Typer(
     name="selfindex",
@@ -16,10 +20,21 @@ app = typer.Typer(
 )
 app.command()(demo.demo)
 app.command()(generate.generate)
-app.command()(doctor.doctor)
+app.command()(chat.chat)
 app.command("eval")(evaluate.evaluate)
 app.command()(inspect.inspect)
 app.command()(profile.profile)
+
+
+@app.command("doctor")
+def _doctor() -> None:
+    """Show versions, devices, backend and optional parts, then check that the operators work.
+
+    Exit code 0 if the self-check passes, else 1.
+    """
+    from .doctor import doctor
+
+    doctor()
 
 
 def _show_version(wanted: bool) -> None:

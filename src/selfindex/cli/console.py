@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import typer
 from rich.console import Console
@@ -23,12 +24,20 @@ class CommandError(SelfIndexError):
 
 @contextmanager
 def errors_in_one_line() -> Iterator[None]:
-    """Turn this package's exceptions into a red line and exit code 1."""
+    """Turn this package's exceptions, and files that cannot be written, into a red line and exit code 1."""
     try:
         yield
-    except SelfIndexError as error:
-        err.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
+    except (SelfIndexError, OSError) as error:
+        show_error(error)
         raise typer.Exit(1) from None
+
+
+def show_error(error: Exception) -> None:
+    """One red line on stderr."""
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    err.print(f"[bold red]error:[/] {escape(text)}", soft_wrap=True)
 
 
 def progress() -> Progress:
@@ -41,6 +50,12 @@ def progress() -> Progress:
         console=err,
         transient=True,
     )
+
+
+def check_output(file: Path) -> None:
+    """Raise CommandError if the folder of a file to write is missing: before the work, not after it."""
+    if not file.parent.is_dir():
+        raise CommandError(f"no such folder: {file.parent}")
 
 
 def parse_budget(text: str) -> float | int:

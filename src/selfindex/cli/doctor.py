@@ -16,6 +16,7 @@ from .. import __version__
 from ..backends.cpu.loader import NativeUnavailable, instruction_set
 from ..backends.cuda.loader import KernelsUnavailable, capability
 from ..config import PRESETS
+from ..versions import transformers_problem
 from .console import errors_in_one_line, out, progress
 from .models import find_smollm2, pick_device
 from .selfcheck import PAGE, Check, check, variants
@@ -49,7 +50,7 @@ def _parts() -> Table:
         ("selfindex", __version__),
         ("python", platform.python_version()),
         ("torch", torch.__version__),
-        ("transformers", transformers.__version__),
+        ("transformers", transformers_problem(transformers.__version__) or transformers.__version__),
     ):
         table.add_row(name, version)
     table.add_row("devices", ", ".join(_devices()))

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..config import check_budget
 from .console import BUDGET, DEVICE, CommandError, err, errors_in_one_line, out, parse_budget
-from .models import SMOLLM2, Loaded, load, quiet
+from .models import SMOLLM2, Loaded, load
 
 if TYPE_CHECKING:
     from ..evaluation.suites import Suite
@@ -52,7 +52,6 @@ def evaluate(
             raise CommandError("give the budget as a share (0.05 or 5%): all methods get the same")
         chosen, parts = _suite(suite, part, method, task, length, samples)
         texts = _texts(text)
-        quiet()
         with err.status(f"loading {model}"):
             loaded = load(model, device, dtype)
         result = _run(loaded, chosen, parts, texts, share, output, batch)

@@ -4,41 +4,30 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 import typer
-from transformers import DynamicCache, TextStreamer
 
 from ..config import SelfIndexConfig
-from ..integrations.transformers import SelfIndexCache
 from .console import BUDGET, DEVICE, PRESET, CommandError, err, errors_in_one_line, parse_budget
-from .models import Loaded, load, quiet, read_text
+from .models import Loaded, check_length, load, read_text
+from .turns import Turns, with_document
 
+if TYPE_CHECKING:
+    from torch import Tensor
 
-class _TimedStreamer(TextStreamer):
-    """Prints text as it comes, counts tokens, and notes when the first and the last one came."""
-
-    def __init__(self, tokenizer: Any, on_first: Callable[[], None]) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.on_first = on_first
-        self.tokens, self.first, self.last = -1, 0.0, 0.0  # the first call brings the prompt
-
-    def put(self, value: Any) -> None:
-        self.tokens += 1
-        self.last = time.perf_counter()
-        if self.tokens == 1:
-            self.first = self.last
-            self.on_first()
-        super().put(value)
+STDIN = Path("-")
 
 
 def generate(
     model: str = typer.Argument(help="Folder, .gguf file or hub id of a model; or smollm2."),
-    prompt: str | None = typer.Argument(None, help="Prompt; without it and --file, stdin is read."),
-    file: Path | None = typer.Option(None, help="Read the prompt from a UTF-8 file."),
+    prompt: str | None = typer.Argument(
+        None, help="Prompt, or the question about --file; - or none of both: read from stdin."
+    ),
+    file: Path | None = typer.Option(
+        None, help="UTF-8 text to read before the prompt, or alone; - is stdin.", show_default=False
+    ),
     budget: str = BUDGET,
     preset: str = PRESET,
     offloading: bool = typer.Option(
@@ -54,56 +43,60 @@ def generate(
     with errors_in_one_line():
         config = SelfIndexConfig.make(preset=preset, budget=parse_budget(budget), offloading=offloading)
         text = _read_prompt(prompt, file)
-        quiet()
         with err.status(f"loading {model}"):
             loaded = load(model, device, dtype)
         ids = _encode(loaded, text, raw)
-        _check_length(loaded, ids.shape[1], max_new_tokens)
-        cache = DynamicCache(config=loaded.model.config) if dense else SelfIndexCache(loaded.model, config)
-        _run(loaded, ids, cache, max_new_tokens)
+        check_length(loaded, ids.shape[1], max_new_tokens)
+        _run(loaded, ids, _cache(loaded, config, dense), max_new_tokens)
 
 
 def _read_prompt(prompt: str | None, file: Path | None) -> str:
-    if prompt is not None and file is not None:
-        raise CommandError("give the prompt as an argument or with --file, not both")
-    if file is not None:
-        prompt = read_text(file)
-    elif prompt is None:
+    """A document, then what is asked about it; either may be all there is."""
+    if prompt == "-" and file == STDIN:
+        raise CommandError("stdin can be the prompt or the --file, not both")
+    if prompt is None and file is None:
         if sys.stdin.isatty():
             raise CommandError("no prompt: give it as an argument, with --file, or on stdin")
-        prompt = sys.stdin.read()
-    if not prompt.strip():
+        prompt = "-"
+    if prompt == "-":
+        prompt = read_text(STDIN)
+    elif prompt is not None and not prompt.strip():
         raise CommandError("the prompt is empty")
-    return prompt
+    if file is None:
+        assert prompt is not None
+        return prompt
+    return read_text(file) if prompt is None else with_document(read_text(file), prompt)
 
 
-def _encode(loaded: Loaded, text: str, raw: bool) -> torch.Tensor:
+def _encode(loaded: Loaded, text: str, raw: bool) -> Tensor:
     """Token ids [1, N] of a prompt, in the model's chat template where it has one."""
-    tokenizer = loaded.tokenizer
-    chat = not raw and getattr(tokenizer, "chat_template", None) is not None
-    if chat:
-        message = [{"role": "user", "content": text}]
-        text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-    ids = tokenizer(text, return_tensors="pt", add_special_tokens=not chat).input_ids
-    if ids.shape[1] == 0:
+    import torch
+
+    turns = Turns(loaded.tokenizer, raw)
+    ids = turns.encode(turns.message(text), start=True)
+    if not ids:
         raise CommandError("the prompt has no tokens")
-    return ids.to(loaded.model.device)
+    return torch.tensor([ids], device=loaded.model.device)
 
 
-def _check_length(loaded: Loaded, prompt: int, new: int) -> None:
-    limit = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
-    if limit is not None and prompt + new > limit:
-        raise CommandError(
-            f"{prompt:,} prompt tokens and {new:,} new ones do not fit the model's {limit:,}; "
-            "shorten the prompt or lower --max-new-tokens"
-        )
+def _cache(loaded: Loaded, config: SelfIndexConfig, dense: bool) -> Any:
+    from transformers import DynamicCache
+
+    from ..integrations.transformers import SelfIndexCache
+
+    return DynamicCache(config=loaded.model.config) if dense else SelfIndexCache(loaded.model, config)
 
 
-def _run(loaded: Loaded, ids: torch.Tensor, cache: Any, max_new_tokens: int) -> None:
+def _run(loaded: Loaded, ids: Tensor, cache: Any, max_new_tokens: int) -> None:
+    import torch
+
+    from ..integrations.transformers import SelfIndexCache
+    from .streaming import TimedStreamer
+
     prompt = ids.shape[1]
     start = time.perf_counter()
     with torch.inference_mode(), err.status(f"reading {prompt:,} tokens") as status:
-        streamer = _TimedStreamer(loaded.tokenizer, status.stop)
+        streamer = TimedStreamer(loaded.tokenizer, status.stop)
         loaded.model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
@@ -112,12 +105,10 @@ def _run(loaded: Loaded, ids: torch.Tensor, cache: Any, max_new_tokens: int) -> 
             streamer=streamer,
             **{loaded.cache_argument: cache},
         )
-    steps = streamer.tokens - 1
-    speed = f", then {steps / (streamer.last - streamer.first):.1f} tokens/s" if steps > 0 else ""
     err.rule(style="dim")
     err.print(
         f"{prompt:,} prompt tokens, {streamer.tokens} new ones; "
-        f"first after {streamer.first - start:.1f} s{speed} on {loaded.model.device}"
+        f"first after {streamer.first - start:.1f} s{streamer.speed} on {loaded.model.device}"
     )
     if isinstance(cache, SelfIndexCache):
         err.print(str(cache.report()), soft_wrap=True, markup=False)

@@ -11,9 +11,18 @@ from rich import box
 from rich.table import Table
 
 from ..config import EVERY_QUERY, SelfIndexConfig
-from ..integrations.transformers import SelfIndexCache
-from .console import BUDGET, DEVICE, PRESET, CommandError, err, errors_in_one_line, out, parse_budget
-from .models import load, quiet, read_ids
+from .console import (
+    BUDGET,
+    DEVICE,
+    PRESET,
+    CommandError,
+    check_output,
+    err,
+    errors_in_one_line,
+    out,
+    parse_budget,
+)
+from .models import encode_start, load, read_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,10 +46,11 @@ def inspect(
         config = SelfIndexConfig.make(
             preset=preset, budget=parse_budget(budget), dense_below=0, sparse_queries=EVERY_QUERY
         )
-        quiet()
+        check_output(output)
+        text = read_text(file)
         with err.status(f"loading {model}"):
             loaded = load(model, device, dtype)
-        ids = read_ids(loaded, file, tokens)
+        ids = encode_start(loaded, text, tokens)
         if ids.shape[1] <= queries + config.sinks + config.recent + config.page_size:
             raise CommandError(f"{file} gives {ids.shape[1]} tokens: too few for a page to be encoded")
         with err.status(f"reading {ids.shape[1]:,} tokens"):
@@ -61,6 +71,7 @@ def _look(
 
     from ..evaluation.layers import measure, observe, visible
     from ..evaluation.recording import record
+    from ..integrations.transformers import SelfIndexCache
 
     recording = record(model, ids[:, :-queries])
     seen = observe(model, recording, ids[:, -queries:])

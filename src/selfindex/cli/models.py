@@ -1,22 +1,24 @@
-"""Loading of models for the commands."""
+"""Loading of models for the commands.
+
+PyTorch and transformers are imported by the functions that need them: the command line's help and
+its errors come without the seconds that this takes.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import logging
+import sys
 import warnings
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-import transformers
-from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, modeling_gguf_pytorch_utils
-
-from ..integrations.transformers.models import cache_argument
 from .console import CommandError
+
+if TYPE_CHECKING:
+    import torch
 
 SMOLLM2 = "smollm2"
 """Word for the demo's model, SmolLM2-135M-Instruct out of a package of that name."""
@@ -38,11 +40,17 @@ class Loaded:
     @property
     def cache_argument(self) -> str:
         """See `cache_argument` of the integration."""
+        from ..integrations.transformers.models import cache_argument
+
         return cache_argument(self.model)
 
 
 def quiet() -> None:
     """Keep transformers' warnings and progress bars out of a command's output."""
+    import transformers
+    from tqdm.auto import tqdm
+    from transformers import modeling_gguf_pytorch_utils
+
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     # The bar of the GGUF reader does not obey that switch.
@@ -58,6 +66,8 @@ def pick_device(name: str) -> torch.device:
     Raises:
         CommandError: there is no such device.
     """
+    import torch
+
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -70,11 +80,16 @@ def pick_device(name: str) -> torch.device:
 
 
 def _pick_dtype(name: str, device: torch.device) -> torch.dtype | str:
+    import torch
+
     if name == "auto":
         return torch.float32 if device.type == "cpu" else "auto"
-    if name not in DTYPES:
-        raise CommandError(f"dtype must be auto or one of {', '.join(DTYPES)}, got {name!r}")
     return getattr(torch, name)
+
+
+def _check_dtype(name: str) -> None:
+    if name != "auto" and name not in DTYPES:
+        raise CommandError(f"dtype must be auto or one of {', '.join(DTYPES)}, got {name!r}")
 
 
 def find_smollm2() -> Path | None:
@@ -97,52 +112,80 @@ def load(name: str, device: str = "auto", dtype: str = "auto") -> Loaded:
     Raises:
         CommandError: there is no such model or device, or it cannot be loaded.
     """
+    source, label, options = _locate(name)
+    _check_dtype(dtype)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    quiet()
     where = pick_device(device)
-    precision = _pick_dtype(dtype, where)
-    source, label, options = name, name, {}
-    if name == SMOLLM2:
-        folder = find_smollm2()
-        if folder is None:
-            raise CommandError(f"the demo's model is missing; {_INSTALL}")
-        source, label, options = str(folder), "SmolLM2-135M-Instruct", {"gguf_file": _GGUF}
-    elif Path(name).suffix == ".gguf":
-        source, label, options = str(Path(name).parent), Path(name).stem, {"gguf_file": Path(name).name}
-    elif name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
-        raise CommandError(f"no such folder: {name}")
-    else:
-        source, label = str(Path(name).expanduser()), Path(name).name
-    if options and importlib.util.find_spec("gguf") is None:
-        raise CommandError('reading GGUF weights needs the package gguf: pip install "selfindex[demo]"')
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=precision, **options)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=_pick_dtype(dtype, where), **options)
+    except Exception as error:
+        # Whatever a damaged, foreign or unreachable checkpoint makes the libraries raise.
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise CommandError(f"cannot load {name}: {reason}") from error
     return Loaded(model.to(where).eval(), tokenizer, label)
 
 
+def _locate(name: str) -> tuple[str, str, dict[str, str]]:
+    """(what transformers loads, the model's name for people, options of its loader)."""
+    path, options = Path(name).expanduser(), {}
+    source, label = str(path), path.name
+    if name == SMOLLM2:
+        folder = find_smollm2()
+        if folder is None:
+            raise CommandError(f"the demo's model is missing; {_INSTALL}")
+        source, label, options = str(folder), "SmolLM2-135M-Instruct", {"gguf_file": _GGUF}
+    elif path.suffix == ".gguf":
+        if not path.is_file():
+            raise CommandError(f"no such file: {name}")
+        source, label, options = str(path.parent), path.stem, {"gguf_file": path.name}
+    elif not path.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise CommandError(f"no such folder: {name}")
+    if options and importlib.util.find_spec("gguf") is None:
+        raise CommandError('reading GGUF weights needs the package gguf: pip install "selfindex[demo]"')
+    return source, label, options
+
+
 def read_text(file: Path) -> str:
-    """Content of a UTF-8 file.
+    """Content of a UTF-8 file, or of stdin for `-`; never empty.
 
     Raises:
-        CommandError: it cannot be read.
+        CommandError: it cannot be read, is not text, or has nothing but white space.
     """
+    stdin = str(file) == "-"
+    name = "stdin" if stdin else str(file)
     try:
-        return file.read_text(encoding="utf-8")
+        content = sys.stdin.buffer.read() if stdin else file.read_bytes()
+        text = content.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise CommandError(f"cannot read {file}: {reason}") from error
+        raise CommandError(f"cannot read {name}: {reason}") from error
+    if "\0" in text:
+        raise CommandError(f"cannot read {name}: not UTF-8 text")
+    if not text.strip():
+        raise CommandError(f"{name} is empty")
+    return text.replace("\r\n", "\n")
 
 
-def read_ids(loaded: Loaded, file: Path, most: int) -> torch.Tensor:
-    """The first tokens of a file, int64 [1, n]: `most`, and no more than the model's context.
+def context_limit(loaded: Loaded) -> int | None:
+    """Tokens that the model's positions reach; None where its configuration does not say."""
+    return getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
 
-    Raises:
-        CommandError: the file cannot be read.
-    """
-    limit = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None) or most
+
+def check_length(loaded: Loaded, tokens: int, new: int) -> None:
+    """Raise CommandError unless the model's context has room for so many tokens and new ones."""
+    limit = context_limit(loaded)
+    if limit is not None and tokens + new > limit:
+        raise CommandError(
+            f"{tokens:,} prompt tokens and {new:,} new ones do not fit the model's {limit:,}; "
+            "shorten the prompt or lower --max-new-tokens"
+        )
+
+
+def encode_start(loaded: Loaded, text: str, most: int) -> torch.Tensor:
+    """The first tokens of a text, int64 [1, n]: `most`, and no more than the model's context."""
     # Sixteen characters a token are more than any tokenizer needs.
-    text = read_text(file)[: 16 * most]
-    ids = loaded.tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
-    return ids[:, : min(most, limit)].to(loaded.model.device)
+    ids = loaded.tokenizer(text[: 16 * most], return_tensors="pt", add_special_tokens=False).input_ids
+    return ids[:, : min(most, context_limit(loaded) or most)].to(loaded.model.device)

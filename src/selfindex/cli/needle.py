@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from .console import CommandError
+from .turns import Turns
 
 # Small models find some facts more reliably than others; a phone number is one of the easy ones.
 FACT = "The phone number of the bakery is {}."
 QUESTION = "What is the phone number of the bakery?"
-MARK = "@TEXT@"
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def build_task(tokenizer: Any, text: str, tokens: int, depth: float, seed: int, 
     rng = random.Random(seed)
     answer = str(rng.randint(10_000, 99_999))
     fact = FACT.format(answer)
-    head, tail = _turns(tokenizer, QUESTION)
+    head, tail = Turns(tokenizer).around(QUESTION)
 
     def encode(part: str) -> list[int]:
         return tokenizer(part, add_special_tokens=False).input_ids
@@ -80,11 +80,3 @@ def build_task(tokenizer: Any, text: str, tokens: int, depth: float, seed: int, 
         question=QUESTION,
         answer=answer,
     )
-
-
-def _turns(tokenizer: Any, question: str) -> tuple[str, str]:
-    """What comes before the text, and after it: the question, the end of the turn, the reply's start."""
-    messages = [{"role": "user", "content": f"{MARK}\n\n{question}"}]
-    chat = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    head, tail = chat.split(MARK)
-    return head, tail

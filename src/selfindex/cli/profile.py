@@ -6,9 +6,8 @@ from pathlib import Path
 
 import typer
 
-from ..codec import BalanceProfile, measure_balance
-from .console import DEVICE, CommandError, err, errors_in_one_line
-from .models import load, quiet, read_ids
+from .console import DEVICE, CommandError, check_output, err, errors_in_one_line
+from .models import encode_start, load, read_text
 
 LEAST = 256
 """Tokens a profile is measured on at least: fewer say less than a prompt's own first page."""
@@ -30,12 +29,14 @@ def profile(
     it, pages of different prompts have the same constants.
     """
     with errors_in_one_line():
-        quiet()
+        check_output(output)
+        text = read_text(file)
         with err.status(f"loading {model}"):
             loaded = load(model, device, dtype)
-        ids = read_ids(loaded, file, tokens)
+        ids = encode_start(loaded, text, tokens)
         if ids.shape[1] < LEAST:
             raise CommandError(f"{file} gives {ids.shape[1]} tokens; a profile needs {LEAST}")
+        from ..codec import BalanceProfile, measure_balance
         from ..evaluation.recording import record
 
         with err.status(f"reading {ids.shape[1]:,} tokens"):
@@ -44,9 +45,6 @@ def profile(
         for layer, (query, keys, _, _) in zip(recording.layers, recording.tensors, strict=True):
             square = query[0].float().square().unflatten(0, (keys.shape[1], -1)).mean((1, 2))
             balance[layer] = measure_balance(keys, square)
-        try:
-            BalanceProfile(balance).save(output)
-        except OSError as error:
-            raise CommandError(f"cannot write {output}: {error.strerror}") from error
+        BalanceProfile(balance).save(output)
         size = output.stat().st_size / 1024
         err.print(f"{output}: {len(balance)} layers, {size:.0f} KiB, from {ids.shape[1]:,} tokens")

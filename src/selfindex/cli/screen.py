@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from rich import box
 from rich.console import Group, RenderableType
@@ -15,10 +13,8 @@ from rich.table import Table
 
 from ..backends.cpu.loader import NativeUnavailable, instruction_set
 from .console import budget_text
-
-if TYPE_CHECKING:
-    from .demo import Result
-    from .measure import Reply
+from .measure import Reply
+from .trial import Result
 
 WIDTH = 98
 
