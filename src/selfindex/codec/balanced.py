@@ -147,12 +147,14 @@ def _quantise(x: Tensor, magnitudes: tuple[float, ...]) -> tuple[Tensor, Tensor]
     """Nearest level of x over its own root mean square: (magnitude codes uint8, signed levels)."""
     rms = x.square().mean(-1, keepdim=True).sqrt()
     relative = torch.where(rms > 0, x.abs() / rms, 0.0)
-    codes = torch.bucketize(relative, torch.tensor(thresholds(magnitudes), device=x.device), out_int32=True)
+    codes = torch.bucketize(
+        relative, torch.tensor(thresholds(magnitudes), dtype=torch.float32, device=x.device), out_int32=True
+    )
     return codes.to(torch.uint8), _dequantise(x >= 0, codes, magnitudes)
 
 
 def _dequantise(signs: Tensor, codes: Tensor, magnitudes: tuple[float, ...]) -> Tensor:
-    levels = torch.tensor(magnitudes, device=codes.device)[codes.int()]
+    levels = torch.tensor(magnitudes, dtype=torch.float32, device=codes.device)[codes.int()]
     return torch.where(signs, levels, -levels)
 
 

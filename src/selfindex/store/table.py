@@ -108,7 +108,7 @@ class BlockTable:
 
     def _extended(self, old: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """`old` with the pages of `_added`: a long batch gets a page a row, and is not listed anew."""
-        added = torch.tensor(self._added, dtype=torch.long).T.to(old[0].device)
+        added = torch.tensor(self._added, dtype=torch.long, device="cpu").T.to(old[0].device)
         new = []
         for before, values in zip(old, added[2:].int(), strict=True):
             after = before.new_zeros(len(self.rows), self.pages)

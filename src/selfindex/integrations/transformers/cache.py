@@ -223,7 +223,7 @@ class SelfIndexCache(Cache):
             raise InputError(f"rows can be repeated once or more, got {repeats}")
         batch = self._batch()
         if batch is not None:
-            rows = torch.arange(batch).repeat_interleave(repeats)
+            rows = torch.arange(batch, device="cpu").repeat_interleave(repeats)
             self._take_rows(rows, lambda layer, _: layer.batch_repeat_interleave(repeats))
 
     def _batch(self) -> int | None:
@@ -233,7 +233,7 @@ class SelfIndexCache(Cache):
 
     def _take_rows(self, rows: Tensor, take: Callable[[Any, Tensor], None]) -> None:
         """Make row i a copy of old row rows[i] in every layer; `take` does it in dense ones."""
-        batch, rows = self._batch(), torch.as_tensor(rows).cpu()
+        batch, rows = self._batch(), torch.as_tensor(rows, device="cpu")
         if batch is None:
             return
         if rows.dtype == torch.bool:
