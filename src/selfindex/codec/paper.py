@@ -104,7 +104,7 @@ def prompt_statistics(keys: Tensor) -> Tensor:
     members = onehot.sum(2)  # [H, d / 4, 16]
     sums = onehot.transpose(-1, -2) @ groups
     patterns = (torch.arange(16, device=x.device)[:, None] >> torch.arange(4, device=x.device)) & 1
-    unused = (patterns * 2.0 - 1.0) * groups.abs().mean(2)[:, :, None, :]
+    unused = (patterns.float() * 2 - 1) * groups.abs().mean(2)[:, :, None, :]
     codebook = torch.where(members[..., None] > 0, sums / members.clamp(min=1)[..., None], unused)
     return torch.cat((mean, alpha, codebook.flatten(1)), dim=-1)
 
