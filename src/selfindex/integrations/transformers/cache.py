@@ -131,12 +131,32 @@ class SelfIndexCache(Cache):
         if layer is self._compressed[0] and layer.store is not None:
             self.integers.begin()
             batch, past, device = layer.store.batch, layer.columns, layer.store.raw.keys.device
-            self._step, self._next_columns = new_columns(mask, self.columns, past, new, batch), None
+            self._step, kept = new_columns(mask, self.columns, past, new, batch)
+            if kept is not None:
+                self._hide(kept.to(device))
+            self._next_columns = None
             if self._step is not None or self.columns is not None:
                 ones = torch.ones(batch, past + new, dtype=torch.bool, device=device)
                 old = ones[:, :past] if self.columns is None else self.columns
                 self._next_columns = torch.cat((old, ones[:, past:] if self._step is None else self._step), 1)
         return self._step
+
+    def _hide(self, kept: Tensor) -> None:
+        """Let go of the last tokens of rows, such as filler after their end; their columns stay, as padding.
+
+        In all layers, so that they agree even if the pass that brought the mask fails.
+
+        Args:
+            kept: bool [B, columns] of the tokens that stay.
+        """
+        lengths = kept.sum(1).tolist()
+        stores = [layer.store for layer in self._compressed if layer.store is not None]
+        for store in stores:
+            store.check_crop(lengths)
+        with self.guard.change():
+            for store in stores:
+                store.crop(lengths)
+            self.columns = kept
 
     def keep_columns(self, layer: SelfIndexLayer) -> None:
         """Take over what `step_columns` read, now that the first layer holds the tokens."""
