@@ -40,7 +40,13 @@ def conversation(model, new_cache, fed, **options):
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"page_size": 128}, {"preset": "paper", "sinks": 4, "recent": 0}, {"offloading": True}, {"budget": 6}],
+    [
+        {},
+        {"page_size": 128},
+        {"preset": "paper", "sinks": 4, "recent": 0},
+        {"offloading": True},
+        {"budget": 6},
+    ],
 )
 def test_whatever_the_default_device_and_dtype_are(request, monkeypatch, compiled, options):
     monkeypatch.setenv("SELFINDEX_CPU", "" if compiled else "reference")

@@ -15,7 +15,7 @@ from ...errors import StateError
 from ...store import LayerStore
 from .attention import NewKeys
 from .guard import check_order
-from .inputs import check_new_tokens, check_query
+from .inputs import check_new_tokens, check_query, full_precision
 
 if TYPE_CHECKING:
     from .cache import SelfIndexCache
@@ -59,7 +59,8 @@ class SelfIndexLayer(CacheLayerMixin):
             check_order(self._cache, self, key_states.shape[2])
             if not self.columns:
                 # Also after a first step that failed.
-                self.lazy_initialization(key_states, value_states)
+                dtype = torch.promote_types(key_states.dtype, value_states.dtype)
+                self.lazy_initialization(key_states.to(dtype), value_states)
             self._pending = NewKeys(self, key_states, value_states)
             return self._pending, value_states
 
@@ -88,18 +89,21 @@ class SelfIndexLayer(CacheLayerMixin):
             if valid is not None:
                 valid = valid.to(keys.device)  # with device_map, layers are on several devices
             encoded = any(store.encoded(b) for b in range(store.batch))
+            output = None
             if self.columns == 0:
                 # Prefill is the model's own attention on its own tensors.
                 output = dense(query, keys, values, mask)[0]
             elif not encoded and cache.columns is None and valid is None:
                 held_k, held_v, _ = store.raw.held()
                 output = dense(query, torch.cat((held_k, keys), 2), torch.cat((held_v, values), 2), mask)[0]
-            else:
-                output, self.read = attend(
-                    store, query, keys, values, valid, scaling, sink_logit, cache.integers
-                )
-                output = output.transpose(1, 2).contiguous()
-            self.commit(query, keys, values, valid, scaling)
+            with full_precision(keys.device):
+                keys, values = store.raw.fitted(keys, values)
+                if output is None:
+                    output, self.read = attend(
+                        store, query.to(keys.dtype), keys, values, valid, scaling, sink_logit, cache.integers
+                    )
+                    output = output.to(query.dtype).transpose(1, 2).contiguous()
+                self.commit(query, keys, values, valid, scaling)
             return output
 
     def commit(
