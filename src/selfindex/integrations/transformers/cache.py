@@ -20,6 +20,7 @@ from ...errors import InputError, StateError
 from ...report import LayerReport, Report
 from .attention import prepare
 from .guard import Guard, check_sliding_crop
+from .inputs import check_no_weights
 from .layer import SelfIndexLayer
 from .masks import new_columns
 from .models import plan_layers
@@ -107,6 +108,16 @@ class SelfIndexCache(Cache):
     def compressed_layers(self) -> list[SelfIndexLayer]:
         """The layers this cache compresses, in order."""
         return self._compressed
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[Any, Tensor]:
+        """What a model's attention layer calls; see `SelfIndexLayer.update`.
+
+        Raises:
+            InputError: the pass is to return attention weights.
+        """
+        # Before any layer has changed, one with a sliding window included.
+        check_no_weights(kwargs.get("kwargs"))
+        return super().update(*args, **kwargs)
 
     def set_budget(self, budget: float | int) -> None:
         """Change the budget of the steps to come; what is stored stays as it is.

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.utils.output_capturing import _active_collector
 
 from ...codec.rotation import HEAD_DIMS
 from ...errors import InputError
@@ -76,6 +77,21 @@ def _check_fit(keys: Tensor, held: Tensor) -> None:
         raise InputError(
             f"the cache holds {held.shape[1]} heads of {held.shape[3]}, "
             f"got {keys.shape[1]} of {keys.shape[3]}"
+        )
+
+
+def check_no_weights(options: dict[str, Any] | None) -> None:
+    """Raise InputError if the forward pass that is running is to return attention weights.
+
+    Args:
+        options: what the model was called with, as far as its version of transformers tells the cache.
+    """
+    # Where transformers collects outputs that the call, generate or the model's config asked for.
+    asked = _active_collector.get()
+    if (asked is not None and "attentions" in asked) or (options or {}).get("output_attentions"):
+        raise InputError(
+            "output_attentions: a compressed layer has no attention weights to return, as it reads only "
+            "the tokens it selected; use transformers' DynamicCache for them"
         )
 
 
