@@ -30,7 +30,7 @@ def test_whoever_asks(how):
     if how == "argument":
         given = ASK
     elif how == "generation_config":
-        given = {"generation_config": GenerationConfig(**ASK, max_new_tokens=3), "max_new_tokens": None}
+        given = {"generation_config": GenerationConfig(**ASK, max_new_tokens=3)}
     elif how == "model.generation_config":
         model.generation_config.update(**ASK)
     else:

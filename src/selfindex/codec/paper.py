@@ -109,20 +109,23 @@ def prompt_statistics(keys: Tensor) -> Tensor:
     return torch.cat((mean, alpha, codebook.flatten(1)), dim=-1)
 
 
-def choose_pinned(keys: Tensor, queries: Tensor, count: int, scaling: float) -> Tensor:
+def choose_pinned(
+    keys: Tensor, queries: Tensor, count: int, scaling: float, prompt: int | None = None
+) -> Tensor:
     """Tokens the prompt's last queries attend to most, as SnapKV (arXiv 2404.14469) votes.
 
     Args:
-        keys: [H, N, d]; queries: [H, G, T, d], the last T prompt queries, T <= N.
+        keys: [H, N, d]; queries: [H, G, T, d], the last T queries, T <= N.
+        prompt: only tokens before this one are chosen.
     Returns:
-        int64 [H, count], ascending; count <= N.
+        int64 [H, count], ascending; count <= prompt <= N.
     """
     tokens, last = keys.shape[1], queries.shape[2]
     logits = torch.einsum("hgtd,hnd->hgtn", queries.float(), keys.float()) * scaling
     position = torch.arange(tokens, device=keys.device)
     hidden = position[None, :] > position[tokens - last :, None]
     votes = logits.masked_fill(hidden, float("-inf")).softmax(-1).sum((1, 2))
-    return votes.topk(count).indices.sort(-1).values
+    return votes[:, :prompt].topk(count).indices.sort(-1).values
 
 
 def _quantise(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -37,6 +37,7 @@ class SelfIndexLayer(CacheLayerMixin):
         self.store: LayerStore | None = None
         self.columns = 0
         self.read: list[int] = []
+        self.record_past = False
         self._pending: NewKeys | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -113,12 +114,16 @@ class SelfIndexLayer(CacheLayerMixin):
         if self.store is None:
             self.lazy_initialization(keys, values)
         assert self.store is not None
-        change = self.store.plan(keys, values, query, valid, scaling)
+        change = self.store.plan(keys, values, query, valid, scaling, self.record_past)
         with self._cache.guard.change():
             self.store.commit(change)
             self.columns += keys.shape[2]
             self._cache.keep_columns(self)
         self._pending = None
+
+    def activate_past_recording(self) -> None:
+        """Tokens to come may be drafts: transformers says so before it decodes with an assistant."""
+        self.record_past = True
 
     def get_seq_length(self) -> int:
         """Columns seen so far, padding included, as transformers counts."""
@@ -132,7 +137,7 @@ class SelfIndexLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         self.store, self._pending, self.columns, self.read = None, None, 0, []
-        self.is_initialized = False
+        self.is_initialized = self.record_past = False
 
     def offload(self) -> None:
         raise StateError(
