@@ -137,9 +137,10 @@ def _columns_of(mask: Tensor, past: int, new: int) -> Tensor:
     columns = told.any(1)
     fits = _fits(seen, columns, past)
     if not bool(fits.all()):
-        # Padding whose queries see themselves: nobody else sees it.
-        own = told.diagonal(past, 1, 2)
-        own.logical_and_(torch.arange(new, device=mask.device) == new - 1)
+        # Padding whose queries see themselves and nothing else: nobody else sees it.
+        lonely = told.sum(-1) == 1
+        lonely[:, -1] = False
+        told.diagonal(past, 1, 2).logical_and_(~lonely)
         columns = torch.where(fits[:, None], columns, told.any(1))
         if not bool(_fits(seen, columns, past).all()):
             raise InputError(NOT_CAUSAL)
