@@ -172,3 +172,13 @@ def test_tokens_of_the_first_chunk_may_see_later_ones(attention, prefix):
 def test_packed_sequences_that_only_flash_attention_hears_of(used, refuses):
     lengths = {"cu_seq_lens_q": torch.tensor([0, 2, 4]), "cu_seq_lens_k": torch.tensor([0, 2, 4])}
     refuses(lambda: forward(used[1], prompt(4), used[2], **lengths), InputError, "cu_seq_lens_q")
+
+
+def test_a_row_without_new_tokens_says_nothing_of_earlier_ones(llama):
+    dense, ours = llama
+    cache, mask = full_cache(ours), causal(4, 60).expand(2, -1, -1, -1).clone()
+    forward(ours, prompt(60, 2), cache)
+    mask[1] = False
+    forward(ours, prompt(4, 2, seed=1), cache, mask)
+    assert [cache.layers[1].store.length(b) for b in range(2)] == [64, 60]
+    check_tokens(cache, dense, prompt(60, 2)[1], 1)

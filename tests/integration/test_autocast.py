@@ -9,6 +9,7 @@ from tiny_models import forward, pair, prompt
 from transformers import DynamicCache
 
 from selfindex import InputError
+from selfindex.store.raw import RawTokens
 
 PARTS = (50, 1, 30, 1, 1)
 
@@ -78,3 +79,13 @@ def test_a_model_narrower_than_what_is_held_needs_autocast():
     with pytest.raises(InputError, match="share a dtype"):
         cache.update(half.float(), half, 0)
     assert torch.isfinite(forward(ours, prompt(1), cache)).all()
+
+
+def test_what_is_held_becomes_as_wide_as_what_comes():
+    raw = RawTokens(torch.empty(1, 2, 0, 64, dtype=torch.bfloat16))
+    one, two = torch.randn(1, 2, 1, 64), torch.randn(1, 2, 1, 64)
+    raw.append_step(*raw.fitted(one.bfloat16(), one.bfloat16()))
+    raw.append_step(*raw.fitted(two, two.bfloat16()))
+    keys, values, _ = raw.held()
+    assert torch.equal(keys, torch.cat((one.bfloat16(), two), 2))
+    assert torch.equal(values, torch.cat((one.bfloat16(), two.bfloat16()), 2).float())
