@@ -68,3 +68,27 @@ def test_votes_are_causal(tokens):
         votes[:seen] += (keys[0, :seen] @ queries[0, 0, i]).softmax(-1)
     assert pinned.item() == votes.argmax().item()
     assert pinned.item() == 0
+
+
+@pytest.mark.parametrize("ends", [(-1e5, 1e5), (1e5, 2.5e5), (-2.5e5, -1e5), (-2.5e5, 1.0), (-7e4, -6.6e4)])
+def test_values_beyond_half_precision_are_near(ends):
+    codec = codec_for(PageFormat("paper", 1, 64, 16).name)
+    low, high = ends
+    keys = gaussian(1, 1, 16, 64)
+    values = low + (high - low) * torch.rand(1, 1, 16, 64, generator=torch.Generator().manual_seed(0))
+    planes = codec.encode(keys, values, torch.tensor([16]), prompt_statistics(keys[0])[None])
+    at = torch.zeros(1, 1, 16, dtype=torch.long), torch.arange(16)[None, None]
+    error = (codec.read_values(planes[0], planes[1], *at)[0] - values[0]).abs().max()
+    assert error <= (high - low) / 3
+
+
+@pytest.mark.parametrize("size", [1e-40, 1e-9, 1e6, 1e30])
+def test_values_and_later_keys_of_any_size_decode_to_numbers(size):
+    codec = codec_for(PageFormat("paper", 1, 64, 16).name)
+    prompt = gaussian(1, 1, 16, 64)
+    prompt[..., 3], prompt[..., 4] = 0.1, 1e-40  # channels with next to no range
+    later = size * gaussian(1, 1, 16, 64, seed=1)
+    planes = codec.encode(later, later, torch.tensor([16]), constants := prompt_statistics(prompt[0])[None])
+    at = torch.zeros(1, 1, 16, dtype=torch.long), torch.arange(16)[None, None]
+    assert torch.isfinite(codec.read_keys(*planes, *at, constants)).all()
+    assert torch.isfinite(codec.read_values(*planes, *at)).all()

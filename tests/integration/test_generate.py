@@ -4,8 +4,9 @@ import backends
 import pytest
 import torch
 from backends import scaled
-from decoded_cache import check_tokens, full_cache, small_cache
+from decoded_cache import check_tokens, decoded_cache, full_cache, small_cache
 from tiny_models import HYBRIDS, forward, generate, pair, prompt
+from transformers import DynamicCache
 
 pytestmark = backends.every
 
@@ -199,3 +200,21 @@ def test_inputs_as_embeddings():
     wanted = generate(dense, None, inputs_embeds=embedded)
     got = generate(ours, None, small_cache(ours, recent=100), inputs_embeds=embedded)
     assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("tokens", [30, 60, 320])
+def test_drafts_after_a_prompt_of_the_paper_preset(tokens):
+    dense, ours = pair("llama")
+    cache = full_cache(ours, preset="paper")
+    got = generate(ours, repetitive(tokens), cache, max_new_tokens=60, prompt_lookup_num_tokens=8)
+    store, sequence = cache.layers[0].store, got[:, :-1]
+    assert cache.get_seq_length() == store.length(0) == sequence.shape[1]
+    # What is kept in full precision behind the pinned tokens is the end of what was accepted.
+    exact, held = DynamicCache(config=dense.config), store.raw.lengths[0]
+    forward(dense, sequence, exact)
+    torch.testing.assert_close(
+        store.raw.keys[:, :, 4:held], exact.layers[0].keys[:, :, 4 + store.encoded(0) :], atol=1e-4, rtol=1e-4
+    )
+    step = prompt(1, seed=3)
+    wanted = forward(dense, step, decoded_cache(cache, dense))
+    torch.testing.assert_close(forward(ours, step, cache), wanted, atol=2e-4, rtol=2e-4)

@@ -6,6 +6,8 @@ from pages import relative_error
 from stores import decoded_pages, fill, new_store, paper_config, random_tokens
 
 from selfindex import StateError
+from selfindex.codec.paper import prompt_statistics
+from selfindex.store.layer import LONGEST_DRAFT
 
 
 def prompt_of(store, tokens, seed=0):
@@ -94,3 +96,33 @@ def test_a_short_prompt_after_a_crop_to_nothing_takes_its_own_statistics():
         prompt_of(s, 3, seed=5)
         fill(s, 20, seed=6)
     assert torch.equal(store.constants, fresh.constants)
+
+
+@pytest.mark.parametrize("before", [1, 4, 5, 40])
+def test_what_may_be_drafts_is_not_part_of_the_prompt(before):
+    store, tokens = new_store(paper_config()), before + LONGEST_DRAFT
+    keys, values, query = random_tokens(store, tokens)
+    keys[:, :, before:] *= 9  # loud drafts: nothing of the prompt is to know of them
+    store.commit(store.plan(keys, values, query, None, 0.125, drafts=True))
+    encoded = max(0, before - 4)
+    assert (store.length(0), store.encoded(0)) == (tokens, encoded)
+    assert torch.equal(
+        store.raw.keys[:, :, 4 if encoded else 0 : tokens - encoded], keys[:, :, before if encoded else 0 :]
+    )
+    if encoded:
+        assert torch.equal(store.constants[0], prompt_statistics(keys[0, :, :before]))
+        for head in range(2):
+            pinned = [(keys[0, head] == k).all(-1).nonzero().item() for k in store.raw.keys[0, head, :4]]
+            assert max(pinned) < before
+            rest = [t for t in range(before) if t not in pinned]
+            assert relative_error(decoded_pages(store, 0)[0][head], keys[0, head, rest]) < 0.45
+        with pytest.raises(StateError, match="activate_past_recording"):
+            store.crop([before - 1])
+    for keep in (tokens - 3, before):
+        store.crop([keep])
+        assert (store.length(0), store.encoded(0)) == (keep, encoded)
+    constants = None if store.constants is None else store.constants.clone()
+    fill(store, *[1] * 20)
+    assert store.length(0) == before + 20
+    assert store.encoded(0) == encoded + (before - encoded + 20 - 4) // 8 * 8
+    assert constants is None or torch.equal(store.constants, constants)

@@ -55,7 +55,7 @@ def merge_parts(parts: list[tuple[Tensor, Tensor]], sink_logit: Tensor | None = 
     weights = (sums - total.clamp(min=-1e30)).exp()
     return sum(
         (output * weight[..., None] for (output, _), weight in zip(parts, weights, strict=True)),
-        torch.tensor(0.0),
+        parts[0][0].new_zeros(()),
     )
 
 

@@ -13,6 +13,8 @@ from torch import Tensor
 from . import packing
 from .format import PAPER_GROUP, PageFormat
 
+_LARGEST_HALF = torch.finfo(torch.float16).max
+
 
 class PaperCodec:
     """Codec of the `paper` preset.
@@ -102,29 +104,36 @@ def prompt_statistics(keys: Tensor) -> Tensor:
     members = onehot.sum(2)  # [H, d / 4, 16]
     sums = onehot.transpose(-1, -2) @ groups
     patterns = (torch.arange(16, device=x.device)[:, None] >> torch.arange(4, device=x.device)) & 1
-    unused = (patterns * 2.0 - 1.0) * groups.abs().mean(2)[:, :, None, :]
+    unused = (patterns.float() * 2 - 1) * groups.abs().mean(2)[:, :, None, :]
     codebook = torch.where(members[..., None] > 0, sums / members.clamp(min=1)[..., None], unused)
     return torch.cat((mean, alpha, codebook.flatten(1)), dim=-1)
 
 
-def choose_pinned(keys: Tensor, queries: Tensor, count: int, scaling: float) -> Tensor:
+def choose_pinned(
+    keys: Tensor, queries: Tensor, count: int, scaling: float, prompt: int | None = None
+) -> Tensor:
     """Tokens the prompt's last queries attend to most, as SnapKV (arXiv 2404.14469) votes.
 
     Args:
-        keys: [H, N, d]; queries: [H, G, T, d], the last T prompt queries, T <= N.
+        keys: [H, N, d]; queries: [H, G, T, d], the last T queries, T <= N.
+        prompt: only tokens before this one are chosen.
     Returns:
-        int64 [H, count], ascending; count <= N.
+        int64 [H, count], ascending; count <= prompt <= N.
     """
     tokens, last = keys.shape[1], queries.shape[2]
     logits = torch.einsum("hgtd,hnd->hgtn", queries.float(), keys.float()) * scaling
     position = torch.arange(tokens, device=keys.device)
     hidden = position[None, :] > position[tokens - last :, None]
     votes = logits.masked_fill(hidden, float("-inf")).softmax(-1).sum((1, 2))
-    return votes.topk(count).indices.sort(-1).values
+    return votes[:, :prompt].topk(count).indices.sort(-1).values
 
 
 def _quantise(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """2 bits between the least and largest value of each group of 32 channels."""
+    """2 bits between the least and largest value of each group of 32 channels.
+
+    Scale and zero point are finite whatever the values: groups that lie beyond half precision are cut
+    off at four times its largest number if they have one sign, at twice if they have both.
+    """
     groups = -(-x.shape[-1] // PAPER_GROUP)
     missing = groups * PAPER_GROUP - x.shape[-1]
     # A head_dim that is no multiple of 32 leaves a short last group; repeating its last channel
@@ -132,9 +141,14 @@ def _quantise(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     padded = torch.cat((x, x[..., -1:].expand(*x.shape[:-1], missing)), -1) if missing else x
     grouped = padded.unflatten(-1, (groups, PAPER_GROUP))
     low, high = grouped.amin(-1), grouped.amax(-1)
-    scale, zero = ((high - low) / 3).half(), low.half()
+    # Code 0 is the end of the range that half precision holds; from there 3 steps reach four times as far.
+    mirrored = (low < -_LARGEST_HALF) & (high < -low)
+    start, end = torch.where(mirrored, high, low), torch.where(mirrored, low, high)
+    zero = start.clamp(-_LARGEST_HALF, _LARGEST_HALF)
+    scale = ((end - zero) / 3).clamp(-_LARGEST_HALF, _LARGEST_HALF).half()
+    zero = zero.half()
     step = scale.float()[..., None]
-    codes = torch.where(step > 0, (grouped - zero.float()[..., None]) / step, 0.0)
+    codes = torch.where(step != 0, (grouped - zero.float()[..., None]) / step, 0.0)
     return codes.round().clamp(0, 3).flatten(-2)[..., : x.shape[-1]].to(torch.uint8), scale, zero
 
 

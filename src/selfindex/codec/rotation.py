@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,19 +21,23 @@ KEY_SEED, VALUE_SEED = 1, 2
 """Seeds of the sign diagonals; part of format version 1."""
 
 
+_HOST: dict[str, Any] = {"dtype": torch.float32, "device": torch.device("cpu")}
+"""Where matrices are built, whatever PyTorch's defaults are."""
+
+
 def _paley(order: int) -> Tensor:
     prime = _PALEY[order]
     squares = {(i * i) % prime for i in range(1, prime)}
-    jacobsthal = torch.zeros(prime, prime)
+    jacobsthal = torch.zeros(prime, prime, **_HOST)
     for i in range(prime):
         for j in range(prime):
             if i != j:
                 jacobsthal[i, j] = 1.0 if (i - j) % prime in squares else -1.0
-    matrix = torch.zeros(order, order)
+    matrix = torch.zeros(order, order, **_HOST)
     matrix[0, 1:] = 1.0
     matrix[1:, 0] = -1.0
     matrix[1:, 1:] = jacobsthal
-    return matrix + torch.eye(order)
+    return matrix + torch.eye(order, **_HOST)
 
 
 def block_order(dim: int) -> int:
@@ -50,7 +55,7 @@ def hadamard(dim: int) -> Tensor:
     rest = dim // order
     if dim < 1 or rest & (rest - 1):
         raise InputError(f"no Hadamard matrix for head_dim {dim}; supported are {HEAD_DIMS}")
-    matrix = _paley(order) if order > 1 else torch.ones(1, 1)
+    matrix = _paley(order) if order > 1 else torch.ones(1, 1, **_HOST)
     while matrix.shape[0] < dim:
         matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)), 0)
     return matrix
@@ -68,7 +73,7 @@ def sign_diagonal(dim: int, seed: int) -> Tensor:
         z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
         z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
         signs.append(-1.0 if (z ^ (z >> 31)) >> 63 else 1.0)
-    return torch.tensor(signs)
+    return torch.tensor(signs, **_HOST)
 
 
 @lru_cache(maxsize=64)

@@ -58,7 +58,7 @@ class HostRows:
         # Regions are pinned in whole pages of the operating system, so they end at such rows.
         self._unit = math.lcm(row_bytes, mmap.PAGESIZE) // row_bytes
         self._range = _Range(device)
-        self.host = torch.empty(0, row_bytes, dtype=torch.uint8)
+        self.host = torch.empty(0, row_bytes, dtype=torch.uint8, device="cpu")
         self.data = self.host.to(device)
 
     @property

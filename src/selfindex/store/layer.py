@@ -26,6 +26,10 @@ OBSERVED_QUERIES = 32
 """Last prompt queries that vote for the paper preset's full-precision tokens."""
 
 
+LONGEST_DRAFT = 128
+"""Last tokens of a paper preset's first chunk that do not count as its prompt where drafts may follow it."""
+
+
 def _outside_inference_mode(method: Callable[..., Any]) -> Callable[..., Any]:
     """Tensors made in inference mode cannot be written outside it; a store is written in any mode."""
 
@@ -96,7 +100,13 @@ class LayerStore:
 
     @_outside_inference_mode
     def plan(
-        self, keys: Tensor, values: Tensor, query: Tensor, valid: Tensor | None, scaling: float
+        self,
+        keys: Tensor,
+        values: Tensor,
+        query: Tensor,
+        valid: Tensor | None,
+        scaling: float,
+        drafts: bool = False,
     ) -> Change:
         """Work out how new tokens are stored; whatever this raises, the store holds what it held.
 
@@ -104,6 +114,7 @@ class LayerStore:
             keys, values: [B, H, T, d]; query: [B, Hq, T, d], all post-RoPE.
             valid: bool [B, T], False for padding; None if there is none.
             scaling: factor on q.k, for the paper preset's choice of full-precision tokens.
+            drafts: the last tokens may be drafts that `crop` takes back.
 
         Raises:
             InputError: a key or value to be encoded is not finite.
@@ -118,8 +129,12 @@ class LayerStore:
             new_k, new_v, new_q = keys[b], values[b], query[b]
             if valid is not None and not bool(valid[b].all()):
                 new_k, new_v, new_q = (x[:, valid[b]] for x in (new_k, new_v, new_q))
-            if config.preset == "paper" and self.length(b) == 0 and new_k.shape[1] > config.sinks:
-                rows.append(self._plan_prompt(new_k, new_v, new_q, scaling))
+            first = config.preset == "paper" and self.length(b) == 0
+            prompt = new_k.shape[1] - (LONGEST_DRAFT if drafts else 0)
+            if first and prompt > config.sinks:
+                rows.append(self._plan_prompt(new_k, new_v, new_q, scaling, prompt))
+            elif first and drafts:
+                rows.append(RowChange((new_k[:, :0], new_v[:, :0]), (new_k, new_v)))
             else:
                 rows.append(self._plan_window(b, new_k, new_v))
         return self._encode_rows(rows, statistics)
@@ -217,14 +232,19 @@ class LayerStore:
         kept = [torch.cat((x[:, :first], x[:, last:]), 1) for x in (k, v)]
         return RowChange((k[:, first:last], v[:, first:last]), (kept[0], kept[1]))
 
-    def _plan_prompt(self, k: Tensor, v: Tensor, q: Tensor, scaling: float) -> RowChange:
-        """Paper preset: pinned tokens stay in full precision, the rest of the prompt is encoded."""
+    def _plan_prompt(self, k: Tensor, v: Tensor, q: Tensor, scaling: float, prompt: int) -> RowChange:
+        """Paper preset: pinned tokens stay in full precision, the rest of the prompt is encoded.
+
+        Tokens after the first `prompt` are not part of it: they are kept like those of later steps.
+        """
         queries = q[:, -OBSERVED_QUERIES:].unflatten(0, (k.shape[0], -1))
-        pinned = choose_pinned(k, queries, self.config.sinks, scaling)
+        pinned = choose_pinned(k, queries, self.config.sinks, scaling, prompt)
         rest = torch.ones(k.shape[:2], dtype=torch.bool, device=k.device).scatter(1, pinned, False)
-        shape = (k.shape[0], k.shape[1] - self.config.sinks, k.shape[2])
+        rest[:, prompt:] = False
+        shape = (k.shape[0], prompt - self.config.sinks, k.shape[2])
         at = pinned[..., None].expand(-1, -1, k.shape[2])
-        return RowChange((k[rest].view(shape), v[rest].view(shape)), (k.gather(1, at), v.gather(1, at)), k)
+        kept = [torch.cat((x.gather(1, at), x[:, prompt:]), 1) for x in (k, v)]
+        return RowChange((k[rest].view(shape), v[rest].view(shape)), (kept[0], kept[1]), k[:, :prompt])
 
     def _fix_statistics(self, rows: list[RowChange], now: Statistics) -> Statistics:
         """Fix what pages share, from the first tokens that rows encode; then never again."""
@@ -306,8 +326,8 @@ class LayerStore:
             if 0 < keep < min(prompt, self.length(b)):
                 raise StateError(
                     f"the paper preset cannot crop row {b} to {keep} tokens, inside its prompt of {prompt}: "
-                    "each head keeps other prompt tokens in full precision. Use preset='balanced', or reset "
-                    "the cache"
+                    "each head keeps other prompt tokens in full precision. Use preset='balanced', reset the "
+                    "cache, or call cache.activate_past_recording() before a first chunk that ends in drafts"
                 )
 
     def crop(self, lengths: list[int]) -> None:

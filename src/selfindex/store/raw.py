@@ -44,6 +44,16 @@ class RawTokens:
         # Together: memory may run out after the first.
         self.keys, self.values = grown
 
+    def fitted(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """New keys and values in the dtype of those held, which becomes a wider one if need be.
+
+        Mixed precision brings several; as with concatenation, nothing is rounded.
+        """
+        dtype = torch.promote_types(torch.promote_types(keys.dtype, values.dtype), self.keys.dtype)
+        if dtype != self.keys.dtype:
+            self.keys, self.values = self.keys.to(dtype), self.values.to(dtype)
+        return keys.to(dtype), values.to(dtype)
+
     def put(self, rows: slice, start: int, keys: Tensor, values: Tensor) -> None:
         """Write tokens [H, n, d] or [rows, H, n, d] at `start` and make them the last of these rows."""
         end = start + keys.shape[-2]

@@ -135,7 +135,7 @@ class BlockTable:
                 plane[:, : self.pages] = self._tensor(lists)
         elif self._added:
             # A long batch gets a page a row, and is not listed anew.
-            added = torch.tensor(self._added, dtype=torch.long).T.to(self._mirror[0].device)
+            added = torch.tensor(self._added, dtype=torch.long, device="cpu").T.to(self._mirror[0].device)
             for plane, values in zip(self._mirror, added[2:].int(), strict=True):
                 plane[added[0], added[1]] = values
         self._stale, self._added = False, []

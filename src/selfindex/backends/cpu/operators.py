@@ -172,9 +172,9 @@ def _dense_products(
     """Decode a chunk of tokens compiled, attend to it with PyTorch's flash attention, merge."""
     codec = codec_for(fmt.name)
     mapped = codec.map_query(query.detach().unflatten(1, (fmt.kv_heads, -1)).flatten(2, 3), constants)
-    present = torch.arange(fmt.page_size) < page_counts[..., None]
+    present = torch.arange(fmt.page_size, device=_CPU) < page_counts[..., None]
     room = min(DENSE_CHUNK, int(present.sum((1, 2)).max()))
-    keys, values = torch.empty(2, fmt.kv_heads * room * fmt.head_dim).unbind()
+    keys, values = mapped.new_empty(2, fmt.kv_heads * room * fmt.head_dim).unbind()
     parts = []
     for b, row in enumerate(present.flatten(1)):
         one = mapped[b : b + 1]
@@ -232,8 +232,8 @@ def encode(
     keys, values, counts = _adjacent(keys), _adjacent(values), counts.to(torch.int32).contiguous()
     order, block, key_signs, value_factor = _rotation_parts(fmt.head_dim)
     key_factor = (constants.to(torch.float32) * key_signs).contiguous()
-    index = torch.zeros(n, fmt.index_bytes, dtype=torch.uint8)
-    payload = torch.zeros(n, fmt.payload_bytes, dtype=torch.uint8)
+    index = torch.zeros(n, fmt.index_bytes, dtype=torch.uint8, device=_CPU)
+    payload = torch.zeros(n, fmt.payload_bytes, dtype=torch.uint8, device=_CPU)
     numbers = [
         *(FORMATS[keys.dtype], n, *_strided(keys), *_strided(values), counts.data_ptr()),
         *(key_factor.data_ptr(), key_factor.stride(0) if len(key_factor) > 1 else 0, value_factor.data_ptr()),
@@ -296,7 +296,7 @@ def window_attend(
 def top_k(scores: Tensor, count: int) -> Tensor:
     """The selection of `sparse_decode` on given scores float32 [S]: int32, ascending."""
     scores = scores.contiguous()
-    chosen = torch.empty(count + 1, dtype=torch.int32)
+    chosen = torch.empty(count + 1, dtype=torch.int32, device=_CPU)
     return chosen[
         : native().top_k(instruction_set(), scores.data_ptr(), scores.shape[0], count, chosen.data_ptr())
     ]

@@ -104,7 +104,7 @@ def attention_forward(
         return dense_attention(base, module, query, key, value, attention_mask, **kwargs)
     if torch.is_grad_enabled() and query.requires_grad:
         raise InputError(NO_GRADIENTS)
-    for option in ("softcap", "sliding_window", "position_bias"):
+    for option in ("softcap", "sliding_window", "position_bias", "cu_seq_lens_q"):
         if kwargs.get(option) is not None:
             raise InputError(
                 f"attention with {option}={kwargs[option]} is not supported in a compressed layer"

@@ -22,6 +22,7 @@ from ...report import LayerReport, Report, held_bytes
 from .adapters import ModelState
 from .attention import prepare
 from .guard import Guard, check_sliding_crop
+from .inputs import check_no_weights
 from .layer import SelfIndexLayer
 from .masks import new_columns
 from .models import plan_layers
@@ -156,6 +157,16 @@ class SelfIndexCache(Cache):
         """The layers this cache compresses, in order."""
         return self._compressed
 
+    def update(self, *args: Any, **kwargs: Any) -> tuple[Any, Tensor]:
+        """What a model's attention layer calls; see `SelfIndexLayer.update`.
+
+        Raises:
+            InputError: the pass is to return attention weights.
+        """
+        # Before any layer has changed, one with a sliding window included.
+        check_no_weights(kwargs.get("kwargs"))
+        return super().update(*args, **kwargs)
+
     def set_budget(self, budget: float | int) -> None:
         """Change the budget of the steps to come; what is stored stays as it is.
 
@@ -179,12 +190,32 @@ class SelfIndexCache(Cache):
         if layer is self._compressed[0] and layer.store is not None:
             self.plans.begin()
             batch, past, device = layer.store.batch, layer.columns, layer.store.raw.keys.device
-            self._step, self._next_columns = new_columns(mask, self.columns, past, new, batch), None
+            self._step, kept = new_columns(mask, self.columns, past, new, batch)
+            if kept is not None:
+                self._hide(kept.to(device))
+            self._next_columns = None
             if self._step is not None or self.columns is not None:
                 ones = torch.ones(batch, past + new, dtype=torch.bool, device=device)
                 old = ones[:, :past] if self.columns is None else self.columns
                 self._next_columns = torch.cat((old, ones[:, past:] if self._step is None else self._step), 1)
         return self._step
+
+    def _hide(self, kept: Tensor) -> None:
+        """Let go of the last tokens of rows, such as filler after their end; their columns stay, as padding.
+
+        In all layers, so that they agree even if the pass that brought the mask fails.
+
+        Args:
+            kept: bool [B, columns] of the tokens that stay.
+        """
+        lengths = kept.sum(1).tolist()
+        stores = [layer.store for layer in self._compressed if layer.store is not None]
+        for store in stores:
+            store.check_crop(lengths)
+        with self.guard.change():
+            for store in stores:
+                store.crop(lengths)
+            self.columns = kept
 
     def keep_columns(self, layer: SelfIndexLayer) -> None:
         """Take over what `step_columns` read, now that the first layer holds the tokens."""
@@ -279,7 +310,7 @@ class SelfIndexCache(Cache):
             raise InputError(f"rows can be repeated once or more, got {repeats}")
         batch = self._batch()
         if batch is not None:
-            rows = torch.arange(batch).repeat_interleave(repeats)
+            rows = torch.arange(batch, device="cpu").repeat_interleave(repeats)
             self._take_rows(rows, lambda layer, _: layer.batch_repeat_interleave(repeats))
 
     def _batch(self) -> int | None:
@@ -289,7 +320,7 @@ class SelfIndexCache(Cache):
 
     def _take_rows(self, rows: Tensor, take: Callable[[Any, Tensor], None]) -> None:
         """Make row i a copy of old row rows[i] in every layer; `take` does it in dense ones."""
-        batch, rows = self._batch(), torch.as_tensor(rows).cpu()
+        batch, rows = self._batch(), torch.as_tensor(rows, device="cpu")
         if batch is None:
             return
         if rows.dtype == torch.bool:

@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 from torch import Tensor
+from transformers.utils.output_capturing import _active_collector
 
 from ...codec.rotation import HEAD_DIMS
 from ...errors import InputError
 from .attention import NO_GRADIENTS
+
+DTYPES = {torch.float32, torch.float16, torch.bfloat16}
+
+
+def _may_mix(one: Tensor, other: Tensor) -> bool:
+    """Whether tensors have the dtype in common, or autocast is on, which takes them to its own."""
+    return one.dtype == other.dtype or torch.is_autocast_enabled(one.device.type)
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[Any]:
+    """Autocast is for the model: within this block, logits and codes are computed in float32."""
+    enabled = torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if enabled else nullcontext()
 
 
 def check_new_tokens(keys: Tensor, values: Tensor, held: Tensor | None, layer: int) -> None:
@@ -21,7 +38,7 @@ def check_new_tokens(keys: Tensor, values: Tensor, held: Tensor | None, layer: i
             "keys and values must both be [batch, heads, tokens, head_dim]; got "
             f"{tuple(keys.shape)} and {tuple(values.shape)}"
         )
-    if keys.dtype not in (torch.float32, torch.float16, torch.bfloat16) or keys.dtype != values.dtype:
+    if not {keys.dtype, values.dtype} <= DTYPES or not _may_mix(keys, values):
         raise InputError(
             f"keys and values must share a dtype out of float32, float16, bfloat16; "
             f"got {keys.dtype}, {values.dtype}"
@@ -51,13 +68,30 @@ def _check_fit(keys: Tensor, held: Tensor) -> None:
             f"the cache holds a batch of {held.shape[0]}, got {keys.shape[0]}; use one cache per "
             "batch, or batch_select_indices / batch_repeat_interleave to change it"
         )
-    for what in ("dtype", "device"):
-        if getattr(keys, what) != getattr(held, what):
-            raise InputError(f"the cache holds {what} {getattr(held, what)}, got {getattr(keys, what)}")
+    if keys.device != held.device:
+        raise InputError(f"the cache holds device {held.device}, got {keys.device}")
+    # Concatenation makes the wider dtype of both; a model that is not under autocast has to have that one.
+    if torch.promote_types(keys.dtype, held.dtype) != keys.dtype and not _may_mix(keys, held):
+        raise InputError(f"the cache holds dtype {held.dtype}, got {keys.dtype}")
     if keys.shape[1::2] != held.shape[1::2]:
         raise InputError(
             f"the cache holds {held.shape[1]} heads of {held.shape[3]}, "
             f"got {keys.shape[1]} of {keys.shape[3]}"
+        )
+
+
+def check_no_weights(options: dict[str, Any] | None) -> None:
+    """Raise InputError if the forward pass that is running is to return attention weights.
+
+    Args:
+        options: what the model was called with, as far as its version of transformers tells the cache.
+    """
+    # Where transformers collects outputs that the call, generate or the model's config asked for.
+    asked = _active_collector.get()
+    if (asked is not None and "attentions" in asked) or (options or {}).get("output_attentions"):
+        raise InputError(
+            "output_attentions: a compressed layer has no attention weights to return, as it reads only "
+            "the tokens it selected; use transformers' DynamicCache for them"
         )
 
 
@@ -66,8 +100,7 @@ def check_query(query: Tensor, keys: Tensor) -> None:
     fits = query.ndim == 4 and query.shape[0::2] == keys.shape[0::2] and query.shape[3] == keys.shape[3]
     if not fits or query.shape[1] % keys.shape[1]:
         raise InputError(f"queries {tuple(query.shape)} do not fit keys {tuple(keys.shape)}")
-    for what in ("dtype", "device"):
-        if getattr(query, what) != getattr(keys, what):
-            raise InputError(
-                f"queries and keys must share a {what}; got {getattr(query, what)}, {getattr(keys, what)}"
-            )
+    if query.device != keys.device:
+        raise InputError(f"queries and keys must share a device; got {query.device}, {keys.device}")
+    if not _may_mix(query, keys):
+        raise InputError(f"queries and keys must share a dtype; got {query.dtype}, {keys.dtype}")

@@ -17,7 +17,7 @@ from ...store import LayerStore
 from ...store.change import Change
 from .attention import NewKeys
 from .guard import check_order
-from .inputs import check_new_tokens, check_query
+from .inputs import check_new_tokens, check_query, full_precision
 
 if TYPE_CHECKING:
     from .cache import SelfIndexCache
@@ -45,6 +45,7 @@ class SelfIndexLayer(CacheLayerMixin):
         self.unread: list[int] = []
         """Per row, how many of the tokens it holds the last step left out; [] if no step ran on them."""
         self._read: list[int] = []
+        self.record_past = False
         self._pending: NewKeys | None = None
 
     def __repr__(self) -> str:
@@ -106,7 +107,8 @@ class SelfIndexLayer(CacheLayerMixin):
             self._check_state(key_states.shape[2])
             if not self.columns:
                 # Also after a first step that failed.
-                self.lazy_initialization(key_states, value_states)
+                dtype = torch.promote_types(key_states.dtype, value_states.dtype)
+                self.lazy_initialization(key_states.to(dtype), value_states)
             self._pending = NewKeys(self, key_states, value_states)
             return self._pending, value_states
 
@@ -145,6 +147,7 @@ class SelfIndexLayer(CacheLayerMixin):
             if valid is not None:
                 valid = valid.to(keys.device)  # with device_map, layers are on several devices
             encoded = any(store.encoded(b) for b in range(store.batch))
+            output = None
             if self.columns == 0:
                 # Prefill is the model's own attention on its own tensors.
                 output, self.read = dense(query, keys, values, mask)[0], [0] * store.batch
@@ -152,16 +155,18 @@ class SelfIndexLayer(CacheLayerMixin):
                 held_k, held_v, _ = store.raw.held()
                 output = dense(query, torch.cat((held_k, keys), 2), torch.cat((held_v, values), 2), mask)[0]
                 self.read = [0] * store.batch
-            else:
-                step = is_step(store, query, valid)
-                output, self.read = attend(
-                    store, query, keys, values, valid, scaling, sink_logit, cache.plans
-                )
-                output = output.transpose(1, 2).contiguous()
+            with full_precision(keys.device):
+                keys, values = store.raw.fitted(keys, values)
+                step = output is None and is_step(store, query, valid)
+                if output is None:
+                    output, self.read = attend(
+                        store, query.to(keys.dtype), keys, values, valid, scaling, sink_logit, cache.plans
+                    )
+                    output = output.to(query.dtype).transpose(1, 2).contiguous()
                 if step:
                     self.take(store.plan_step(keys.shape[2]), keys.shape[2])
-                    return output
-            self.commit(query, keys, values, valid, scaling)
+                else:
+                    self.commit(query, keys, values, valid, scaling)
             return output
 
     def _attend_fixed(self, query: Tensor, new: NewKeys, scaling: float, sink_logit: Tensor | None) -> Tensor:
@@ -178,7 +183,8 @@ class SelfIndexLayer(CacheLayerMixin):
         if self.store is None:
             self.lazy_initialization(keys, values)
         assert self.store is not None
-        self.take(self.store.plan(keys, values, query, valid, scaling), keys.shape[2])
+        change = self.store.plan(keys, values, query, valid, scaling, self.record_past)
+        self.take(change, keys.shape[2])
 
     def take(self, change: Change, new: int) -> None:
         """Store what was worked out for `new` columns."""
@@ -188,6 +194,10 @@ class SelfIndexLayer(CacheLayerMixin):
             self.columns += new
             self._cache.keep_columns(self)
         self._pending = None
+
+    def activate_past_recording(self) -> None:
+        """Tokens to come may be drafts: transformers says so before it decodes with an assistant."""
+        self.record_past = True
 
     def get_seq_length(self) -> int:
         """Columns seen so far, padding included, as transformers counts."""
@@ -205,6 +215,7 @@ class SelfIndexLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         self.store, self._pending, self.columns, self.read = None, None, 0, []
+        self.record_past = False
 
     def offload(self) -> None:
         raise StateError(

@@ -10,6 +10,9 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask
 
 from ...errors import InputError, StateError
 
+HIDDEN = -1e4
+"""Additive masks hide with this or less, so that no weight is left in any dtype."""
+
 
 def compact_mask(base: str, **kwargs: Any) -> Tensor | None:
     """Mask function registered with transformers: keeps plain causal masks two-dimensional.
@@ -26,9 +29,9 @@ def compact_mask(base: str, **kwargs: Any) -> Tensor | None:
         and kwargs.get("kv_offset", 0) == 0
         and past + new == total
     )
-    if not plain:
-        return ALL_MASK_ATTENTION_FUNCTIONS[base](**kwargs)
     padding = kwargs.get("attention_mask")
+    if not plain or (padding is not None and padding.ndim != 2):
+        return ALL_MASK_ATTENTION_FUNCTIONS[base](**kwargs)
     if padding is not None and not bool(padding.all()):
         return padding[:, :total].bool()
     if past == 0 or new == 1:
@@ -53,56 +56,100 @@ def expand_mask(base: str, mask: Tensor | None, query: Tensor, key_length: int, 
     )
 
 
-def new_columns(mask: Tensor | None, known: Tensor | None, past: int, new: int, batch: int) -> Tensor | None:
-    """Which of the new columns hold tokens, checked against what earlier steps said.
+NOT_CAUSAL = (
+    "attention_mask is not causal attention with padding: packed sequences, tree masks and tokens that see "
+    "later ones after the first chunk of a sequence are not supported by this cache"
+)
+
+
+def new_columns(
+    mask: Any, known: Tensor | None, past: int, new: int, batch: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """What a mask says of the new columns and of earlier ones, checked against what earlier steps said.
 
     Args:
-        mask: None, bool [B, past + new], or a 4-D causal mask (bool, or additive floats).
+        mask: None, bool [B, past + new], or a 4-D mask (bool, or additive floats) that is causal. In the
+            first chunk of a sequence, tokens may see later ones too: image blocks, prefix-LM.
         known: bool [B, past] of earlier columns, None if all hold tokens.
     Returns:
-        bool [B, new], or None if all new columns hold tokens.
+        which new columns hold tokens, bool [B, new], None if all do; and which earlier columns go on
+        doing so, bool [B, past], None if nothing changes. What goes is the end of its row.
 
     Raises:
-        InputError: the mask is not causal attention with padding, or has another size.
-        StateError: the mask hides or shows tokens that earlier steps saw otherwise.
+        InputError: the mask is of another kind, or of another size.
+        StateError: the mask hides tokens that are not the last of their row, or shows hidden ones.
     """
     if mask is None:
         if known is None:
-            return None
+            return None, None
         # transformers leaves the mask out only if it has no padding anywhere.
         raise StateError(
             "earlier steps had padding, this one has no attention_mask; pass the mask of the whole "
             "sequence at every step"
         )
-    if mask.shape[-1] != past + new:
+    if not isinstance(mask, Tensor) or mask.is_meta or mask.ndim not in (2, 4):
+        shape = f" of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else ""
         raise InputError(
-            f"attention_mask covers {mask.shape[-1]} tokens, the cache holds {past} and {new} are new"
+            f"attention_mask is a {type(mask).__name__}{shape}; expected a tensor with data, [batch, tokens] "
+            "or [batch, 1, new tokens, tokens]"
         )
-    columns = mask if mask.ndim == 2 else _columns_of(mask, past, new)
+    if mask.shape[-1] != past + new or mask.shape[0] not in (1, batch):
+        raise InputError(
+            f"attention_mask covers {mask.shape[-1]} tokens of {mask.shape[0]} rows; the cache holds {past} "
+            f"and {new} are new, in {batch} rows"
+        )
+    columns = mask.bool() if mask.ndim == 2 else _columns_of(mask, past, new)
     columns = columns.expand(batch, -1)
-    before = torch.ones_like(columns[:, :past]) if known is None else known.to(columns.device)
-    if not torch.equal(columns[:, :past], before):
+    now, fresh = columns[:, :past], columns[:, past:]
+    before = torch.ones_like(now) if known is None else known.to(now.device)
+    if mask.ndim == 4:
+        # A row without a new token has no query to say what it sees.
+        now = torch.where(fresh.any(1, keepdim=True), now, before)
+    hidden = before & ~now
+    if bool((now & (~before | (hidden.cumsum(1) > 0))).any()):
         raise StateError(
-            "attention_mask differs from earlier steps for tokens already in the cache; a stored "
-            "token cannot be hidden or shown later. Use a new cache, or crop it first"
+            "attention_mask differs from earlier steps for tokens already in the cache; only the last "
+            "tokens of a row can be hidden later, and none shown again. Use a new cache, or crop it first"
         )
-    fresh = columns[:, past:]
-    return None if bool(fresh.all()) else fresh
+    return None if bool(fresh.all()) else fresh, now if bool(hidden.any()) else None
 
 
 def _columns_of(mask: Tensor, past: int, new: int) -> Tensor:
-    """Padding columns of a 4-D mask [B, 1, new, past + new], which must be causal otherwise."""
-    if mask.ndim != 4 or mask.shape[1] != 1 or mask.shape[2] != new:
+    """Columns with tokens, bool [rows, past + new], of a 4-D mask as `new_columns` takes it."""
+    if mask.shape[1:3] != (1, new):
         raise InputError(
             f"attention_mask has shape {tuple(mask.shape)}; expected [batch, 1, {new}, {past + new}]"
         )
-    seen = (mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2)[:, 0]
-    columns = seen[:, -1]
-    expected = torch.ones(new, past + new, dtype=torch.bool, device=mask.device).tril(past) & columns[:, None]
-    real = columns[:, past:]  # rows of padding queries are never read and may hold anything
-    if not torch.equal(seen & real[..., None], expected & real[..., None]):
-        raise InputError(
-            "attention_mask is not causal attention with padding; packed sequences, prefix-LM and "
-            "tree masks are not supported by this cache"
-        )
+    if mask.dtype == torch.bool:
+        seen = mask[:, 0]
+    elif mask.is_floating_point():
+        seen = mask[:, 0] == 0
+        if not bool((seen | (mask[:, 0] <= HIDDEN)).all()):
+            raise InputError(
+                "attention_mask adds a bias to logits; this cache knows masks of 0 and of the dtype's minimum"
+            )
+    else:
+        raise InputError(f"a 4-D attention_mask is bool or additive floats, got {mask.dtype}")
+    # Queries of padding may see nothing, themselves or, as some kernels need it, everything.
+    everything = seen.all(-1, keepdim=True)
+    everything[:, -1] = False
+    told = seen & ~everything
+    columns = told.any(1)
+    fits = _fits(seen, columns, past)
+    if not bool(fits.all()):
+        # Padding whose queries see themselves and nothing else: nobody else sees it.
+        lonely = told.sum(-1) == 1
+        lonely[:, -1] = False
+        told.diagonal(past, 1, 2).logical_and_(~lonely)
+        columns = torch.where(fits[:, None], columns, told.any(1))
+        if not bool(_fits(seen, columns, past).all()):
+            raise InputError(NOT_CAUSAL)
     return columns
+
+
+def _fits(seen: Tensor, columns: Tensor, past: int) -> Tensor:
+    """Rows in which every token sees all tokens before it and, but for the first chunk, no others."""
+    causal = torch.ones(seen.shape[1:], dtype=torch.bool, device=seen.device).tril(past) & columns[:, None]
+    wrong = causal & ~seen if past == 0 else causal ^ seen
+    wrong |= seen & ~columns[:, None]
+    return ~(wrong & columns[:, past:, None]).flatten(1).any(1)
