@@ -9,9 +9,10 @@ reads every selected token from host memory) and offloaded (the default of `offl
 that were selected lately are on the GPU as well, in four selections of entries).
 
 Per budget: the attention operators of all layers in one graph, while queries drift from replay to
-replay (q <- keep q + sqrt(1 - keep^2) noise), and a step of the whole model (its token is always the same, so that its queries only turn with the position).
-`misses` is the share of selected tokens that crossed the bus. evals/reuse.py measures it on a real
-model. Bytes are the 32-byte sectors that such a token touches.
+replay (q <- keep q + sqrt(1 - keep^2) noise), and a step of the whole model (its token is always the
+same, so that its queries only turn with the position). `misses` is the share of selected tokens that
+crossed the bus. evals/reuse.py measures it on a real model. Bytes are the 32-byte sectors that such a
+token touches.
 """
 
 from __future__ import annotations

@@ -264,8 +264,8 @@ def cpu_model_section(result: dict[str, Any]) -> list[str]:
         f"torch {found['torch']}. {result['model']}, one row; milliseconds per token, medians of",
         f"{result['steps']} steps of each way in turn, over caches with random content.",
         "*transformers* is its DynamicCache with SDPA, which copies the cache in every step; *in place* is",
-        "SDPA on keys and values that lie in place, the strongest dense step; *selfindex* is the same model with the",
-        "default budget.",
+        "SDPA on keys and values that lie in place, the strongest dense step; *selfindex*",
+        "has the default budget.",
     )
     lines += head("dtype", "tokens", "transformers", "in place", "selfindex",
                   "times as fast as transformers", "as in place")  # fmt: skip

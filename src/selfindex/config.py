@@ -57,7 +57,7 @@ class SelfIndexConfig:
         offloading: keep the payload plane (four fifths of the encoded bytes at head_dim 128) in pinned
             host memory, where the GPU reads what it selected; the index stays on the GPU. On a CPU
             everything is in host memory anyway, and the option changes no result. Needs Linux.
-        cuda_graphs: replay decode steps as CUDA graphs where the model allows it; on a CPU it changes nothing.
+        cuda_graphs: replay decode steps as CUDA graphs where the model allows it; changes nothing on a CPU.
         compile: run decode steps through torch.compile, for long generations: the first step takes a
             minute or more, the others less than without. Rounding differs a little.
         allow_untested: accept a model family that is not in the tested list.

@@ -10,8 +10,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from selfindex.attention import attend as attend_module
 from selfindex.attention import exact, kernels
 from selfindex.attention.exact import FEW_QUERIES, exact_part
-from selfindex.attention.shared import Shared
 from selfindex.attention.partial import attend_raw
+from selfindex.attention.shared import Shared
 from selfindex.backends import reference
 from selfindex.store.raw import RawTokens
 

@@ -3,10 +3,9 @@ import json
 import pytest
 import torch
 from decoded_cache import small_cache
+from selfindex.integrations.transformers.loop import DecodeLoop
 from tiny_models import forward, make_model, pair, prompt
 from transformers import DynamicCache
-
-from selfindex.integrations.transformers.loop import DecodeLoop
 
 
 @pytest.fixture(params=["llama", "gemma3"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -40,4 +40,4 @@ def generate(
         cache = SelfIndexCache(model, **own)
     elif own:
         raise InputError(f"options of a new cache ({', '.join(own)}) do not fit a given one")
-    return model.generate(input_ids, **{cache_argument(model): cache}, **options)
+    return cast(Any, model).generate(input_ids, **{cache_argument(model): cache}, **options)

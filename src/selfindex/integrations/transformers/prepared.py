@@ -10,12 +10,15 @@ import inspect
 from collections.abc import Callable
 from functools import update_wrapper
 from types import MethodType
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from transformers import PreTrainedModel
 
 from .replay import Replay
+
+if TYPE_CHECKING:
+    from .cache import SelfIndexCache
 
 CACHE_ARGUMENTS = ("cache", "past_key_values")
 """Names of a model's cache argument: transformers 5.24 renamed the latter."""
@@ -45,7 +48,7 @@ def replace_methods(model: PreTrainedModel) -> Callable[[], None]:
     return restore
 
 
-def _is_ours(cache: Any) -> bool:
+def _is_ours(cache: Any) -> TypeGuard[SelfIndexCache]:
     return isinstance(getattr(cache, "replay", None), Replay)
 
 

@@ -84,6 +84,10 @@ class Replay:
         self._recorder: Recorder | None = None
         self._recordings: OrderedDict[tuple[object, ...], _Recording] = OrderedDict()
 
+    def forget(self) -> None:
+        """Drop what was recorded, together with what the cache holds."""
+        self._recordings.clear()
+
     def step(
         self,
         cache: SelfIndexCache,
