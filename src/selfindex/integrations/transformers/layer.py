@@ -16,6 +16,7 @@ from ...store import LayerStore
 from .attention import NewKeys
 from .guard import check_order
 from .inputs import check_new_tokens, check_query
+from .opaque import register_layer, run_layer
 
 if TYPE_CHECKING:
     from .cache import SelfIndexCache
@@ -38,12 +39,16 @@ class SelfIndexLayer(CacheLayerMixin):
         self.columns = 0
         self.read: list[int] = []
         self._pending: NewKeys | None = None
+        self.handle = register_layer(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.handle = register_layer(self)  # a copy is another layer
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.store = LayerStore(self._cache.config, key_states, self._balance)
         self.is_initialized = True
 
-    @torch.compiler.disable
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Any, Tensor]:
@@ -53,17 +58,22 @@ class SelfIndexLayer(CacheLayerMixin):
             InputError: wrong shape, dtype, device, batch size, or content.
             StateError: layers were called out of order.
         """
+        if torch.compiler.is_compiling():
+            return NewKeys(self, key_states, value_states), value_states
+        return self.take(key_states, value_states), value_states
+
+    def take(self, keys: Tensor, values: Tensor, compiled: bool = False) -> NewKeys:
+        """What `update` does; `compiled`: inside a compiled graph, where dense layers change at its end."""
         with self._cache.guard.use():
             held = self.store.raw.keys if self.store is not None and self.columns else None
-            check_new_tokens(key_states, value_states, held, self.layer_idx)
-            check_order(self._cache, self, key_states.shape[2])
+            check_new_tokens(keys, values, held, self.layer_idx)
+            check_order(self._cache, self, keys.shape[2], compiled)
             if not self.columns:
                 # Also after a first step that failed.
-                self.lazy_initialization(key_states, value_states)
-            self._pending = NewKeys(self, key_states, value_states)
-            return self._pending, value_states
+                self.lazy_initialization(keys, values)
+            self._pending = NewKeys(self, keys, values)
+            return self._pending
 
-    @torch.compiler.disable
     def attend(
         self,
         module: nn.Module,
@@ -75,8 +85,22 @@ class SelfIndexLayer(CacheLayerMixin):
         dense: Callable[..., tuple[Tensor, Any]],
     ) -> Tensor:
         """Attend, then store the new tokens. Returns [B, T, Hq, d]; see `attention_forward`."""
+        if torch.compiler.is_compiling():
+            return run_layer(self, query, new, mask, scaling, sink_logit, dense)
+        self._cache.check_module(module)
+        return self.finish(query, new, mask, scaling, sink_logit, dense)
+
+    def finish(
+        self,
+        query: Tensor,
+        new: NewKeys,
+        mask: Tensor | None,
+        scaling: float,
+        sink_logit: Tensor | None,
+        dense: Callable[..., tuple[Tensor, Any]] | None,
+    ) -> Tensor:
+        """What `attend` does; without `dense`, which prompts need, everything else goes through the store."""
         cache = self._cache
-        cache.check_module(module)
         with cache.guard.use():
             if new is not self._pending or self.store is None:
                 raise StateError(
@@ -88,10 +112,11 @@ class SelfIndexLayer(CacheLayerMixin):
             if valid is not None:
                 valid = valid.to(keys.device)  # with device_map, layers are on several devices
             encoded = any(store.encoded(b) for b in range(store.batch))
-            if self.columns == 0:
+            exact = not encoded and cache.columns is None and valid is None
+            if dense is not None and self.columns == 0:
                 # Prefill is the model's own attention on its own tensors.
                 output = dense(query, keys, values, mask)[0]
-            elif not encoded and cache.columns is None and valid is None:
+            elif dense is not None and exact:
                 held_k, held_v, _ = store.raw.held()
                 output = dense(query, torch.cat((held_k, keys), 2), torch.cat((held_v, values), 2), mask)[0]
             else:

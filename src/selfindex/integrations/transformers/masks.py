@@ -29,7 +29,8 @@ def compact_mask(base: str, **kwargs: Any) -> Tensor | None:
     if not plain:
         return ALL_MASK_ATTENTION_FUNCTIONS[base](**kwargs)
     padding = kwargs.get("attention_mask")
-    if padding is not None and not bool(padding.all()):
+    # A compiled graph cannot look; the layers do when it runs.
+    if padding is not None and (torch.compiler.is_compiling() or not bool(padding.all())):
         return padding[:, :total].bool()
     if past == 0 or new == 1:
         return None
