@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
+from transformers.cache_utils import Cache
 
 from ...config import SelfIndexConfig
 from .cache import SelfIndexCache
@@ -34,10 +35,15 @@ class _CacheMaker:
     def __call__(self, config: GenerationConfig, arguments: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         model = self._model()
         assert model is not None
-        if model in _enabled:
-            _enabled[model].users[-1]._serve_generate(config, arguments)
         before = self.before or getattr(type(model), _MAKER).__get__(model)
-        return before(config, arguments, *args, **kwargs)
+        if model not in _enabled:
+            return before(config, arguments, *args, **kwargs)
+        enabled = _enabled[model].users[-1]
+        enabled._serve_generate(config, arguments)
+        found = before(config, arguments, *args, **kwargs)
+        # Forward passes of this call need not say again what has been said.
+        enabled._known.update(x for x in arguments.values() if isinstance(x, Cache))
+        return found
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _CacheMaker:
         model = self._model()
@@ -99,6 +105,7 @@ class Enabled:
         plan_layers(self.model, config)  # refuse early
         self.cache: SelfIndexCache | None = None
         self._said: set[str] = set()
+        self._known: weakref.WeakSet[Cache] = weakref.WeakSet()
         self._undo = prepare(self.model)
         self._modules = list(text_models(self.model))
         for module in self._modules:
@@ -116,8 +123,8 @@ class Enabled:
             self._said.add(reason)
             warnings.warn(f"selfindex.enable does not compress here: {reason}", RuntimeWarning, stacklevel=2)
 
-    def _say_other(self, cache: object) -> None:
-        if not isinstance(cache, SelfIndexCache):
+    def _say_other(self, cache: Cache) -> None:
+        if not isinstance(cache, SelfIndexCache) and cache not in self._known:
             self._say(f"the model was given a {type(cache).__name__}, which is used as it is")
 
     def _serve_generate(self, config: GenerationConfig, arguments: dict[str, Any]) -> None:
