@@ -23,7 +23,7 @@ def traces(model):
     """Everything of a model that `enable` could leave a mark on."""
     hooks = [name for name in vars(model) if "hook" in name]
     found = [{k: id(v) for k, v in vars(x).items() if k not in hooks} for x in model.modules()]
-    return found, [[len(vars(x)[h]) for h in hooks] for x in model.modules()], model.config.to_dict()
+    return found, [[len(vars(x)[h] or ()) for h in hooks] for x in model.modules()], model.config.to_dict()
 
 
 def in_effect(model, *options):

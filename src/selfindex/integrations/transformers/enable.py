@@ -58,7 +58,8 @@ class _Uses:
 
     def __init__(self, module: PreTrainedModel) -> None:
         self.users: list[Enabled] = []
-        self._hook = module.register_forward_pre_hook(_before_forward, with_kwargs=True)
+        # Before the hook that looks for a cache among the arguments.
+        self._hook = module.register_forward_pre_hook(_before_forward, prepend=True, with_kwargs=True)
         self._maker: _CacheMaker | None = None
         if hasattr(module, _MAKER):
             self._maker = _CacheMaker(module, vars(module).get(_MAKER))

@@ -90,6 +90,9 @@ def _begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
             _leave(depth)
             break
     if ours:
+        check = getattr(given_cache(args, kwargs), "check_module", None)
+        if check is not None:
+            check(module)  # inside a compiled graph, layers do not know whose attention calls them
         config = _text_config(module)
         _switch(config)
         stack.append((id(module), config))
