@@ -13,10 +13,8 @@ from selfindex.integrations.transformers.loop import why_not
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("family", "backend", "fullgraph"), [("llama", "eager", True), ("gemma3", "aot_eager", True)]
-)
-def test_a_compiled_model_equals_the_eager_one(family, backend, fullgraph):
+@pytest.mark.parametrize(("family", "backend"), [("llama", "aot_eager"), ("gemma3", "eager")])
+def test_a_compiled_model_equals_the_eager_one(family, backend):
     """One graph for prompts, one for steps, one for chunks, whatever the cache and however full it is."""
     _, ours = pair(family)
     argument, graphs = cache_argument(ours), 0
@@ -27,7 +25,7 @@ def test_a_compiled_model_equals_the_eager_one(family, backend, fullgraph):
         return lookup_backend(backend)(graph, inputs)
 
     torch._dynamo.reset()
-    compiled = torch.compile(ours, backend=counted, fullgraph=fullgraph)
+    compiled = torch.compile(ours, backend=counted, fullgraph=True)
     for turn in range(2):
         eager, cache = (small_cache(ours, budget=9) for _ in range(2))
         for i, new in enumerate((60, *[1] * 10, 5, 1)):

@@ -28,7 +28,7 @@ class _CacheMaker:
     A copy of the model, and the model after `disable`, does what it did before.
     """
 
-    def __init__(self, model: PreTrainedModel, before: Any = None) -> None:
+    def __init__(self, model: Any, before: Any = None) -> None:
         # Without a reference to the model, which would keep itself alive.
         self._model, self.before = weakref.ref(model), before
 
@@ -69,9 +69,10 @@ class _Uses:
         self._hook.remove()
         # What somebody put over it since stays, and goes through to what was there before.
         if self._maker is not None and vars(module).get(_MAKER) is self._maker:
+            before = self._maker.before
             del vars(module)[_MAKER]
-            if self._maker.before is not None:
-                vars(module)[_MAKER] = self._maker.before
+            if before is not None:
+                vars(module)[_MAKER] = before
 
 
 _enabled: weakref.WeakKeyDictionary[nn.Module, _Uses] = weakref.WeakKeyDictionary()

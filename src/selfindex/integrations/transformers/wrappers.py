@@ -49,7 +49,7 @@ def _without_adapter(model: Any) -> nn.Module | None:
             config = model.peft_config[name]
             if config.is_prompt_learning or config.is_adaption_prompt:
                 raise UnsupportedModelError(
-                    f"adapter {name!r} ({config.peft_type.value}) puts tokens of its own before the prompt, "
+                    f"adapter {name!r} ({config.peft_type}) puts tokens of its own before the prompt, "
                     "or replaces attention; supported are adapters that change weights, such as LoRA"
                 )
         return cast(nn.Module, model.get_base_model())
