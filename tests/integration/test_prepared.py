@@ -75,9 +75,11 @@ def test_a_pass_cut_short(models, error):
     with pytest.raises(error):
         forward(ours, prompt(40), cache)
     hook.remove()
+    names = []
+    ours.model.layers[1].register_forward_pre_hook(lambda *_: names.append(ours.config._attn_implementation))
     # The next pass, of whatever kind, finds what an interrupt left.
     assert torch.equal(forward(ours, prompt(40)), forward(dense, prompt(40)))
-    assert ours.config._attn_implementation == "sdpa"
+    assert [*names, ours.config._attn_implementation] == ["sdpa", "sdpa"]
 
 
 def test_preparations_are_counted():
@@ -118,9 +120,15 @@ def test_passes_with_and_without_it_at_the_same_time(models):
         thread.join()
 
     hook = ours.model.layers[0].mlp.register_forward_pre_hook(meanwhile)
+    masks = []
+    ours.model.layers[1].register_forward_pre_hook(
+        lambda module, args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
+    )
     cache = small_cache(ours)
     argument = {cache_argument(ours): cache}
     with torch.no_grad():
         ours(prompt(40), **argument)
     assert torch.equal(found[0], wanted)
+    # Masks in this cache's own form stay in its passes: such a pass may end with the name switched back.
+    assert [None if x is None else x.ndim for x in masks] == [4, 4, None]
     assert ours.config._attn_implementation == "sdpa"

@@ -68,8 +68,9 @@ class _Uses:
     def remove(self, module: PreTrainedModel) -> None:
         self._hook.remove()
         # What somebody put over it since stays, and goes through to what was there before.
-        if self._maker is not None and vars(module).get(_MAKER) is self._maker:
-            before = self._maker.before
+        maker = self._maker
+        if maker is not None and vars(module).get(_MAKER) is maker:
+            before = maker.before
             del vars(module)[_MAKER]
             if before is not None:
                 vars(module)[_MAKER] = before
