@@ -69,7 +69,7 @@ class _Uses:
         self._hook.remove()
         # What somebody put over it since stays, and goes through to what was there before.
         maker = self._maker
-        if maker is not None and vars(module).get(_MAKER) is maker:
+        if maker is not None and id(vars(module).get(_MAKER)) == id(maker):
             before = maker.before
             del vars(module)[_MAKER]
             if before is not None:
