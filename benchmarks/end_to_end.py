@@ -32,8 +32,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, StaticCache
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 import selfindex
-from selfindex.integrations.transformers.attention import NewKeys, prepare
+from selfindex.integrations.transformers.attention import NewKeys
 from selfindex.integrations.transformers.models import cache_argument
+from selfindex.integrations.transformers.passes import prepare
 
 STEPS = 128
 DTYPE = torch.bfloat16
@@ -267,7 +268,6 @@ def main() -> None:
             clean()
             compiled[-1][name] = way(model, 1, length, True)
             print(f"compiled {name} 1 x {length}: {compiled[-1][name]['ms']:.2f} ms", flush=True)
-    model.set_attn_implementation("sdpa")
     for row in compiled[-1:]:
         clean()
         row["static"] = time_static(model, 1, row["length"])

@@ -8,7 +8,7 @@ from decoded_cache import check_tokens, full_cache, small_cache
 from tiny_models import cache_argument, forward, make_model, pair, prompt
 from transformers import DynamicCache
 
-from selfindex import BalanceProfile, InputError, StateError
+from selfindex import BalanceProfile, InputError, StateError, UnsupportedModelError
 
 
 def update(cache, keys, values=None, layer=0):
@@ -90,12 +90,18 @@ def test_a_cache_of_another_model(used, refuses, prepared):
     refuses(lambda: forward(other, prompt(1), used[2]), StateError, match)
 
 
-def test_attention_implementation_changed_behind_the_caches_back(llama):
+def test_an_attention_implementation_that_cannot_be_replaced_is_refused_by_the_pass(llama):
     model = copy.deepcopy(llama[0])
     cache = small_cache(model)
+    model.set_attn_implementation("eager")
+    forward(model, prompt(5), cache)
+    model.set_attn_implementation("flex_attention")
+    with pytest.raises(UnsupportedModelError, match="flex_attention"):
+        forward(model, prompt(1), cache)
+    assert model.config._attn_implementation == "flex_attention"
     model.set_attn_implementation("sdpa")
-    with pytest.raises(StateError, match="not prepared"):
-        forward(model, prompt(5), cache)
+    forward(model, prompt(1), cache)
+    assert cache.get_seq_length() == 6
 
 
 def test_layers_called_out_of_order(used, refuses):

@@ -60,7 +60,7 @@ def observe(model: Any, recording: Recording, ids: Tensor) -> list[Seen]:
         return attend
 
     for layer in cache.compressed_layers:
-        layer.attend = watch(layer)
+        layer.attend = watch(layer)  # type: ignore[method-assign]
     model(ids, **{cache_argument(model): cache, "logits_to_keep": 1})
     return seen
 

@@ -69,7 +69,7 @@ def record(model: Any, ids: Tensor) -> Recording:
         return attend
 
     for layer in cache.compressed_layers:
-        layer.attend = keep(layer)
+        layer.attend = keep(layer)  # type: ignore[method-assign]
     logits = model(ids, past_key_values=cache, logits_to_keep=1).logits
     compressed = {layer.layer_idx for layer in cache.compressed_layers}
     for i, other in enumerate(cache.layers):

@@ -1,29 +1,20 @@
-"""The attention function that models run once they are prepared for this cache."""
+"""The attention function that models run in passes with this cache."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ...errors import InputError, StateError, UnsupportedModelError
+from ...errors import InputError, StateError
 from .masks import compact_mask, expand_mask
-from .prepared import replace_methods
-
-NAMES = {
-    "sdpa": "selfindex",
-    "eager": "selfindex_eager",
-    "flash_attention_2": "selfindex_fa2",
-    "flash_attention_3": "selfindex_fa3",
-}
-"""Dense implementation a model was loaded with -> the registered name that builds on it."""
-
+from .passes import NAMES, running
 
 NO_GRADIENTS = "the cache is for inference: run the model under torch.no_grad() or inference_mode()"
 
@@ -50,9 +41,8 @@ class NewKeys:
     @staticmethod
     def _misused() -> NoReturn:
         raise StateError(
-            "a SelfIndexCache reached a model that was not prepared for it, or whose attention "
-            "implementation was changed since. Build the cache with SelfIndexCache(model), and do "
-            "not call set_attn_implementation afterwards"
+            "a SelfIndexCache reached a model that was not prepared for it: build the cache with "
+            "SelfIndexCache(model), and call the model itself, not its forward method"
         )
 
 
@@ -117,40 +107,16 @@ def attention_forward(
     return output, None
 
 
+def mask_function(base: str, **kwargs: Any) -> Any:
+    """Mask function registered with transformers; see `compact_mask` for a pass with this cache."""
+    if torch.compiler.is_compiling() or running():
+        return compact_mask(base, **kwargs)
+    # A pass of another thread, with a cache of another kind, while the name is switched.
+    return ALL_MASK_ATTENTION_FUNCTIONS[base](**kwargs)
+
+
 def register() -> None:
     """Make the attention and mask functions known to transformers; safe to repeat."""
     for base, name in NAMES.items():
         AttentionInterface.register(name, partial(attention_forward, base))
-        AttentionMaskInterface.register(name, partial(compact_mask, base))
-
-
-def prepare(model: PreTrainedModel) -> Callable[[], None]:
-    """Switch a model to the cache's attention; with any other cache it still attends densely.
-
-    Returns:
-        a function that switches the model back.
-
-    Raises:
-        UnsupportedModelError: the model's attention cannot be replaced.
-    """
-    before = model.config._attn_implementation
-    if before in NAMES.values():
-        return lambda: None
-    if before not in NAMES:
-        raise UnsupportedModelError(
-            f"attention implementation {before!r} is not supported; load the model with "
-            f"attn_implementation set to one of {', '.join(NAMES)}"
-        )
-    register()
-    model.set_attn_implementation(NAMES[before])
-    if model.config._attn_implementation != NAMES[before]:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} does not let its attention implementation be replaced"
-        )
-    put_back = replace_methods(model)
-
-    def restore() -> None:
-        put_back()
-        model.set_attn_implementation(before)
-
-    return restore
+        AttentionMaskInterface.register(name, partial(mask_function, base))

@@ -20,14 +20,15 @@ from ...config import SelfIndexConfig
 from ...errors import InputError, StateError
 from ...report import LayerReport, Report, held_bytes
 from .adapters import ModelState
-from .attention import prepare
 from .guard import Guard, check_sliding_crop
 from .inputs import check_no_weights
 from .layer import SelfIndexLayer
 from .masks import new_columns
 from .models import plan_layers
+from .passes import prepare
 from .replay import Replay
 from .saving import load, read_header, read_options, save
+from .wrappers import unwrap
 
 
 def _with_padding(columns: Tensor | None) -> Tensor | None:
@@ -50,11 +51,12 @@ class SelfIndexCache(Cache):
     """A KV cache for transformers models whose keys are their own index.
 
     Pass it as `past_key_values` (or `cache`, from transformers 5.24 on) to `generate` or to the
-    model. The model is prepared on construction: it switches to an attention function that
-    understands this cache and behaves as before with any other.
+    model. The model is prepared on construction: passes with this cache run an attention function
+    that understands it, all others run as before.
 
     Args:
-        model: a transformers decoder of a supported family.
+        model: a transformers decoder of a supported family, or a wrapper around one (PEFT,
+            torch.compile, data parallel).
         config: a `SelfIndexConfig`; `options` override its fields.
         options: fields of `SelfIndexConfig`, such as `budget=0.05` or `preset="paper"`.
 
@@ -64,7 +66,15 @@ class SelfIndexCache(Cache):
         FormatError: the profile cannot be read.
     """
 
-    def __init__(self, model: PreTrainedModel, config: SelfIndexConfig | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        config: SelfIndexConfig | None = None,
+        *,
+        _prepare: bool = True,  # False: whoever makes the cache prepares the model, and takes it back
+        **options: Any,
+    ) -> None:
+        model = unwrap(model)
         self.config = SelfIndexConfig.make(config, **options)
         dense, full = plan_layers(model, self.config)
         balance: dict[int, Tensor] = {}
@@ -73,7 +83,10 @@ class SelfIndexCache(Cache):
             missing = [i for i in full if i not in balance]
             if missing:
                 raise InputError(f"the profile {self.config.profile} lacks layers {missing} of this model")
-        prepare(model)
+        if _prepare:
+            prepare(model)
+        self.plans = StepPlans()
+        self.replay = Replay()
         self._compressed = [SelfIndexLayer(self, i, balance.get(i)) for i in full]
         layers: list[Any] = list(dense.layers)
         for layer in self._compressed:
@@ -86,8 +99,6 @@ class SelfIndexCache(Cache):
         self._step: Tensor | None = None
         self._next_columns: Tensor | None = None
         self.guard = Guard()
-        self.plans = StepPlans()
-        self.replay = Replay()
 
     def __repr__(self) -> str:
         config, batch, held = self.config, self._batch(), "empty"
@@ -365,7 +376,8 @@ class SelfIndexCache(Cache):
             StateError: the cache is empty, or the model has sliding-window layers.
             OSError: the file cannot be written; an older file of that name is untouched then.
         """
-        self.check_module(next(iter(model.modules())))
+        model = unwrap(model)
+        self.check_module(model)
         with self.guard.use():
             save(self, model, path)
 
@@ -378,6 +390,7 @@ class SelfIndexCache(Cache):
         Raises:
             FormatError: the file is missing, damaged, newer, or of another model or dtype.
         """
+        model = unwrap(model)
         options = {} if offloading is None else {"offloading": offloading}
         header = read_header(path, model)
         cache = cls(model, read_options(header, path), **options)

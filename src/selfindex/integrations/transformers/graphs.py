@@ -59,6 +59,11 @@ class Recorder:
         return graph
 
 
+KNOWN_HOOKS = ("transformers.", "selfindex.")
+"""Where hooks come from that a replay can do without: they collect hidden states where these are asked
+for, or switch the attention of a pass."""
+
+
 class RecordedModel:
     """What a graph took from a model that Python could change: where its weights are, and its hooks.
 
@@ -85,7 +90,6 @@ class RecordedModel:
             module = reference()
             if module is not None:
                 hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-                # transformers leaves its own, which collect hidden states where they are asked for.
-                if any(not getattr(hook, "__module__", "").startswith("transformers.") for hook in hooks):
+                if any(not str(getattr(hook, "__module__", "")).startswith(KNOWN_HOOKS) for hook in hooks):
                     return type(module).__name__
         return None

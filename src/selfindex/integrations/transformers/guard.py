@@ -91,8 +91,9 @@ class Guard:
             )
 
 
-def check_order(cache: SelfIndexCache, layer: SelfIndexLayer, new: int) -> None:
+def check_order(cache: SelfIndexCache, layer: SelfIndexLayer, new: int, compressed_only: bool) -> None:
     """Raise StateError unless the layers before this one have just taken the same `new` tokens."""
+    kinds = (type(layer),) if compressed_only else (type(layer), DynamicSlidingWindowLayer)
     position = cache.compressed_layers.index(layer)
     before = cache.compressed_layers[position - 1]
     layers = cast(list[Any], cache.layers)
@@ -103,7 +104,7 @@ def check_order(cache: SelfIndexCache, layer: SelfIndexLayer, new: int) -> None:
         # The step before this one has to have come to its end.
         between += [(x, layer.columns) for x in layers[before.layer_idx :]]
     for other, expected in between:
-        if other is layer or not isinstance(other, (type(layer), DynamicSlidingWindowLayer)):
+        if other is layer or not isinstance(other, kinds):
             continue
         held = other.get_seq_length()
         if held != expected:

@@ -18,6 +18,7 @@ from ...store.change import Change
 from .attention import NewKeys
 from .guard import check_order
 from .inputs import check_new_tokens, check_query, full_precision
+from .opaque import register_layer, run_layer
 
 if TYPE_CHECKING:
     from .cache import SelfIndexCache
@@ -40,6 +41,7 @@ class SelfIndexLayer(CacheLayerMixin):
         self._cache = weakref.proxy(cache)
         self.layer_idx = layer_idx
         self._balance = balance
+        self._plans = cache.plans
         self.store: LayerStore | None = None
         self.columns = 0
         self.unread: list[int] = []
@@ -47,6 +49,11 @@ class SelfIndexLayer(CacheLayerMixin):
         self._read: list[int] = []
         self.record_past = False
         self._pending: NewKeys | None = None
+        self.handle = register_layer(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.handle = register_layer(self)  # a copy is another layer
 
     def __repr__(self) -> str:
         if self.store is None or not self.columns:
@@ -88,7 +95,6 @@ class SelfIndexLayer(CacheLayerMixin):
         if self._read:
             self._read, self.unread = ([x[i] for i in rows] for x in (self._read, self.unread))
 
-    @torch.compiler.disable
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Any, Tensor]:
@@ -98,19 +104,25 @@ class SelfIndexLayer(CacheLayerMixin):
             InputError: wrong shape, dtype, device, batch size, or content.
             StateError: layers were called out of order.
         """
-        if self._cache.plans.fixed is not None:
+        if torch.compiler.is_compiling():
             return NewKeys(self, key_states, value_states), value_states
+        return self.accept(key_states, value_states), value_states
+
+    def accept(self, keys: Tensor, values: Tensor, compiled: bool = False) -> NewKeys:
+        """What `update` does; `compiled`: inside a compiled graph, where dense layers change at its end."""
+        if self._plans.fixed is not None:
+            return NewKeys(self, keys, values)
         with self._cache.guard.use():
             held = self.store.raw.keys if self.store is not None and self.columns else None
-            check_new_tokens(key_states, value_states, held, self.layer_idx)
-            check_order(self._cache, self, key_states.shape[2])
-            self._check_state(key_states.shape[2])
+            check_new_tokens(keys, values, held, self.layer_idx)
+            check_order(self._cache, self, keys.shape[2], compiled)
+            self._check_state(keys.shape[2])
             if not self.columns:
                 # Also after a first step that failed.
-                dtype = torch.promote_types(key_states.dtype, value_states.dtype)
-                self.lazy_initialization(key_states.to(dtype), value_states)
-            self._pending = NewKeys(self, key_states, value_states)
-            return self._pending, value_states
+                dtype = torch.promote_types(keys.dtype, values.dtype)
+                self.lazy_initialization(keys.to(dtype), values)
+            self._pending = NewKeys(self, keys, values)
+            return self._pending
 
     def _check_state(self, new: int) -> None:
         """Once a step: refuse a model that is in another state than when the cache was filled."""
@@ -120,7 +132,6 @@ class SelfIndexLayer(CacheLayerMixin):
             else:
                 self._cache.state.remember()
 
-    @torch.compiler.disable
     def attend(
         self,
         module: nn.Module,
@@ -132,10 +143,24 @@ class SelfIndexLayer(CacheLayerMixin):
         dense: Callable[..., tuple[Tensor, Any]],
     ) -> Tensor:
         """Attend, then store the new tokens. Returns [B, T, Hq, d]; see `attention_forward`."""
+        if torch.compiler.is_compiling():
+            return run_layer(self, query, new, mask, scaling, sink_logit, dense)
+        self._cache.check_module(module)
+        return self.finish(query, new, mask, scaling, sink_logit, dense)
+
+    def finish(
+        self,
+        query: Tensor,
+        new: NewKeys,
+        mask: Tensor | None,
+        scaling: float,
+        sink_logit: Tensor | None,
+        dense: Callable[..., tuple[Tensor, Any]] | None,
+    ) -> Tensor:
+        """What `attend` does; without `dense`, which prompts need, everything else goes through the store."""
         cache = self._cache
-        if cache.plans.fixed is not None:
+        if self._plans.fixed is not None:
             return self._attend_fixed(query, new, scaling, sink_logit)
-        cache.check_module(module)
         with cache.guard.use():
             if new is not self._pending or self.store is None:
                 raise StateError(
@@ -148,10 +173,11 @@ class SelfIndexLayer(CacheLayerMixin):
                 valid = valid.to(keys.device)  # with device_map, layers are on several devices
             encoded = any(store.encoded(b) for b in range(store.batch))
             output = None
-            if self.columns == 0:
+            exact = not encoded and cache.columns is None and valid is None
+            if dense is not None and self.columns == 0:
                 # Prefill is the model's own attention on its own tensors.
                 output, self.read = dense(query, keys, values, mask)[0], [0] * store.batch
-            elif not encoded and cache.columns is None and valid is None and keys.shape[2] <= MASKED_CHUNK:
+            elif dense is not None and exact and keys.shape[2] <= MASKED_CHUNK:
                 held_k, held_v, _ = store.raw.held()
                 output = dense(query, torch.cat((held_k, keys), 2), torch.cat((held_v, values), 2), mask)[0]
                 self.read = [0] * store.batch
@@ -171,7 +197,7 @@ class SelfIndexLayer(CacheLayerMixin):
 
     def _attend_fixed(self, query: Tensor, new: NewKeys, scaling: float, sink_logit: Tensor | None) -> Tensor:
         """`attend` in a step of fixed shape, which touches the device only: see `replay`."""
-        store, plan = cast(LayerStore, self.store), cast(FixedPlan, self._cache.plans.fixed)
+        store, plan = cast(LayerStore, self.store), cast(FixedPlan, self._plans.fixed)
         if store.unobserved:
             store.statistics.query_square.add_(store.square(query).sum((0, 2)))
         return attend_step(store, query, new.new_keys, new.new_values, plan, scaling, sink_logit)
@@ -201,12 +227,12 @@ class SelfIndexLayer(CacheLayerMixin):
 
     def get_seq_length(self) -> int:
         """Columns seen so far, padding included, as transformers counts."""
-        fixed = self._cache.plans.fixed
+        fixed = self._plans.fixed
         return self.columns if fixed is None else fixed.columns
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         # Models ask before their layers run: here nothing has been computed yet.
-        if self.columns and not torch.compiler.is_compiling() and self._cache.plans.fixed is None:
+        if self.columns and not torch.compiler.is_compiling() and self._plans.fixed is None:
             self._check_state(query_length)
         return self.get_seq_length() + query_length, 0
 

@@ -32,7 +32,8 @@ def compact_mask(base: str, **kwargs: Any) -> Tensor | None:
     padding = kwargs.get("attention_mask")
     if not plain or (padding is not None and padding.ndim != 2):
         return ALL_MASK_ATTENTION_FUNCTIONS[base](**kwargs)
-    if padding is not None and not bool(padding.all()):
+    # A compiled graph cannot look; the layers do when it runs.
+    if padding is not None and (torch.compiler.is_compiling() or not bool(padding.all())):
         return padding[:, :total].bool()
     if past == 0 or new == 1:
         return None

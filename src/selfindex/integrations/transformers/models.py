@@ -9,6 +9,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from ...config import SelfIndexConfig
 from ...errors import UnsupportedModelError
+from .wrappers import unwrap
 
 TESTED = (
     "llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "phi3", "smollm3", "olmo", "olmo2",
@@ -19,7 +20,7 @@ TESTED = (
 
 def cache_argument(model: PreTrainedModel) -> str:
     """Name of a model's cache argument: transformers 5.24 renamed `past_key_values` to `cache`."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    return "cache" if "cache" in inspect.signature(unwrap(model).forward).parameters else "past_key_values"
 
 
 def plan_layers(model: PreTrainedModel, config: SelfIndexConfig) -> tuple[Cache, list[int]]:
@@ -30,11 +31,6 @@ def plan_layers(model: PreTrainedModel, config: SelfIndexConfig) -> tuple[Cache,
     Raises:
         UnsupportedModelError: the model's attention cannot be represented.
     """
-    if not isinstance(model, PreTrainedModel):
-        raise UnsupportedModelError(
-            f"expected a transformers model, got {type(model).__name__}; pass the model itself, "
-            "not a pipeline or a path"
-        )
     text = model.config.get_text_config(decoder=True)
     kind = text.model_type
     if getattr(model.config, "is_encoder_decoder", False):

@@ -1,18 +1,20 @@
-"""Methods of a model that know this cache: its forward pass, and what `generate` makes of its arguments.
+"""Methods of a prepared model that know this cache: its forward pass, and what `generate` hands to it.
 
-They are put on the instance, so that other models of the class are untouched, as bound methods, so
-that a copy of the model has its own.
+They stand on the instance, so that other models of the class are untouched. With any other cache,
+and without one, they do what the model did before.
 """
 
 from __future__ import annotations
 
 import inspect
+import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from functools import update_wrapper
-from types import MethodType
 from typing import TYPE_CHECKING, Any, TypeGuard
+from weakref import WeakKeyDictionary
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from .replay import Replay
@@ -24,73 +26,70 @@ CACHE_ARGUMENTS = ("cache", "past_key_values")
 """Names of a model's cache argument: transformers 5.24 renamed the latter."""
 
 
-def replace_methods(model: PreTrainedModel) -> Callable[[], None]:
-    """Have steps over a SelfIndexCache replayed, and a cache that a model drops begin anew.
-
-    Returns:
-        a function that puts back what was there.
-    """
-    before = {}
-    for name, method in (("forward", _forward), ("prepare_inputs_for_generation", _prepare_inputs)):
-        if hasattr(model, name):
-            before[name] = model.__dict__.get(name)
-            model.__dict__[name] = MethodType(method(getattr(model, name)), model)
-    placed = {name: model.__dict__[name] for name in before}
-
-    def restore() -> None:
-        for name, old in before.items():
-            if model.__dict__.get(name) is placed[name]:
-                if old is None:
-                    del model.__dict__[name]
-                else:
-                    model.__dict__[name] = old
-
-    return restore
-
-
 def _is_ours(cache: Any) -> TypeGuard[SelfIndexCache]:
     return isinstance(getattr(cache, "replay", None), Replay)
 
 
-def _function(method: Callable[..., Any]) -> Callable[..., Any]:
-    """The method as a function of the model, so that it follows a copy of the model."""
-    own = getattr(method, "__func__", None)
-    return own if own is not None else lambda _, *args, **given: method(*args, **given)
+class _StandIn(ABC):
+    """Stands in for a method of one model.
+
+    Args:
+        model: referred to weakly: it would keep itself alive otherwise.
+        before: what stood on the instance in its place, None if nothing did.
+    """
+
+    name: str
+
+    def __init__(self, model: Any, before: Any = None) -> None:
+        self._model, self.before = weakref.ref(model), before
+        self.__signature__ = inspect.signature(self._own(model))
+
+    def _own(self, model: Any) -> Callable[..., Any]:
+        """The method that was there before."""
+        own: Callable[..., Any] = self.before or getattr(type(model), self.name).__get__(model)
+        return own
+
+    def __call__(self, *args: Any, **given: Any) -> Any:
+        model = self._model()
+        assert model is not None  # the caller has it
+        return self.run(model, self._own(model), args, given)
+
+    @abstractmethod
+    def run(self, model: Any, own: Callable[..., Any], args: tuple[Any, ...], given: dict[str, Any]) -> Any:
+        """Do what the method does; `own` is the one that was there before."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _StandIn:
+        model = self._model()
+        return type(self)(memo.get(id(model), model))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (self._model(), self.name)
 
 
-def _looks_like(method: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function with the method's name, documentation and signature, which transformers reads."""
-    update_wrapper(function, method)
-    signature = inspect.signature(method)
-    model = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
-    vars(function)["__signature__"] = signature.replace(parameters=[model, *signature.parameters.values()])
-    return function
+class _Forward(_StandIn):
+    name = "forward"
 
-
-def _forward(method: Callable[..., Any]) -> Callable[..., Any]:
-    original, names = _function(method), list(inspect.signature(method).parameters)
-
-    def forward(self: PreTrainedModel, *args: Any, **given: Any) -> Any:
+    def run(self, model: Any, own: Callable[..., Any], args: tuple[Any, ...], given: dict[str, Any]) -> Any:
         if torch.compiler.is_compiling():
-            return original(self, *args, **given)
-        named = given | dict(zip(names, args, strict=False)) if args else given
+            return own(*args, **given)
+        named = given
+        if args:
+            named = given | dict(zip(self.__signature__.parameters, args, strict=False))
         for name in CACHE_ARGUMENTS:
             cache = named.get(name)
             if _is_ours(cache):
                 rest = {key: x for key, x in named.items() if key != name}
-                output = cache.replay.step(cache, self, MethodType(original, self), rest)
+                output = cache.replay.step(cache, model, own, rest)
                 if output is not None:
                     return output
-        return original(self, *args, **given)
-
-    return _looks_like(method, forward)
+        return own(*args, **given)
 
 
-def _prepare_inputs(method: Callable[..., Any]) -> Callable[..., Any]:
-    original = _function(method)
+class _PrepareInputs(_StandIn):
+    name = "prepare_inputs_for_generation"
 
-    def prepare_inputs_for_generation(self: PreTrainedModel, *args: Any, **given: Any) -> Any:
-        inputs = original(self, *args, **given)
+    def run(self, model: Any, own: Callable[..., Any], args: tuple[Any, ...], given: dict[str, Any]) -> Any:
+        inputs = own(*args, **given)
         for name in CACHE_ARGUMENTS:
             cache = given.get(name)
             if _is_ours(cache) and inputs.get(name) is None:
@@ -99,4 +98,37 @@ def _prepare_inputs(method: Callable[..., Any]) -> Callable[..., Any]:
                 inputs[name] = cache
         return inputs
 
-    return _looks_like(method, prepare_inputs_for_generation)
+
+class _Replicate(_StandIn):
+    """Replicas of `DataParallel` are shallow copies, whose methods must not be this model's."""
+
+    name = "_replicate_for_data_parallel"
+
+    def run(self, model: Any, own: Callable[..., Any], args: tuple[Any, ...], given: dict[str, Any]) -> Any:
+        replica = own(*args, **given)
+        for name, method in list(vars(replica).items()):
+            if isinstance(method, _StandIn):
+                del vars(replica)[name]
+        return replica
+
+
+_placed: WeakKeyDictionary[nn.Module, list[_StandIn]] = WeakKeyDictionary()
+
+
+def place_methods(model: PreTrainedModel) -> None:
+    """Put the methods on a model; not a second time."""
+    if model in _placed or isinstance(vars(model).get("forward"), _StandIn):
+        return
+    kinds = (_Forward, _PrepareInputs, _Replicate)
+    _placed[model] = [kind(model, vars(model).get(kind.name)) for kind in kinds if hasattr(model, kind.name)]
+    for method in _placed[model]:
+        vars(model)[method.name] = method
+
+
+def remove_methods(model: PreTrainedModel) -> None:
+    """Put back what was there; what somebody put over it since stays, and goes through to that."""
+    for method in _placed.pop(model, []):
+        if vars(model).get(method.name) is method:
+            del vars(model)[method.name]
+            if method.before is not None:
+                vars(model)[method.name] = method.before

@@ -102,7 +102,13 @@ class Replay:
             given: its arguments by name, without the cache.
         """
         ids = given.get("input_ids")
-        if self._off or not cache.config.cuda_graphs or not isinstance(ids, Tensor) or ids.ndim != 2:
+        if (
+            self._off
+            or cache.plans.fixed is not None
+            or not cache.config.cuda_graphs
+            or not isinstance(ids, Tensor)
+            or ids.ndim != 2
+        ):
             return None
         if not ids.is_cuda and not (self.emulate or cache.config.compile):
             return None
