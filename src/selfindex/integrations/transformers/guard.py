@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from transformers.cache_utils import DynamicSlidingWindowLayer
+from transformers.cache_utils import CacheLayerMixin
 
 from ...errors import StateError
 
@@ -103,8 +103,8 @@ def check_order(cache: SelfIndexCache, layer: SelfIndexLayer, new: int) -> None:
         # The step before this one has to have come to its end.
         between += [(x, layer.columns) for x in layers[before.layer_idx :]]
     for other, expected in between:
-        if other is layer or not isinstance(other, (type(layer), DynamicSlidingWindowLayer)):
-            continue
+        if other is layer or not isinstance(other, CacheLayerMixin):
+            continue  # a linear-attention state does not know how many tokens it has seen
         held = other.get_seq_length()
         if held != expected:
             common = min(x.columns for x in cache.compressed_layers)
@@ -114,6 +114,20 @@ def check_order(cache: SelfIndexCache, layer: SelfIndexLayer, new: int) -> None:
                 f"out of order. cache.crop({common}) returns to the last complete step, cache.reset() "
                 "empties the cache"
             )
+
+
+def check_state_crop(layer: Any) -> None:
+    """Raise StateError if the state of a linear-attention layer cannot go back."""
+    if not layer.is_croppable:
+        raise StateError(
+            "this model has linear-attention layers, whose recurrent state cannot go back; reset the cache, "
+            "or go on from a fork() made before the tokens that should go"
+        )
+    if not layer.record_past:
+        raise StateError(
+            "a convolution layer has dropped the states it would need after crop; call "
+            "cache.activate_past_recording() before the tokens that may go, or reset the cache"
+        )
 
 
 def check_sliding_crop(layer: Any, keep: int) -> None:
