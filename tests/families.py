@@ -52,11 +52,6 @@ _DELTA = _LINEAR | {
 }
 _MAMBA2 = {"mamba_n_heads": 4, "mamba_d_head": 64, "mamba_d_state": 16, "mamba_chunk_size": 16}
 _HYBRID_BLOCKS = {"layers_block_type": ["linear_attention", "linear_attention", "hybrid"]}
-_PER_LAYER = {
-    "num_kv_shared_layers": 0,
-    "vocab_size_per_layer_input": VOCAB,
-    "hidden_size_per_layer_input": 16,
-}
 
 
 def _dim(head_dim):
@@ -90,7 +85,7 @@ DENSE = {
     "jais2": {},
     "ministral3": {"head_dim": 128},
     "nanochat": {},
-    "nemotron": _dim(192),
+    "nemotron": _dim(192) | {"initializer_range": 0.05},
     "opt": {"ffn_dim": 64, "word_embed_proj_dim": 128},
     "persimmon": {},
     "phi": _dim(80),
@@ -127,12 +122,6 @@ WINDOWS = {
     "exaone_moe": _MOE
     | _WINDOW
     | {"mlp_layer_types": ["dense", "sparse", "sparse"], "num_shared_experts": 1},
-    "gemma3n_text": _WINDOW
-    | _PER_LAYER
-    | {"laurel_rank": 8, "altup_num_inputs": 2, "activation_sparsity_pattern": [0.0] * 3}
-    | {"intermediate_size": [64] * 3},
-    "gemma4_text": _WINDOW | _PER_LAYER | {"global_head_dim": 128, "num_global_key_value_heads": 1},
-    "gemma4_unified_text": _WINDOW | _PER_LAYER | {"global_head_dim": 128, "num_global_key_value_heads": 1},
     "granite_swa": _WINDOW,
     "granitemoe_swa": _MOE | _WINDOW,
     "laguna": _MOE | _WINDOW,
@@ -183,6 +172,11 @@ def compressed(family):
     if layers is None:
         return {"jamba": 1}.get(family, 2)
     return sum(kind in ("full_attention", "hybrid") for kind in layers)
+
+
+def head_dim(family):
+    """The head dimension of the compressed layers."""
+    return (BASE | MORE[family])["head_dim"]
 
 
 def make_config(family):

@@ -8,6 +8,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 LATENT = "multi-head latent attention already stores compressed keys"
 CLOSED = "does not let its attention implementation be replaced"
 BOUNDED = "no layer with full attention"
+DIFFERENTIAL = "differential attention, which attends to a layer's keys twice, is not supported"
+SHARED = "layers that attend to the keys of other layers are not supported"
 TWO_SIDED = "attends to later tokens as well"
 
 _PER_LAYER = {
@@ -27,31 +29,37 @@ REFUSED = {
     "bloom": ({}, CLOSED),
     "deepseek_v2": ({}, LATENT),
     "deepseek_v3": ({}, LATENT),
-    "diffllama": ({"num_key_value_heads": 2}, "differential attention"),
-    "doge": ({}, "a mask for each head"),
-    "falcon": ({"alibi": True}, "position bias"),
-    "gemma2": ({"attn_logit_softcapping": 50.0}, "soft-capping"),
-    "gemma3n_text": (_WINDOW | _PER_LAYER | {"num_kv_shared_layers": 1}, "the keys of other layers"),
+    "diffllama": (
+        {"num_key_value_heads": 2},
+        "differential attention, which attends to a layer's keys twice, is not supported",
+    ),
+    "doge": ({}, "attention that chooses tokens by a mask for each head is not supported"),
+    "falcon": ({"alibi": True}, "a position bias (ALiBi) is not supported"),
+    "gemma2": ({"attn_logit_softcapping": 50.0}, "attention with logit soft-capping is not supported"),
+    "gemma3n_text": (
+        _WINDOW | _PER_LAYER | {"num_kv_shared_layers": 1},
+        "layers that attend to the keys of other layers are not supported",
+    ),
     "gemma4_text": (
         _WINDOW | _PER_LAYER | {"intermediate_size": 64, "global_head_dim": 512},
         "has head_dim 512",
     ),
     "git": ({}, "its attention implementation cannot be replaced"),
     "glm4_moe_lite": ({}, LATENT),
-    "jetmoe": ({"kv_channels": 64}, "between the cache and attention"),
+    "jetmoe": ({"kv_channels": 64}, "it works on keys between the cache and attention"),
     "kimi_linear": ({}, LATENT),
     "llama": ({"head_dim": 48}, "has head_dim 48"),
     "longcat_flash": ({}, LATENT),
     "mamba": ({}, BOUNDED),
     "mimo_v2_flash": ({"v_head_dim": 128, "n_routed_experts": 2}, "values of 128 channels and keys of 64"),
     "minicpm3": ({}, LATENT),
-    "minimax": (_MOE, "a cache class of its own"),
+    "minimax": (_MOE, "it needs a cache class of its own"),
     "mistral": ({"sliding_window": 16}, BOUNDED),
     "mpt": ({}, CLOSED),
     "recurrent_gemma": ({}, BOUNDED),
-    "vaultgemma": ({"attn_logit_softcapping": 50.0}, "soft-capping"),
+    "vaultgemma": ({"attn_logit_softcapping": 50.0}, "attention with logit soft-capping is not supported"),
     "xglm": ({}, CLOSED),
-    "xlstm": ({}, "a cache class of its own"),
+    "xlstm": ({}, "it needs a cache class of its own"),
 }
 
 

@@ -43,6 +43,7 @@ def test_it_is_the_dense_model_over_decoded_keys_and_values(family):
         wanted = forward(dense, ids, decoded_cache(cache, dense), **options)
         got = forward(ours, ids, cache, **options)
         torch.testing.assert_close(got, wanted, atol=2e-4, rtol=2e-4)
+    assert {x.store.format.head_dim for x in cache.compressed_layers} == {families.head_dim(family)}
     # Attending to less changes the result, so attention matters in this model.
     cache.set_budget(10)
     wanted = forward(dense, ids, decoded_cache(cache, dense), mask=grow(mask, 3))

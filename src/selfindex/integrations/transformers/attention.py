@@ -103,8 +103,8 @@ def attention_forward(
         return dense_attention(base, module, query, key, value, attention_mask, **kwargs)
     if torch.is_grad_enabled() and query.requires_grad:
         raise InputError(NO_GRADIENTS)
-    tokens = key.layer.columns + query.shape[2]
-    if (kwargs.get("sliding_window") or 0) >= tokens:
+    window = kwargs.get("sliding_window")
+    if window is not None and window >= key.layer.get_seq_length() + query.shape[2]:
         kwargs["sliding_window"] = None  # a window that holds everything so far is full attention
     for option in ("softcap", "sliding_window", "position_bias"):
         if kwargs.get(option) is not None:

@@ -112,6 +112,11 @@ class SelfIndexCache(Cache):
         """The layers this cache compresses, in order."""
         return self._compressed
 
+    @property
+    def only_compressed(self) -> bool:
+        """Whether no layer holds anything but compressed keys and values."""
+        return all(type(layer) is SelfIndexLayer for layer in self.layers)
+
     def set_budget(self, budget: float | int) -> None:
         """Change the budget of the steps to come; what is stored stays as it is.
 

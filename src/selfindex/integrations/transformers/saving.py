@@ -55,9 +55,10 @@ def fingerprint(model: PreTrainedModel) -> str:
 
 def save(cache: SelfIndexCache, model: PreTrainedModel, path: str | Path) -> None:
     """Write a cache; see `SelfIndexCache.save`."""
-    if len(cache.compressed_layers) != len(cache.layers):
+    if not cache.only_compressed:
         raise StateError(
-            "a cache with sliding-window layers cannot be saved: their content is not part of the format"
+            "a cache with sliding-window or linear-attention layers cannot be saved: their content is not "
+            "part of the format"
         )
     tensors: dict[str, Tensor] = {}
     layers = []
