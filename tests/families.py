@@ -10,6 +10,7 @@ from functools import lru_cache
 import torch
 import transformers
 from tiny_models import VOCAB
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 BASE = {
@@ -162,8 +163,11 @@ _EAGER = ("granite_swa", "granitemoe_swa", "flint")
 
 
 def available(family):
-    """Whether this version of transformers has the family; the newest has all of them."""
-    return family in CONFIG_MAPPING
+    """Whether this version of transformers has the family, attention that can be replaced included."""
+    if family not in CONFIG_MAPPING:
+        return False
+    model = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[family]]
+    return family in _EAGER or model._supports_sdpa
 
 
 def compressed(family):

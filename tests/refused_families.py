@@ -56,7 +56,6 @@ REFUSED = {
     "minimax": (_MOE, "it needs a cache class of its own"),
     "mistral": ({"sliding_window": 16}, BOUNDED),
     "mpt": ({}, CLOSED),
-    "recurrent_gemma": ({}, BOUNDED),
     "vaultgemma": ({"attn_logit_softcapping": 50.0}, "attention with logit soft-capping is not supported"),
     "xglm": ({}, CLOSED),
     "xlstm": ({}, "it needs a cache class of its own"),
