@@ -1,9 +1,10 @@
-"""The wide grid: what test_generate and test_cache_methods run for a few families, for all the others."""
+"""The wide grid: what test_generate and test_cache_methods run for a few families, for all of them."""
 
 import copy
 
 import families
 import pytest
+import tiny_models
 import torch
 from decoded_cache import decoded_cache, full_cache, small_cache
 from steps import LEFT, grow, positions
@@ -17,16 +18,16 @@ pytestmark = pytest.mark.wide
 TOLERANCE = {"atol": 5e-4, "rtol": 5e-4}
 
 
-@pytest.fixture(params=sorted(families.MORE))
+@pytest.fixture(params=sorted({*families.MORE, *tiny_models.FAMILIES}))
 def family(request):
-    if not families.available(request.param):
+    if request.param in families.MORE and not families.available(request.param):
         pytest.skip("this transformers does not have the family")
     return request.param
 
 
 @pytest.fixture
 def models(family):
-    return families.pair(family)
+    return families.pair(family) if family in families.MORE else tiny_models.pair(family)
 
 
 @pytest.mark.parametrize(
@@ -144,8 +145,8 @@ def test_half_precision(models, dtype):
     assert (got.float() - wanted.float()).abs().max() < 0.15 * wanted.float().std()
 
 
-def test_eager_attention(family):
-    dense = copy.deepcopy(families.pair(family)[0])
+def test_eager_attention(models):
+    dense = copy.deepcopy(models[0])
     dense.set_attn_implementation("eager")
     ours, mask = copy.deepcopy(dense), LEFT
     cache = full_cache(ours)
