@@ -58,7 +58,7 @@ def plan_layers(model: PreTrainedModel, config: SelfIndexConfig) -> tuple[Cache,
     for name, module in _attention_modules(model, text, full):
         reason = _reason_in_module(module, text)
         if reason:
-            raise UnsupportedModelError(f"{kind}: {name} {reason}")
+            raise UnsupportedModelError(f"{kind}: {name}: {reason}")
     if kind not in TESTED and not config.allow_untested:
         raise UnsupportedModelError(
             f"{kind}: not among the tested model families (docs/models.md lists them); pass "
@@ -113,8 +113,8 @@ def _reason_in_module(module: nn.Module, text: Any) -> str | None:
     dim = getattr(module, "head_dim", None) or getattr(module, "head_size", None)
     dim = dim or text.hidden_size // text.num_attention_heads
     if dim not in HEAD_DIMS:
-        return f"has head_dim {dim}; supported are {HEAD_DIMS}"
+        return f"head_dim {dim} is not supported; supported are {HEAD_DIMS}"
     values = getattr(module, "v_head_dim", None) or getattr(text, "v_head_dim", None) or dim
     if values != dim:
-        return f"has values of {values} channels and keys of {dim}; they have to be equal"
+        return f"values of {values} channels and keys of {dim} are not supported; they have to be equal"
     return None
