@@ -9,7 +9,7 @@ EXTRAS ?= demo,eval,dev,lm-eval
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
-.PHONY: demo test test-oldest sanitize wheel lint format clean
+.PHONY: demo test test-wide test-oldest sanitize wheel lint format clean
 
 $(VENV)/.base: pyproject.toml CMakeLists.txt $(wildcard src/selfindex/backends/cpu/native/*)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -29,6 +29,9 @@ demo: $(VENV)/.base  ## a real model, a real long text, a question
 
 test: $(VENV)/.dev  ## the whole test suite
 	@$(BIN)/python -m pytest
+
+test-wide: $(VENV)/.dev  ## every feature over every model family
+	@$(BIN)/python -m pytest -m wide tests/integration
 
 test-oldest:  ## integration tests against the oldest supported transformers
 	@$(MAKE) --no-print-directory $(VENV)-oldest/.dev VENV=$(VENV)-oldest \

@@ -6,8 +6,11 @@ import torch
 from stores import held_tokens, small_options
 from tiny_models import forward
 from transformers import DynamicCache
+from transformers.cache_utils import LinearAttentionLayer
 
 from selfindex import SelfIndexCache
+
+_STATE = set(vars(LinearAttentionLayer())) - {"device", "dtype"}
 
 
 def small_cache(model, **options):
@@ -36,6 +39,10 @@ def decoded_cache(cache, model):
             real = slice(None) if cache.columns is None else cache.columns[b].cpu()
             for target, tokens in zip(full, held_tokens(store, b), strict=True):
                 target[b][:, real] = tokens
+        # A block's linear-attention state, in models whose layers have both.
+        dense.layers[i].__dict__.update(
+            copy.deepcopy({x: layer.__dict__[x] for x in _STATE & set(layer.__dict__)})
+        )
         dense.layers[i].update(*(x.to(model.device) for x in full))
     return dense
 

@@ -3,22 +3,13 @@
 import pytest
 import torch
 from decoded_cache import decoded_cache, full_cache, small_cache
+from steps import LEFT, grow, positions
 from tiny_models import FAMILIES, HYBRIDS, forward, pair, prompt
 from transformers import DynamicCache
 
-from selfindex.integrations.transformers.models import TESTED
+from selfindex.integrations.transformers.families import TESTED
 
 pytestmark = pytest.mark.parametrize("family", FAMILIES)
-LEFT = torch.tensor([[1] * 40, [0] * 11 + [1] * 29])
-
-
-def grow(mask, new):
-    return torch.cat((mask, torch.ones(mask.shape[0], new, dtype=mask.dtype)), 1)
-
-
-def positions(mask, new):
-    """Position ids of the last `new` columns, as `generate` computes them."""
-    return (mask.cumsum(1) - 1).clamp(min=0)[:, -new:]
 
 
 def test_the_family_is_on_the_list(family):

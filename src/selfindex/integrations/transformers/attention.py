@@ -94,6 +94,9 @@ def attention_forward(
         return dense_attention(base, module, query, key, value, attention_mask, **kwargs)
     if torch.is_grad_enabled() and query.requires_grad:
         raise InputError(NO_GRADIENTS)
+    window = kwargs.get("sliding_window")
+    if window is not None and window >= key.layer.get_seq_length() + query.shape[2]:
+        kwargs["sliding_window"] = None  # a window that holds everything so far is full attention
     for option in ("softcap", "sliding_window", "position_bias", "cu_seq_lens_q"):
         if kwargs.get(option) is not None:
             raise InputError(

@@ -5,14 +5,13 @@ from __future__ import annotations
 import copy
 import operator
 import weakref
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin
 
 from ...attention.step import StepPlans
 from ...codec import BalanceProfile
@@ -20,9 +19,9 @@ from ...config import SelfIndexConfig
 from ...errors import InputError, StateError
 from ...report import LayerReport, Report, held_bytes
 from .adapters import ModelState
-from .guard import Guard, check_sliding_crop
+from .guard import Guard, check_sliding_crop, check_state_crop
 from .inputs import check_no_weights
-from .layer import SelfIndexLayer
+from .layer import LinearAndSelfIndexLayer, SelfIndexLayer
 from .masks import new_columns
 from .models import plan_layers
 from .passes import prepare
@@ -87,10 +86,15 @@ class SelfIndexCache(Cache):
             prepare(model)
         self.plans = StepPlans()
         self.replay = Replay()
-        self._compressed = [SelfIndexLayer(self, i, balance.get(i)) for i in full]
         layers: list[Any] = list(dense.layers)
-        for layer in self._compressed:
-            layers[layer.layer_idx] = layer
+        self._compressed: list[SelfIndexLayer] = []
+        for i in full:
+            states = getattr(layers[i], "number_of_states", None)
+            if states is None:
+                layers[i] = SelfIndexLayer(self, i, balance.get(i))
+            else:
+                layers[i] = LinearAndSelfIndexLayer(self, i, balance.get(i), states)
+            self._compressed.append(layers[i])
         super().__init__(layers=layers)
         self._modules = weakref.WeakSet(model.modules())
         self.state = ModelState(model)
@@ -178,6 +182,11 @@ class SelfIndexCache(Cache):
         check_no_weights(kwargs.get("kwargs"))
         return super().update(*args, **kwargs)
 
+    @property
+    def only_compressed(self) -> bool:
+        """Whether no layer holds anything but compressed keys and values."""
+        return all(type(layer) is SelfIndexLayer for layer in self.layers)
+
     def set_budget(self, budget: float | int) -> None:
         """Change the budget of the steps to come; what is stored stays as it is.
 
@@ -262,15 +271,23 @@ class SelfIndexCache(Cache):
         # Refuse before anything is changed.
         for store in stores:
             store.check_crop(lengths)
-        others = self._dense_layers()
-        for layer in others:
+        windows, states = self._windows(), self._states()
+        for layer in windows:
             check_sliding_crop(layer, keep)
         removes = any(compressed.columns > keep for compressed in self._compressed)
+        # What a state has seen is not known; a step that was cut short may have reached it.
+        drop = max(x.get_seq_length() for x in (*self._compressed, *windows)) - keep
+        if drop:
+            for layer in states:
+                check_state_crop(layer)
         with self.guard.change():
-            for layer in others:
+            for layer in windows:
                 surplus = max(0, layer.get_seq_length() - keep)
                 if surplus or getattr(layer, "record_past", False):
                     layer.crop(-surplus)
+            for layer in states:
+                if layer not in windows and layer.record_past:
+                    LinearAttentionCacheLayerMixin.crop(layer, -drop)
             for compressed in self._compressed:
                 if compressed.store is not None:
                     compressed.store.crop(lengths)
@@ -279,14 +296,25 @@ class SelfIndexCache(Cache):
                 compressed.columns, compressed._pending = keep, None
             self.columns = _with_padding(columns)
 
-    def _dense_layers(self) -> list[Any]:
-        """Layers of transformers' own kind that hold something."""
-        return [x for x in cast(list[Any], self.layers) if x not in self._compressed and x.is_initialized]
+    def _windows(self) -> list[Any]:
+        """Attention layers of transformers' own kind that hold something."""
+        layers = [x for x in cast(list[Any], self.layers) if isinstance(x, CacheLayerMixin)]
+        return [x for x in layers if x not in self._compressed and x.is_initialized]
+
+    def _states(self) -> list[Any]:
+        """Layers that hold a convolution or recurrent state, compressed ones included."""
+        layers = [x for x in self.layers if isinstance(x, LinearAttentionCacheLayerMixin)]
+        conv, recurrent = "is_conv_states_initialized", "is_recurrent_states_initialized"
+        return [x for x in layers if any((*getattr(x, conv).values(), *getattr(x, recurrent).values()))]
 
     def reset(self) -> None:
         """Empty the cache, whatever happened to it."""
         with self.guard.restart():
             self.replay.forget()
+            for state in self._states():
+                # Left to themselves they keep their tensors, and take no other batch size after.
+                for started in (state.is_conv_states_initialized, state.is_recurrent_states_initialized):
+                    started.update(dict.fromkeys(started, False))
             super().reset()
             for layer in cast(list[Any], self.layers):
                 # Otherwise transformers 5.17 keeps their old tokens, as zeros.
@@ -300,7 +328,7 @@ class SelfIndexCache(Cache):
         Raises:
             InputError: as `batch_select_indices`.
         """
-        self._take_rows(beam_idx, lambda layer, rows: layer.reorder_cache(rows))
+        self._take_rows(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep only these rows of the batch, in this order; encoded pages are shared.
@@ -308,7 +336,7 @@ class SelfIndexCache(Cache):
         Raises:
             InputError: `indices` is empty, or names rows that the cache does not have.
         """
-        self._take_rows(indices, lambda layer, rows: layer.batch_select_indices(rows))
+        self._take_rows(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row; encoded pages are shared between the copies.
@@ -321,16 +349,15 @@ class SelfIndexCache(Cache):
             raise InputError(f"rows can be repeated once or more, got {repeats}")
         batch = self._batch()
         if batch is not None:
-            rows = torch.arange(batch, device="cpu").repeat_interleave(repeats)
-            self._take_rows(rows, lambda layer, _: layer.batch_repeat_interleave(repeats))
+            self._take_rows(torch.arange(batch, device="cpu").repeat_interleave(repeats))
 
     def _batch(self) -> int | None:
         """Rows held; None while the cache is empty."""
         store = self._compressed[0].store
         return None if store is None else store.batch
 
-    def _take_rows(self, rows: Tensor, take: Callable[[Any, Tensor], None]) -> None:
-        """Make row i a copy of old row rows[i] in every layer; `take` does it in dense ones."""
+    def _take_rows(self, rows: Tensor) -> None:
+        """Make row i a copy of old row rows[i] in every layer."""
         batch, rows = self._batch(), torch.as_tensor(rows, device="cpu")
         if batch is None:
             return
@@ -344,8 +371,13 @@ class SelfIndexCache(Cache):
             raise InputError(f"rows {rows.tolist()} are not all among the {batch} of this cache")
         rows = rows.long()
         with self.guard.change():
-            for layer in self._dense_layers():
-                take(layer, rows.to(layer.keys.device))
+            # `reorder_cache` takes any rows, and is the only such method that states have.
+            windows = self._windows()
+            for layer in windows:
+                layer.reorder_cache(rows)
+            for layer in self._states():
+                if layer not in windows:
+                    LinearAttentionCacheLayerMixin.reorder_cache(layer, cast(torch.LongTensor, rows))
             for compressed in self._compressed:
                 if compressed.store is not None:
                     compressed.store.select_rows(rows)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from transformers.cache_utils import DynamicSlidingWindowLayer
+from transformers.cache_utils import CacheLayerMixin
 
 from ...errors import StateError
 
@@ -93,7 +93,6 @@ class Guard:
 
 def check_order(cache: SelfIndexCache, layer: SelfIndexLayer, new: int, compressed_only: bool) -> None:
     """Raise StateError unless the layers before this one have just taken the same `new` tokens."""
-    kinds = (type(layer),) if compressed_only else (type(layer), DynamicSlidingWindowLayer)
     position = cache.compressed_layers.index(layer)
     before = cache.compressed_layers[position - 1]
     layers = cast(list[Any], cache.layers)
@@ -104,8 +103,10 @@ def check_order(cache: SelfIndexCache, layer: SelfIndexLayer, new: int, compress
         # The step before this one has to have come to its end.
         between += [(x, layer.columns) for x in layers[before.layer_idx :]]
     for other, expected in between:
-        if other is layer or not isinstance(other, kinds):
+        if other is layer or (compressed_only and other not in cache.compressed_layers):
             continue
+        if not isinstance(other, CacheLayerMixin):
+            continue  # a linear-attention state does not know how many tokens it has seen
         held = other.get_seq_length()
         if held != expected:
             common = min(x.columns for x in cache.compressed_layers)
@@ -115,6 +116,20 @@ def check_order(cache: SelfIndexCache, layer: SelfIndexLayer, new: int, compress
                 f"out of order. cache.crop({common}) returns to the last complete step, cache.reset() "
                 "empties the cache"
             )
+
+
+def check_state_crop(layer: Any) -> None:
+    """Raise StateError if the state of a linear-attention layer cannot go back."""
+    if not layer.is_croppable:
+        raise StateError(
+            "this model has linear-attention layers, whose recurrent state cannot go back; reset the cache, "
+            "or go on from a fork() made before the tokens that should go"
+        )
+    if not layer.record_past:
+        raise StateError(
+            "a convolution layer has dropped the states it would need after crop; call "
+            "cache.activate_past_recording() before the tokens that may go, or reset the cache"
+        )
 
 
 def check_sliding_crop(layer: Any, keep: int) -> None:

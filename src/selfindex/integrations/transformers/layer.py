@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer
 
 from ...attention.attend import attend, is_step
 from ...attention.step import FixedPlan, attend_step
@@ -267,3 +267,36 @@ class SelfIndexLayer(CacheLayerMixin):
     @staticmethod
     def _only_together(method: str) -> NoReturn:
         raise StateError(f"rows and tokens change in all layers at once: call the cache's {method}")
+
+
+class LinearAndSelfIndexLayer(LinearAttentionLayer, SelfIndexLayer):  # type: ignore[override, misc]
+    """A compressed attention layer whose block has a linear-attention state as well, as in Falcon-H1.
+
+    The state is kept as transformers keeps it.
+    """
+
+    is_compileable = False
+
+    def __init__(
+        self, cache: SelfIndexCache, layer_idx: int, balance: Tensor | None, number_of_states: int
+    ) -> None:
+        SelfIndexLayer.__init__(self, cache, layer_idx, balance)
+        LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        """Of attention with keys and values, by position; of a state with its name, as transformers does."""
+        kind = SelfIndexLayer if args else LinearAttentionLayer
+        kind.lazy_initialization(self, *args, **kwargs)
+
+    def reset(self) -> None:
+        LinearAttentionLayer.reset(self)
+        SelfIndexLayer.reset(self)
+
+    def offload(self) -> None:
+        SelfIndexLayer.offload(self)
+
+    def prefetch(self) -> None:
+        SelfIndexLayer.prefetch(self)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> NoReturn:
+        SelfIndexLayer.reorder_cache(self, beam_idx)

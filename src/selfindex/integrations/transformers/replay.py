@@ -286,7 +286,7 @@ def _why_not(cache: SelfIndexCache, model: PreTrainedModel, given: dict[str, Any
     others = [name for name, x in given.items() if name not in KNOWN and x is not None and x is not False]
     if others:
         return f"the forward pass was given {', '.join(others)}"
-    if len(cache.compressed_layers) != len(cache.layers):
+    if not cache.only_compressed:
         return "the model has layers of another kind, whose cache changes its shape at every step"
     if len({store.raw.keys.device for store in _stores(cache)}) > 1:
         return "the model's layers are on several devices"

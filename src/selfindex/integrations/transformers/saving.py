@@ -34,9 +34,10 @@ KIND, VERSION = "selfindex-cache", "2"
 
 def save(cache: SelfIndexCache, model: PreTrainedModel, path: str | Path) -> None:
     """Write a cache; see `SelfIndexCache.save`."""
-    if len(cache.compressed_layers) != len(cache.layers):
+    if not cache.only_compressed:
         raise StateError(
-            "a cache with sliding-window layers cannot be saved: their content is not part of the format"
+            "a cache with sliding-window or linear-attention layers cannot be saved: their content is not "
+            "part of the format"
         )
     if len({layer.columns for layer in cache.compressed_layers}) != 1:
         raise StateError(
