@@ -88,8 +88,13 @@ def device_of(model):
 
 
 def _move(tensors, device):
-    """The options of a call, tensors among them on a device."""
-    return {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in tensors.items()}
+    """The options of a call, tensors with data among them on a device with memory."""
+    moved = {
+        name: x.to(device)
+        for name, x in tensors.items()
+        if isinstance(x, torch.Tensor) and not x.is_meta and device.type != "meta"
+    }
+    return tensors | moved
 
 
 def cache_argument(model):

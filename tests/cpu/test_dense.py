@@ -40,7 +40,7 @@ def test_ragged_rows(rows, page, queries, short, monkeypatch_module):
 
 @pytest.fixture
 def monkeypatch_module(monkeypatch, request):
-    request.getfixturevalue("_reference")
+    request.getfixturevalue("backend")
     monkeypatch.delenv("SELFINDEX_CPU")
 
 

@@ -127,9 +127,21 @@ def test_batches_of_every_size(batch):
     torch.testing.assert_close(lse, wanted_lse, atol=2e-3, rtol=0)
 
 
+def test_several_queries_select_as_each_of_them_alone():
+    cache = make_cache([500, 700], dim=64)
+    query = torch.randn(2, cache.query.shape[1], 5, 64, device="cuda", dtype=cache.query.dtype)
+    alone = []
+    for cache.query in query.split(1, 2):
+        alone.append(ops.sparse_decode(*cache.decode_arguments([30, 90])))
+    cache.query = query
+    output, lse = ops.sparse_decode(*cache.decode_arguments([30, 90]))
+    assert torch.equal(output, torch.cat([x for x, _ in alone], 2))
+    assert torch.equal(lse, torch.cat([x for _, x in alone], 2))
+
+
 def test_calls_the_kernels_do_not_serve_run_the_reference():
     cache = make_cache([500, 700], dim=64)
-    cache.query = torch.cat((cache.query, -cache.query), 2)
+    cache.query = torch.cat((cache.query, -cache.query) * 5, 2)
     arguments = cache.decode_arguments([30, 30])
     for got, wanted in zip(ops.sparse_decode(*arguments), reference.sparse_decode(*arguments), strict=True):
         torch.testing.assert_close(got, wanted)

@@ -178,14 +178,14 @@ def test_two_threads_with_a_cache_each():
 def test_a_second_thread_is_refused_while_the_first_is_inside(used):
     dense, ours, cache = used
     inside, go_on, caught = threading.Event(), threading.Event(), []
-    plan = cache.layers[0].store.plan
+    plan = cache.layers[0].store.plan_step
 
     def slow(*args):
         inside.set()
         go_on.wait(30)
         return plan(*args)
 
-    cache.layers[0].store.plan = slow
+    cache.layers[0].store.plan_step = slow
     thread = threading.Thread(target=lambda: forward(ours, prompt(1), cache))
     thread.start()
     assert inside.wait(30)
@@ -201,7 +201,7 @@ def test_a_second_thread_is_refused_while_the_first_is_inside(used):
         caught.append(error)
     go_on.set()
     thread.join()
-    del cache.layers[0].store.plan
+    del cache.layers[0].store.plan_step
     # The first one was not disturbed, and now the cache is free for any thread.
     check_tokens(cache, dense, torch.cat((prompt(60), prompt(1)), 1)[0])
     forward(ours, prompt(1, seed=2), cache)

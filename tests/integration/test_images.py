@@ -3,7 +3,8 @@
 import pytest
 import torch
 import transformers
-from decoded_cache import SMALL, decoded_cache
+from decoded_cache import decoded_cache
+from stores import small_options
 from tiny_models import VOCAB, cache_argument, generate, make_config, prompt
 from transformers import DynamicCache
 
@@ -65,7 +66,7 @@ def test_images_in_the_first_chunk(attention, batch):
     dense, ours = make_models(attention)
     ids, given = request(batch)
     wanted = generate(dense, ids, DynamicCache(config=dense.config), **given)
-    cache = SelfIndexCache(ours, **(SMALL | {"recent": 100}))
+    cache = SelfIndexCache(ours, **small_options(recent=100))
     assert torch.equal(generate(ours, ids, cache, **given), wanted)
     name = cache_argument(ours)
     with torch.no_grad():
@@ -82,7 +83,7 @@ def test_images_in_the_first_chunk(attention, batch):
 def test_steps_over_pages_with_images():
     dense, ours = make_models()
     ids, given = request(2)
-    cache, name = SelfIndexCache(ours, **SMALL, budget=1.0), cache_argument(ours)
+    cache, name = SelfIndexCache(ours, **small_options(budget=1.0)), cache_argument(ours)
     ours(ids, **given, **{name: cache})
     assert cache.report().memory.payload
     more = torch.cat((given["attention_mask"], torch.ones(2, 1, dtype=torch.long)), 1)
@@ -95,7 +96,7 @@ def test_steps_over_pages_with_images():
 def test_an_image_in_a_later_chunk_is_refused():
     _, ours = make_models()
     ids, given = request(1)
-    cache, name = SelfIndexCache(ours, **SMALL), cache_argument(ours)
+    cache, name = SelfIndexCache(ours, **small_options()), cache_argument(ours)
     ours(prompt(40), **{name: cache})
     types = torch.cat((torch.zeros(1, 40, dtype=torch.long), given["token_type_ids"]), 1)
     with pytest.raises(InputError, match="after the first chunk"):

@@ -1,13 +1,14 @@
 """A model that was prepared for this cache, used without it: it is the model it was."""
 
 import copy
+import inspect
 import pickle
 import threading
 
 import pytest
 import torch
 from decoded_cache import small_cache
-from tiny_models import VOCAB, cache_argument, forward, pair, prompt
+from tiny_models import VOCAB, cache_argument, forward, make_model, pair, prompt
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
 
 from selfindex.integrations.transformers.passes import prepare
@@ -21,11 +22,13 @@ def models():
     return dense, ours
 
 
-def test_nothing_but_hooks_is_added(models):
+def test_nothing_but_hooks_and_methods_is_added(models):
     dense, ours = models
     forward(ours, prompt(40), small_cache(ours))
     assert ours.config._attn_implementation == "sdpa"
-    assert vars(ours).keys() == vars(dense).keys()
+    methods = {"forward", "prepare_inputs_for_generation", "_replicate_for_data_parallel"}
+    assert vars(ours).keys() - vars(dense).keys() == methods
+    assert all(inspect.signature(getattr(ours, x)) == inspect.signature(getattr(dense, x)) for x in methods)
     assert ours.config.to_dict() == dense.config.to_dict()
 
 
@@ -90,13 +93,15 @@ def test_preparations_are_counted():
         each()
         each()
     forward(model, prompt(5), cache)
-    _, model = (copy.deepcopy(x) for x in pair("olmo2"))
+    model = make_model("olmo2")
     undo = [prepare(model), prepare(model.model)]
+    assert "forward" in vars(model)
     assert [len(x._forward_hooks) for x in (model, model.model)] == [1, 1]
     undo[0]()
     assert [len(x._forward_hooks) for x in (model, model.model)] == [0, 1]
     undo[1]()
     assert not {**model.model._forward_hooks, **model.model._forward_pre_hooks}
+    assert not {"forward", "prepare_inputs_for_generation"} & vars(model).keys()
 
 
 def test_passes_with_and_without_it_at_the_same_time(models):

@@ -139,14 +139,15 @@ def test_compiled_steps_are_the_same_graph_for_any_prompt(monkeypatch):
         return aot_eager(graph, inputs)
 
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
-    ours = make_model("llama")
-    for length in (40, 67):
+    ours, seen = make_model("llama"), []
+    for length in (40, 67, 90):
         ids = prompt(length, batch=2)
         wanted = generate(ours, ids, small_cache(ours, budget=12), max_new_tokens=10)
         cache = small_cache(ours, budget=12, compile=True)
         assert torch.equal(generate(ours, ids, cache, max_new_tokens=10), wanted)
         assert cache.replay.steps == 9
-    assert len(graphs) <= 3
+        seen.append(len(graphs))
+    assert seen[1] == seen[2] <= 4
 
 
 def test_what_cannot_be_recorded_says_so_and_runs():

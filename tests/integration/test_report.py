@@ -3,7 +3,6 @@ import json
 import pytest
 import torch
 from decoded_cache import small_cache
-from selfindex.integrations.transformers.loop import DecodeLoop
 from tiny_models import forward, make_model, pair, prompt
 from transformers import DynamicCache
 
@@ -132,17 +131,13 @@ def test_read_of_a_chunk_and_after_going_back_to_the_window(llama):
 
 
 @pytest.mark.parametrize("fixed", [False, True])
-def test_a_loop_of_fixed_shapes_reads_what_single_steps_read(llama, fixed):
+def test_steps_of_fixed_shape_read_what_others_read(llama, fixed):
     cache = small_cache(llama[1], budget=9)
+    cache.replay.emulate = fixed
     forward(llama[1], prompt(60), cache)
-    if fixed:
-        loop = DecodeLoop(llama[1], cache, 10)
-        for _ in range(9):
-            loop.step(prompt(1)[0])
-        loop.close()
-    else:
-        for _ in range(9):
-            forward(llama[1], prompt(1), cache)
+    for _ in range(9):
+        forward(llama[1], prompt(1), cache)
+    assert cache.replay.steps == 9 * fixed
     assert cache.report().layers[0].row_read == [9 + 13]
 
 

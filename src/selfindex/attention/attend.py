@@ -68,7 +68,7 @@ def attend(
 
 def is_step(store: LayerStore, query: Tensor, valid: Tensor | None) -> bool:
     """Whether new tokens are taken by `attend_step`: few of them, in all rows, behind encoded ones."""
-    few = query.shape[2] <= min(MOST_STEP_TOKENS, max(1, store.config.sparse_queries))
+    few = 1 <= query.shape[2] <= min(MOST_STEP_TOKENS, max(1, store.config.sparse_queries))
     return few and valid is None and any(row.blocks for row in store.table.rows)
 
 

@@ -114,6 +114,9 @@ class BlockPool:
 
     def references(self, block: int) -> int:
         """How many rows, of all tables over this pool, hold a block."""
+        if self._released and not self._is_busy():
+            with self._lock:
+                self._settle()
         return self._references[block]
 
     def retain(self, blocks: Iterable[int]) -> None:

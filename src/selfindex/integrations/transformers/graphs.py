@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gc
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 
 @contextmanager
@@ -22,6 +24,8 @@ def without_collection() -> Iterator[None]:
         if enabled:
             gc.enable()
 
+
+_capturing = threading.Lock()
 
 _streams: dict[torch.device, list[torch.cuda.Stream]] = {}
 """Streams of recorders that are gone, for the next ones: cuBLAS keeps a workspace for each (32 MiB on
@@ -53,7 +57,9 @@ class Recorder:
         with torch.cuda.device(self._device), torch.cuda.stream(stream):
             run()
             graph = torch.cuda.CUDAGraph()
-            with without_collection(), torch.cuda.graph(graph, stream=stream, pool=self._pool):
+            # Other threads may allocate meanwhile.
+            capture = torch.cuda.graph(graph, self._pool, stream, capture_error_mode="thread_local")
+            with _capturing, without_collection(), capture:
                 run()
         torch.cuda.current_stream(self._device).wait_stream(stream)
         return graph
@@ -76,6 +82,8 @@ class RecordedModel:
         self._inner = [weakref.ref(module) for module in inner]
         self._weights = [weakref.ref(x) for x in (*model.parameters(), *model.buffers())]
         self._places = self._now()
+        self._hooked: str | None = None
+        self._hooks_seen = -1
 
     def _now(self) -> list[int | None]:
         return [None if (x := weight()) is None else x.data_ptr() for weight in self._weights]
@@ -86,6 +94,12 @@ class RecordedModel:
 
     def hooked(self) -> str | None:
         """The class of a submodule with hooks, which a replay would not call; None if there is none."""
+        # Hooks are numbered: without a new one, there is none where there was none.
+        if self._hooked is not None or self._hooks_seen != RemovableHandle.next_id:
+            self._hooked, self._hooks_seen = self._find_hooks(), RemovableHandle.next_id
+        return self._hooked
+
+    def _find_hooks(self) -> str | None:
         for reference in self._inner:
             module = reference()
             if module is not None:

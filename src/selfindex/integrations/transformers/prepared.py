@@ -10,6 +10,7 @@ import inspect
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from types import MethodType
 from typing import TYPE_CHECKING, Any, TypeGuard
 from weakref import WeakKeyDictionary
 
@@ -46,12 +47,16 @@ class _StandIn(ABC):
 
     def _own(self, model: Any) -> Callable[..., Any]:
         """The method that was there before."""
-        own: Callable[..., Any] = self.before or getattr(type(model), self.name).__get__(model)
-        return own
+        return self.before or MethodType(getattr(type(model), self.name), model)
 
     def __call__(self, *args: Any, **given: Any) -> Any:
         model = self._model()
         assert model is not None  # the caller has it
+        if torch.compiler.is_compiling():
+            # Spelled out: torch.compile does not follow methods that are made on the way.
+            if self.before is not None:
+                return self.before(*args, **given)
+            return getattr(type(model), self.name)(model, *args, **given)
         return self.run(model, self._own(model), args, given)
 
     @abstractmethod
@@ -70,8 +75,6 @@ class _Forward(_StandIn):
     name = "forward"
 
     def run(self, model: Any, own: Callable[..., Any], args: tuple[Any, ...], given: dict[str, Any]) -> Any:
-        if torch.compiler.is_compiling():
-            return own(*args, **given)
         named = given
         if args:
             named = given | dict(zip(self.__signature__.parameters, args, strict=False))

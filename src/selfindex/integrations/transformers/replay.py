@@ -203,6 +203,7 @@ class Replay:
                 recording.graph = self._recorder.record(run)
             else:
                 run()
+            recording.places = _places(stores)  # the first run may have made room
             if extra := recording.outputs.keys() - {"logits", "last_hidden_state"}:
                 return f"{type(model).__name__} also returns {', '.join(sorted(extra))}"
         except Exception as error:  # whatever a model does in its forward
