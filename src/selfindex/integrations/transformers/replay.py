@@ -207,7 +207,8 @@ class Replay:
             if extra := recording.outputs.keys() - {"logits", "last_hidden_state"}:
                 return f"{type(model).__name__} also returns {', '.join(sorted(extra))}"
         except Exception as error:  # whatever a model does in its forward
-            return f"recording a step of {type(model).__name__} failed: {str(error).splitlines()[0]}"
+            said = " ".join(str(error).split())[:300] or type(error).__name__
+            return f"recording a step of {type(model).__name__} failed: {said}"
         finally:
             for store, square in zip(stores, squares, strict=True):
                 store.statistics.query_square.copy_(square)
