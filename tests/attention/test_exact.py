@@ -10,9 +10,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from selfindex.attention import attend as attend_module
 from selfindex.attention import exact, kernels
 from selfindex.attention.exact import FEW_QUERIES, exact_part
-from selfindex.attention.partial import attend_raw
 from selfindex.attention.shared import Shared
 from selfindex.backends import reference
+from selfindex.backends.partial import attend_raw
 from selfindex.store.raw import RawTokens
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}

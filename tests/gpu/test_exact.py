@@ -6,8 +6,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from selfindex.attention import kernels
 from selfindex.attention.exact import FEW_QUERIES, exact_part
-from selfindex.attention.partial import attend_raw
 from selfindex.attention.shared import Shared
+from selfindex.backends.partial import attend_raw
 from selfindex.store.raw import RawTokens
 
 pytestmark = pytest.mark.gpu

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from ..backends import ops
+from ..backends.partial import join_parts, merge_parts
 from ..store import LayerStore
 from .exact import exact_part
-from .partial import join_parts, merge_parts
 from .step import StepPlans, attend_step, budgets_of
 
 BLOCK = 4096

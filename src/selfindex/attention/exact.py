@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ..backends.partial import join_parts
 from ..store.raw import RawTokens
 from .kernels import attend_masked, attend_plain
-from .partial import join_parts
 from .shared import Shared
 
 FEW_QUERIES = 256

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from .partial import attend_raw, join_parts
+from ..backends.partial import attend_raw, join_parts
 
 BLOCK = 512
 """Queries and keys at a time where no kernel serves: bounds the logits held at once."""

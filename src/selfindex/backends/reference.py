@@ -10,10 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..attention.partial import attend_raw, join_parts, merge_parts, softmax_part
 from ..codec import Codec, PageFormat, codec_for
 from ..index.lut import lookup
 from ..index.select import sum_of_softmax, top_k
+from .partial import attend_raw, join_parts, merge_parts, softmax_part
 
 DENSE_CHUNK = 4096
 """Slots decoded at a time by `dense_attend`: bounds its memory, does not change its result."""

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...attention.partial import join_parts
 from ...codec import PageFormat, codec_for
 from ...codec.rotation import HEAD_DIMS, KEY_SEED, VALUE_SEED, block_order, hadamard, rotation, sign_diagonal
+from ..partial import join_parts
 from .loader import instruction_set, native
 
 _CPU = torch.device("cpu")

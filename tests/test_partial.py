@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pages import gaussian
 
-from selfindex.attention.partial import attend_raw, merge_parts, softmax_part
+from selfindex.backends.partial import attend_raw, merge_parts, softmax_part
 
 
 @given(
