@@ -9,7 +9,7 @@ import torch
 from selfindex import DeviceError
 from selfindex.backends.cuda import launch, loader
 from selfindex.backends.cuda.decode import plan
-from selfindex.backends.cuda.loader import KernelsUnavailable
+from selfindex.backends.cuda.launch import KernelsUnavailable
 from selfindex.backends.fallback import announce, with_fallback
 
 driver = pytest.importorskip("cuda.bindings.driver")
@@ -97,7 +97,7 @@ def loading(monkeypatch, tmp_path):
         return {"kernel": code}
 
     monkeypatch.setattr(loader, "compile_module", compile_module)
-    monkeypatch.setattr(launch, "open_module", open_module)
+    monkeypatch.setattr(loader, "open_module", open_module)
     loader._load.cache_clear()
     yield calls
     loader._load.cache_clear()

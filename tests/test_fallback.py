@@ -8,7 +8,7 @@ from test_ops import arguments  # noqa: F401
 from selfindex.backends import reference
 from selfindex.backends.cuda import decode, dense, encode, offloaded, window
 from selfindex.backends.cuda import register as register_cuda
-from selfindex.backends.cuda.loader import KernelsUnavailable
+from selfindex.backends.cuda.launch import KernelsUnavailable
 from selfindex.backends.fallback import announce, observed, with_fallback
 
 MODULES = {"encode": encode, "sparse_decode": decode, "dense_attend": dense, "window_attend": window}

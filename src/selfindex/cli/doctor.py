@@ -14,7 +14,8 @@ from rich.table import Table
 
 from .. import __version__
 from ..backends.cpu.loader import NativeUnavailable, instruction_set
-from ..backends.cuda.loader import KernelsUnavailable, capability
+from ..backends.cuda.launch import KernelsUnavailable
+from ..backends.cuda.loader import capability
 from ..config import PRESETS
 from ..versions import transformers_problem
 from .console import errors_in_one_line, out, progress

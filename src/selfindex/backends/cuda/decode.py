@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from ...codec import PageFormat
-from .launch import Kernel
-from .loader import INPUT_TYPES, KernelsUnavailable, load
+from .launch import Kernel, KernelsUnavailable
+from .loader import INPUT_TYPES, load
 
 HEAD_DIMS, PAGE_SIZE, MAX_GROUPS = (64, 96, 128, 256), 128, 16
 MOST_QUERIES = 8

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from ...errors import DeviceError
-from .loader import KernelsUnavailable
 
 OUT_OF_MEMORY = 2
 LOST = {
@@ -22,6 +21,10 @@ CAPTURING = range(900, 909)
 
 DEFAULT_SHARED = 48 * 1024
 """Dynamic shared memory a kernel gets without asking."""
+
+
+class KernelsUnavailable(Exception):
+    """The kernels cannot run here; the message says why and what to do about it."""
 
 
 class Kernel:

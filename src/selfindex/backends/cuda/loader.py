@@ -18,6 +18,7 @@ import torch
 from ...codec.balanced import SIGN_GAIN
 from ...codec.rotation import hadamard
 from ...index.select import SHARPNESS
+from .launch import Kernel, KernelsUnavailable, open_module
 
 SOURCES = Path(__file__).with_name("kernels")
 MODULES = {
@@ -37,10 +38,6 @@ OLDEST = (8, 0)
 """Lowest compute capability the kernels run on."""
 
 _lock = threading.RLock()
-
-
-class KernelsUnavailable(Exception):
-    """The kernels cannot run here; the message says why and what to do about it."""
 
 
 def cache_folder() -> Path:
@@ -194,9 +191,7 @@ def capability(device: torch.device) -> tuple[int, int]:
 @cache
 def _load(
     module: str, device: int, head_dim: int, groups: int, value_bits: int, dtype: torch.dtype
-) -> dict[str, Any]:
-    from .launch import open_module
-
+) -> dict[str, Kernel]:
     major, minor = capability(torch.device("cuda", device))
     arch = 10 * major + minor
     defines = macros(head_dim, groups, value_bits, dtype, arch)
@@ -214,7 +209,7 @@ _refused: dict[tuple[Any, ...], str] = {}
 
 def load(
     module: str, device: torch.device, head_dim: int, groups: int, value_bits: int, dtype: torch.dtype
-) -> dict[str, Any]:
+) -> dict[str, Kernel]:
     """Kernels of a module by name, ready to launch on `device`.
 
     Raises:

@@ -16,7 +16,7 @@ from ...codec import PageFormat
 from .. import reference
 from ..fallback import with_fallback
 from . import decode, dense, encode, offloaded, window
-from .loader import KernelsUnavailable
+from .launch import KernelsUnavailable
 
 
 def register(serve: Callable[[str, str, Callable[..., Any]], None]) -> None:
