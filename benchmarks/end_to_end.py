@@ -34,7 +34,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 import selfindex
 from selfindex.integrations.transformers.attention import NewKeys
 from selfindex.integrations.transformers.models import cache_argument
-from selfindex.integrations.transformers.passes import prepare
+from selfindex.integrations.transformers.prepare import prepare
 
 STEPS = 128
 DTYPE = torch.bfloat16

@@ -11,7 +11,7 @@ from decoded_cache import small_cache
 from tiny_models import VOCAB, cache_argument, forward, make_model, pair, prompt
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
 
-from selfindex.integrations.transformers.passes import prepare
+from selfindex.integrations.transformers.prepare import prepare
 
 
 @pytest.fixture

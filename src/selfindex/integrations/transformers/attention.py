@@ -13,10 +13,9 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ...errors import InputError, StateError
+from .inputs import NO_GRADIENTS
 from .masks import compact_mask, expand_mask
 from .passes import NAMES, running
-
-NO_GRADIENTS = "the cache is for inference: run the model under torch.no_grad() or inference_mode()"
 
 
 class NewKeys:

@@ -24,7 +24,7 @@ from .inputs import check_no_weights
 from .layer import LinearAndSelfIndexLayer, SelfIndexLayer
 from .masks import new_columns
 from .models import plan_layers
-from .passes import prepare
+from .prepare import prepare
 from .replay import Replay
 from .saving import load, read_header, read_options, save
 from .wrappers import unwrap

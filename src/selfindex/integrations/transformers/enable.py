@@ -15,7 +15,8 @@ from transformers.cache_utils import Cache
 from ...config import SelfIndexConfig
 from .cache import SelfIndexCache
 from .models import cache_argument, plan_layers
-from .passes import given_cache, prepare, text_models
+from .passes import given_cache, text_models
+from .prepare import prepare
 from .wrappers import unwrap
 
 _MAKER = "_prepare_cache_for_generation"

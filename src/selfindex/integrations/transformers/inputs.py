@@ -11,7 +11,8 @@ from transformers.utils.output_capturing import _active_collector
 
 from ...codec.rotation import HEAD_DIMS
 from ...errors import InputError
-from .attention import NO_GRADIENTS
+
+NO_GRADIENTS = "the cache is for inference: run the model under torch.no_grad() or inference_mode()"
 
 DTYPES = {torch.float32, torch.float16, torch.bfloat16}
 

@@ -1,16 +1,15 @@
 """Which attention a forward pass runs: this cache's in passes that are given one, the model's own in others.
 
 transformers looks an attention function up by a name in the model's configuration. A prepared model has
-hooks that change the name when a pass with a `SelfIndexCache` begins and change it back when it ends, so
-that nothing else (other caches, continuous batching, copies, saving) ever sees another name.
+the hooks of this file, which change the name when a pass with a `SelfIndexCache` begins and change it back
+when it ends, so that nothing else (other caches, continuous batching, copies, saving) ever sees another name.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from typing import Any, cast
-from weakref import WeakKeyDictionary
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,7 +17,6 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from ...errors import UnsupportedModelError
-from .prepared import place_methods, remove_methods
 
 NAMES = {
     "sdpa": "selfindex",
@@ -52,7 +50,7 @@ def text_models(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     """The model and the models inside it that are handed its cache: not those of images or sound."""
     text = type(model.config.get_text_config(decoder=True))
     for module in model.modules():
-        if isinstance(module, PreTrainedModel) and type(_text_config(module)) is text:
+        if isinstance(module, PreTrainedModel) and type(text_config(module)) is text:
             yield module
 
 
@@ -64,7 +62,8 @@ def given_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Cache | None:
     return None
 
 
-def _text_config(model: nn.Module) -> Any:
+def text_config(model: nn.Module) -> Any:
+    """Configuration of the text decoder, which is a part of that of a model with images."""
     return model.config.get_text_config(decoder=True)  # type: ignore[operator, union-attr]
 
 
@@ -74,12 +73,12 @@ def _ours(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     return cache is not None and any(hasattr(layer, "attend") for layer in cache.layers)
 
 
-def _begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Hook before `forward`. It has no state and no reference to the model, so that copies work."""
     ours = _ours(args, kwargs)
     if torch.compiler.is_compiling():
         if ours:
-            config = _text_config(module)
+            config = text_config(module)
             config._attn_implementation_internal = NAMES.get(
                 config._attn_implementation, config._attn_implementation
             )
@@ -87,23 +86,23 @@ def _begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     stack = _running.stack
     for depth, (identity, _) in enumerate(stack):
         if identity == id(module):
-            # A pass that an interrupt ended: `_end` runs after exceptions, not after these.
+            # A pass that an interrupt ended: `end` runs after exceptions, not after these.
             _leave(depth)
             break
     if ours:
         check = getattr(given_cache(args, kwargs), "check_module", None)
         if check is not None:
             check(module)  # inside a compiled graph, layers do not know whose attention calls them
-        config = _text_config(module)
+        config = text_config(module)
         _switch(config)
         stack.append((id(module), config))
 
 
-def _end(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+def end(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     """Hook after `forward`, also after one that failed."""
     if torch.compiler.is_compiling():
         if _ours(args, kwargs):
-            config = _text_config(module)
+            config = text_config(module)
             config._attn_implementation_internal = _BASES.get(
                 config._attn_implementation, config._attn_implementation
             )
@@ -140,58 +139,3 @@ def check_name(name: str | None) -> None:
             f"attention implementation {name!r} is not supported; load the model with "
             f"attn_implementation set to one of {', '.join(NAMES)}"
         )
-
-
-class _Users:
-    """How many preparations a module serves, and its hooks."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.count = 0
-        self.hooks = []
-        # A copy of a prepared model has the hooks already.
-        if _begin not in module._forward_pre_hooks.values():
-            self.hooks.append(module.register_forward_pre_hook(_begin, with_kwargs=True))
-            self.hooks.append(module.register_forward_hook(_end, with_kwargs=True, always_call=True))
-
-
-_users: WeakKeyDictionary[nn.Module, _Users] = WeakKeyDictionary()
-
-
-def prepare(model: PreTrainedModel) -> Callable[[], None]:
-    """Make a model able to run with this cache; with any other, and without one, it runs as before.
-
-    Returns:
-        a function that takes this back; the model is as it was when all preparations are taken back,
-        in whatever order.
-
-    Raises:
-        UnsupportedModelError: the model's attention cannot be replaced.
-    """
-    from .attention import register
-
-    check_name(_text_config(model)._attn_implementation)
-    modules = list(text_models(model))
-    for module in modules:
-        if not module._can_set_attn_implementation():
-            raise UnsupportedModelError(
-                f"{type(module).__name__} does not let its attention implementation be replaced"
-            )
-    register()
-    for module in modules:
-        if module not in _users:
-            _users[module] = _Users(module)
-        _users[module].count += 1
-    place_methods(model)
-
-    def undo() -> None:
-        while modules:
-            module = modules.pop()
-            users = _users[module]
-            users.count -= 1
-            if users.count == 0:
-                for hook in users.hooks:
-                    hook.remove()
-                remove_methods(cast(PreTrainedModel, module))
-                del _users[module]
-
-    return undo

@@ -11,7 +11,7 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from types import MethodType
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import Any, TypeGuard
 from weakref import WeakKeyDictionary
 
 import torch
@@ -20,14 +20,11 @@ from transformers import PreTrainedModel
 
 from .replay import Replay
 
-if TYPE_CHECKING:
-    from .cache import SelfIndexCache
-
 CACHE_ARGUMENTS = ("cache", "past_key_values")
 """Names of a model's cache argument: transformers 5.24 renamed the latter."""
 
 
-def _is_ours(cache: Any) -> TypeGuard[SelfIndexCache]:
+def _is_ours(cache: Any) -> TypeGuard[Any]:
     return isinstance(getattr(cache, "replay", None), Replay)
 
 
