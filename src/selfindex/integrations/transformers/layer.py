@@ -4,28 +4,48 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NoReturn, cast
+from typing import Any, NoReturn, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer
 
 from ...attention.attend import attend, is_step
-from ...attention.step import FixedPlan, attend_step
+from ...attention.step import FixedPlan, StepPlans, attend_step
+from ...config import SelfIndexConfig
 from ...errors import StateError
 from ...store import LayerStore
 from ...store.change import Change
+from .adapters import ModelState
 from .attention import NewKeys
-from .guard import check_order
+from .guard import Guard
 from .inputs import check_new_tokens, check_query, full_precision
 from .opaque import register_layer, run_layer
-
-if TYPE_CHECKING:
-    from .cache import SelfIndexCache
 
 MASKED_CHUNK = 1024
 """New tokens up to which the model's own attention takes them behind held ones: some of these
 implementations do so through a mask of all pairs."""
+
+
+class Whole(Protocol):
+    """What a layer asks of the cache that it is a part of; see `LayeredCache`."""
+
+    config: SelfIndexConfig
+    plans: StepPlans
+    state: ModelState
+    guard: Guard
+    columns: Tensor | None
+
+    @property
+    def compressed_layers(self) -> list[SelfIndexLayer]: ...
+
+    def check_module(self, module: nn.Module) -> None: ...
+
+    def check_order(self, layer: SelfIndexLayer, new: int, compressed_only: bool) -> None: ...
+
+    def step_columns(self, layer: SelfIndexLayer, mask: Tensor | None, new: int) -> Tensor | None: ...
+
+    def keep_columns(self, layer: SelfIndexLayer) -> None: ...
 
 
 class SelfIndexLayer(CacheLayerMixin):
@@ -36,9 +56,9 @@ class SelfIndexLayer(CacheLayerMixin):
     is_compileable = False
     supports_early_init = False
 
-    def __init__(self, cache: SelfIndexCache, layer_idx: int, balance: Tensor | None) -> None:
+    def __init__(self, cache: Whole, layer_idx: int, balance: Tensor | None) -> None:
         super().__init__()
-        self._cache = weakref.proxy(cache)
+        self._cache: Whole = weakref.proxy(cache)
         self.layer_idx = layer_idx
         self._balance = balance
         self._plans = cache.plans
@@ -115,7 +135,7 @@ class SelfIndexLayer(CacheLayerMixin):
         with self._cache.guard.use():
             held = self.store.raw.keys if self.store is not None and self.columns else None
             check_new_tokens(keys, values, held, self.layer_idx)
-            check_order(self._cache, self, keys.shape[2], compiled)
+            self._cache.check_order(self, keys.shape[2], compiled)
             self._check_state(keys.shape[2])
             if not self.columns:
                 # Also after a first step that failed.
@@ -269,7 +289,7 @@ class SelfIndexLayer(CacheLayerMixin):
         raise StateError(f"rows and tokens change in all layers at once: call the cache's {method}")
 
 
-class LinearAndSelfIndexLayer(LinearAttentionLayer, SelfIndexLayer):  # type: ignore[override, misc]
+class LinearAndSelfIndexLayer(LinearAttentionLayer, SelfIndexLayer):  # type: ignore[override]
     """A compressed attention layer whose block has a linear-attention state as well, as in Falcon-H1.
 
     The state is kept as transformers keeps it.
@@ -277,9 +297,7 @@ class LinearAndSelfIndexLayer(LinearAttentionLayer, SelfIndexLayer):  # type: ig
 
     is_compileable = False
 
-    def __init__(
-        self, cache: SelfIndexCache, layer_idx: int, balance: Tensor | None, number_of_states: int
-    ) -> None:
+    def __init__(self, cache: Whole, layer_idx: int, balance: Tensor | None, number_of_states: int) -> None:
         SelfIndexLayer.__init__(self, cache, layer_idx, balance)
         LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
 

@@ -8,21 +8,39 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import count
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .attention import NewKeys
-    from .layer import SelfIndexLayer
+from .attention import NewKeys
 
-_layers: WeakValueDictionary[int, SelfIndexLayer] = WeakValueDictionary()
+
+class Layer(Protocol):
+    """What the operator asks of a `SelfIndexLayer`."""
+
+    columns: int
+    handle: Tensor
+
+    def accept(self, keys: Tensor, values: Tensor, compiled: bool) -> NewKeys: ...
+
+    def finish(
+        self,
+        query: Tensor,
+        new: NewKeys,
+        mask: Tensor | None,
+        scaling: float,
+        sink_logit: Tensor | None,
+        dense: Callable[..., tuple[Tensor, Any]] | None,
+    ) -> Tensor: ...
+
+
+_layers: WeakValueDictionary[int, Layer] = WeakValueDictionary()
 _numbers = count()
 
 
-def register_layer(layer: SelfIndexLayer) -> Tensor:
+def register_layer(layer: Layer) -> Tensor:
     """Number a layer: int64 [], on the host."""
     number = next(_numbers)
     _layers[number] = layer
@@ -30,7 +48,7 @@ def register_layer(layer: SelfIndexLayer) -> Tensor:
 
 
 def run_layer(
-    layer: SelfIndexLayer,
+    layer: Layer,
     query: Tensor,
     new: NewKeys,
     mask: Tensor | None,

@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache as once
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 from weakref import WeakKeyDictionary, ref
 
 import torch
@@ -23,10 +23,8 @@ from ...attention.attend import MOST_STEP_TOKENS
 from ...attention.step import FixedPlan, budgets_of
 from ...store import LayerStore
 from .graphs import RecordedModel, Recorder
+from .layered import LayeredCache
 from .models import cache_argument
-
-if TYPE_CHECKING:
-    from .cache import SelfIndexCache
 
 MOST_RECORDINGS = 2 * MOST_STEP_TOKENS
 """Graphs a cache keeps: steps of every length, and those of short prompts."""
@@ -90,7 +88,7 @@ class Replay:
 
     def step(
         self,
-        cache: SelfIndexCache,
+        cache: LayeredCache,
         model: PreTrainedModel,
         forward: Callable[..., Any],
         given: dict[str, Any],
@@ -140,7 +138,7 @@ class Replay:
 
     def _recording(
         self,
-        cache: SelfIndexCache,
+        cache: LayeredCache,
         model: PreTrainedModel,
         forward: Callable[..., Any],
         given: dict[str, Any],
@@ -177,7 +175,7 @@ class Replay:
 
     def _record(
         self,
-        cache: SelfIndexCache,
+        cache: LayeredCache,
         model: PreTrainedModel,
         forward: Callable[..., Any],
         recording: _Recording,
@@ -216,7 +214,7 @@ class Replay:
 
     @staticmethod
     def _forward(
-        cache: SelfIndexCache, model: PreTrainedModel, forward: Callable[..., Any], recording: _Recording
+        cache: LayeredCache, model: PreTrainedModel, forward: Callable[..., Any], recording: _Recording
     ) -> None:
         cache.plans.fixed = recording.plan
         try:
@@ -226,7 +224,7 @@ class Replay:
         fields = {name: x for name, x in output.items() if x is not None and x is not cache}
         recording.kind, recording.outputs = type(output), fields
 
-    def _take_over(self, cache: SelfIndexCache, recording: _Recording) -> None:
+    def _take_over(self, cache: LayeredCache, recording: _Recording) -> None:
         """Have the cache hold the tokens that a step has put into its tensors."""
         stores, new = _stores(cache), len(recording.plan.lengths)
         read, rows = budgets_of(stores[0], new), stores[0].batch
@@ -247,7 +245,7 @@ class Replay:
         self.steps += 1
 
 
-def _stores(cache: SelfIndexCache) -> list[LayerStore]:
+def _stores(cache: LayeredCache) -> list[LayerStore]:
     return [cast(LayerStore, layer.store) for layer in cache.compressed_layers]
 
 
@@ -264,7 +262,7 @@ def _places(stores: list[LayerStore]) -> tuple[int, ...]:
     return tuple(found)
 
 
-def _is_step(cache: SelfIndexCache, ids: Tensor) -> bool:
+def _is_step(cache: LayeredCache, ids: Tensor) -> bool:
     """Whether these are the new tokens of a step, and all layers hold the same before it."""
     first, new, columns = cache.compressed_layers[0].store, ids.shape[1], cache.compressed_layers[0].columns
     if first is None or not columns or torch.is_grad_enabled() or first.batch != ids.shape[0]:
@@ -283,7 +281,7 @@ def _is_step(cache: SelfIndexCache, ids: Tensor) -> bool:
     )
 
 
-def _why_not(cache: SelfIndexCache, model: PreTrainedModel, given: dict[str, Any]) -> str | None:
+def _why_not(cache: LayeredCache, model: PreTrainedModel, given: dict[str, Any]) -> str | None:
     """Why a step of this model and cache cannot be recorded; None if it can."""
     others = [name for name, x in given.items() if name not in KNOWN and x is not None and x is not False]
     if others:
@@ -303,7 +301,7 @@ def _why_not(cache: SelfIndexCache, model: PreTrainedModel, given: dict[str, Any
     return None
 
 
-def _mask_fits(cache: SelfIndexCache, mask: Any, new: int) -> bool:
+def _mask_fits(cache: LayeredCache, mask: Any, new: int) -> bool:
     """Whether a mask says of the tokens held what the cache knows, and that all new ones are real."""
     known, past = cache.columns, cache.get_seq_length()
     if mask is None:
@@ -314,7 +312,7 @@ def _mask_fits(cache: SelfIndexCache, mask: Any, new: int) -> bool:
     return bool(seen.all() if known is None else (seen[:, :past] == known).all() & seen[:, past:].all())
 
 
-def _complete(cache: SelfIndexCache, given: dict[str, Any]) -> dict[str, Any]:
+def _complete(cache: LayeredCache, given: dict[str, Any]) -> dict[str, Any]:
     """Arguments of a step that say the same to every model, without what a step does not need."""
     ids, first = given["input_ids"], cache.get_seq_length()
     own = {"input_ids": ids, "position_ids": given.get("position_ids"), "use_cache": True}

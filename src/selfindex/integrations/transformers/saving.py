@@ -13,7 +13,7 @@ import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -25,14 +25,12 @@ from ...errors import ConfigError, FormatError, StateError
 from ...files import write_tensors
 from ...store.state import export, restore
 from .fingerprint import fingerprint
-
-if TYPE_CHECKING:
-    from .cache import SelfIndexCache
+from .layered import LayeredCache
 
 KIND, VERSION = "selfindex-cache", "2"
 
 
-def save(cache: SelfIndexCache, model: PreTrainedModel, path: str | Path) -> None:
+def save(cache: LayeredCache, model: PreTrainedModel, path: str | Path) -> None:
     """Write a cache; see `SelfIndexCache.save`."""
     if not cache.only_compressed:
         raise StateError(
@@ -72,7 +70,7 @@ def save(cache: SelfIndexCache, model: PreTrainedModel, path: str | Path) -> Non
     write_tensors(tensors, path, metadata)
 
 
-def load(cache: SelfIndexCache, model: PreTrainedModel, path: str | Path, header: dict[str, Any]) -> None:
+def load(cache: LayeredCache, model: PreTrainedModel, path: str | Path, header: dict[str, Any]) -> None:
     """Fill an empty cache from a file with that header; see `SelfIndexCache.load`."""
     try:
         _fill(cache, model, header, _read(path, header))
@@ -81,7 +79,7 @@ def load(cache: SelfIndexCache, model: PreTrainedModel, path: str | Path, header
 
 
 def _fill(
-    cache: SelfIndexCache, model: PreTrainedModel, header: dict[str, Any], tensors: dict[str, Tensor]
+    cache: LayeredCache, model: PreTrainedModel, header: dict[str, Any], tensors: dict[str, Tensor]
 ) -> None:
     wanted = [layer.layer_idx for layer in cache.compressed_layers]
     found = [numbers.get("layer") for numbers in header["layers"]]
