@@ -18,7 +18,9 @@ from ...codec import BalanceProfile
 from ...config import SelfIndexConfig
 from ...errors import InputError, StateError
 from ...report import LayerReport, Report, held_bytes
+from ...store.change import Statistics
 from .adapters import ModelState
+from .finite import FiniteCheck
 from .guard import Guard, check_sliding_crop, check_state_crop
 from .inputs import check_no_weights
 from .layer import LinearAndSelfIndexLayer, SelfIndexLayer
@@ -86,6 +88,7 @@ class SelfIndexCache(Cache):
             prepare(model)
         self.plans = StepPlans()
         self.replay = Replay()
+        self.finite = FiniteCheck()
         layers: list[Any] = list(dense.layers)
         self._compressed: list[SelfIndexLayer] = []
         for i in full:
@@ -98,6 +101,8 @@ class SelfIndexCache(Cache):
         super().__init__(layers=layers)
         self._modules = weakref.WeakSet(model.modules())
         self.state = ModelState(model)
+        self._before: tuple[int, list[Statistics | None]] = 0, []
+        """Columns and statistics of the layers before the latest pass."""
         self.columns: Tensor | None = None
         """bool [B, columns] of real tokens; None while there was no padding."""
         self._step: Tensor | None = None
@@ -204,6 +209,28 @@ class SelfIndexCache(Cache):
         """Raise StateError if an attention module of another model uses this cache."""
         if module not in self._modules:
             raise StateError("this cache was built for another model; build one with SelfIndexCache(model)")
+
+    def begin_pass(self) -> None:
+        """The first layer is handed the tokens of a pass."""
+        self.finite.begin()
+        stores = [layer.store for layer in self._compressed]
+        self._before = self._compressed[0].columns, [None if x is None else x.statistics for x in stores]
+
+    def end_pass(self) -> None:
+        """The last layer has taken the tokens of a pass: look at them, and take them back if they are bad.
+
+        Raises:
+            InputError: keys or values are NaN or infinite.
+        """
+        try:
+            self.finite.check()
+        except InputError:
+            keep, statistics = self._before
+            self.crop(keep - self._compressed[-1].columns)
+            for layer, before in zip(self._compressed, statistics, strict=True):
+                if layer.store is not None and before is not None:
+                    layer.store.statistics = before
+            raise
 
     def step_columns(self, layer: SelfIndexLayer, mask: Tensor | None, new: int) -> Tensor | None:
         """Which new columns hold tokens, bool [B, T] or None for all; read once per forward pass."""

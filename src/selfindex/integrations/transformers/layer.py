@@ -114,9 +114,13 @@ class SelfIndexLayer(CacheLayerMixin):
             return NewKeys(self, keys, values)
         with self._cache.guard.use():
             held = self.store.raw.keys if self.store is not None and self.columns else None
-            check_new_tokens(keys, values, held, self.layer_idx)
+            check_new_tokens(keys, values, held)
             check_order(self._cache, self, keys.shape[2], compiled)
             self._check_state(keys.shape[2])
+            if self is self._cache.compressed_layers[0]:
+                self._cache.begin_pass()
+            if keys.shape[2] > 1:
+                self._cache.finite.note(self.layer_idx, keys, values)
             if not self.columns:
                 # Also after a first step that failed.
                 dtype = torch.promote_types(keys.dtype, values.dtype)
@@ -190,9 +194,12 @@ class SelfIndexLayer(CacheLayerMixin):
                     )
                     output = output.to(query.dtype).transpose(1, 2).contiguous()
                 if step:
-                    self.take(store.plan_step(keys.shape[2]), keys.shape[2])
+                    check = cache.finite.of(self.layer_idx)
+                    self.take(store.plan_step(keys.shape[2], check), keys.shape[2])
                 else:
                     self.commit(query, keys, values, valid, scaling)
+            if self is cache.compressed_layers[-1]:
+                cache.end_pass()
             return output
 
     def _attend_fixed(self, query: Tensor, new: NewKeys, scaling: float, sink_logit: Tensor | None) -> Tensor:
@@ -209,7 +216,8 @@ class SelfIndexLayer(CacheLayerMixin):
         if self.store is None:
             self.lazy_initialization(keys, values)
         assert self.store is not None
-        change = self.store.plan(keys, values, query, valid, scaling, self.record_past)
+        check = self._cache.finite.of(self.layer_idx)
+        change = self.store.plan(keys, values, query, valid, scaling, self.record_past, check)
         self.take(change, keys.shape[2])
 
     def take(self, change: Change, new: int) -> None:
