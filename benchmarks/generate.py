@@ -5,7 +5,8 @@
 Random bfloat16 weights (their values do not change the time), random prompts, greedy, one GPU:
   - selfindex: `model.generate` with a SelfIndexCache, 5 % budget, defaults.
   - dynamic: the same with transformers' DynamicCache, its default.
-  - static (with --static): with `cache_implementation="static"`, which transformers compiles.
+  - static (at the lengths after --static): with `cache_implementation="static"`, which transformers
+    compiles; and compiled: SelfIndexCache with `compile=True`.
 A token's time is from one call of the stopping criteria to the next: generate waits for the GPU
 there. Medians over the steps after a warm-up.
 """
@@ -77,8 +78,8 @@ def measure(model: Any, batch: int, length: int, steps: int, way: str) -> dict[s
     given: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "do_sample": False}
     given |= {"max_new_tokens": steps, "eos_token_id": model.config.vocab_size, "pad_token_id": 0}
     cache = None
-    if way == "selfindex":
-        cache = selfindex.SelfIndexCache(model, budget=0.05)
+    if way in ("selfindex", "compiled"):
+        cache = selfindex.SelfIndexCache(model, budget=0.05, compile=way == "compiled")
         given[cache_argument(model)] = cache
     elif way == "static":
         given["cache_implementation"] = "static"
@@ -128,7 +129,9 @@ def main() -> None:
             for length in args.lengths:
                 row: dict[str, Any] = {"model": name, "batch": batch, "length": length}
                 # Twice: libraries prepare their kernels for every length that they have not seen.
-                for way in ["dynamic", "selfindex"] * 2 + ["static"] * (2 * (length in args.static)):
+                for way in ["dynamic", "selfindex"] * 2 + ["static", "compiled"] * (
+                    2 * (length in args.static)
+                ):
                     try:
                         row[way] = measure(model, batch, length, args.steps, way)
                     except torch.OutOfMemoryError:

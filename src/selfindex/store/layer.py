@@ -30,6 +30,15 @@ LONGEST_DRAFT = 128
 """Last tokens of a paper preset's first chunk that do not count as its prompt where drafts may follow it."""
 
 
+def check_finite(keys: Tensor, values: Tensor) -> None:
+    """Raise InputError unless all numbers are finite; waits for the device."""
+    if not bool(torch.isfinite(keys).all() & torch.isfinite(values).all()):
+        raise InputError(
+            "keys or values hold NaN or infinity; they cannot be encoded. Check the model's "
+            "dtype (fp16 overflows in some models; use bf16) and its inputs"
+        )
+
+
 def _outside_inference_mode(method: Callable[..., Any]) -> Callable[..., Any]:
     """Tensors made in inference mode cannot be written outside it; a store is written in any mode."""
 
@@ -107,6 +116,7 @@ class LayerStore:
         valid: Tensor | None,
         scaling: float,
         drafts: bool = False,
+        check: Callable[[Tensor, Tensor], None] = check_finite,
     ) -> Change:
         """Work out how new tokens are stored; whatever this raises, the store holds what it held.
 
@@ -115,9 +125,10 @@ class LayerStore:
             valid: bool [B, T], False for padding; None if there is none.
             scaling: factor on q.k, for the paper preset's choice of full-precision tokens.
             drafts: the last tokens may be drafts that `crop` takes back.
+            check: called with keys and values that are encoded, which have to be finite.
 
         Raises:
-            InputError: a key or value to be encoded is not finite.
+            InputError: a key or value to be encoded is not finite, from `check`.
         """
         config, statistics = self.config, self.statistics
         statistics = self._observe(statistics, query, valid)
@@ -137,7 +148,7 @@ class LayerStore:
                 rows.append(RowChange((new_k[:, :0], new_v[:, :0]), (new_k, new_v)))
             else:
                 rows.append(self._plan_window(b, new_k, new_v))
-        return self._encode_rows(rows, statistics)
+        return self._encode_rows(rows, statistics, check)
 
     @_outside_inference_mode
     def commit(self, change: Change) -> None:
@@ -168,7 +179,7 @@ class LayerStore:
         return self.config.sinks + self.config.recent + self.config.page_size
 
     @_outside_inference_mode
-    def plan_step(self, new: int) -> Change:
+    def plan_step(self, new: int, check: Callable[[Tensor, Tensor], None] = check_finite) -> Change:
         """Work out how to take over `new` tokens a row that a decode step has written behind those held.
 
         Raises:
@@ -181,12 +192,12 @@ class LayerStore:
             and self.config.preset == "balanced"
             and self.constants is not None
         ):
-            return self._plan_equal_rows(new)
+            return self._plan_equal_rows(new, check)
         none = self.raw.keys[0, :, :0]
         rows = [self._plan_window(b, none, none, new) for b in range(self.batch)]
-        return self._encode_rows(rows, self.statistics)
+        return self._encode_rows(rows, self.statistics, check)
 
-    def _plan_equal_rows(self, new: int) -> Change:
+    def _plan_equal_rows(self, new: int, check: Callable[[Tensor, Tensor], None]) -> Change:
         """All rows at once: what `_plan_window` and `_encode_rows` do one by one."""
         config, raw, held = self.config, self.raw, self.raw.lengths[0] + new
         first, pages = config.sinks, max(0, held - config.sinks - config.recent) // config.page_size
@@ -195,7 +206,7 @@ class LayerStore:
             x[:, :, first:last].unflatten(2, (pages, -1)).transpose(1, 2).flatten(0, 1)
             for x in (raw.keys, raw.values)
         )
-        self._check_finite(keys, values)
+        check(keys, values)
         full = torch.full((self.batch * pages,), config.page_size, dtype=torch.int32, device=raw.keys.device)
         planes = ops.encode(keys, values, full, cast(Tensor, self.constants), self.format.name)
         self.pool.reserve(self.batch * pages)
@@ -203,7 +214,9 @@ class LayerStore:
         kept = [x[:, :, last:held].clone() for x in (raw.keys, raw.values)]
         return Change(pages=((*planes, owners),), raw=((slice(None), first, kept[0], kept[1]),))
 
-    def _encode_rows(self, rows: list[RowChange], statistics: Statistics) -> Change:
+    def _encode_rows(
+        self, rows: list[RowChange], statistics: Statistics, check: Callable[[Tensor, Tensor], None]
+    ) -> Change:
         statistics = self._fix_statistics(rows, statistics)
         page, pages = self.config.page_size, []
         for b, row in enumerate(rows):
@@ -212,6 +225,7 @@ class LayerStore:
                 counts = [min(page, tokens - start) for start in range(0, tokens, page)]
                 constants = cast(Tensor, statistics.constants)
                 own = constants if self.config.preset == "balanced" else constants[b : b + 1]
+                check(*row.encode)
                 pages.append((*self._encode(*row.encode, own), [(b, counts)]))
         # What can run out of memory comes before anything is written.
         self.pool.reserve(sum(index.shape[0] for index, _, _ in pages))
@@ -274,7 +288,6 @@ class LayerStore:
 
     def _encode(self, keys: Tensor, values: Tensor, constants: Tensor) -> tuple[Tensor, Tensor]:
         """Encode tokens [H, n, d] of a row into pages, the last one possibly short."""
-        self._check_finite(keys, values)
         page, n = self.config.page_size, keys.shape[1]
         missing = -n % page
         shape = (keys.shape[0], -1, page, keys.shape[2])
@@ -284,14 +297,6 @@ class LayerStore:
         counts = torch.full((padded[0].shape[0],), page, dtype=torch.int32, device=keys.device)
         counts[-1] -= missing
         return ops.encode(padded[0], padded[1], counts, constants, self.format.name)
-
-    @staticmethod
-    def _check_finite(keys: Tensor, values: Tensor) -> None:
-        if not bool(torch.isfinite(keys).all() & torch.isfinite(values).all()):
-            raise InputError(
-                "keys or values hold NaN or infinity; they cannot be encoded. Check the model's "
-                "dtype (fp16 overflows in some models; use bf16) and its inputs"
-            )
 
     @property
     def unobserved(self) -> int:
@@ -366,6 +371,9 @@ class LayerStore:
         new.table = self.table.copied(share)
         new.pool = new.table.pool
         new.raw = copy.deepcopy(self.raw)
+        # Replayed steps add to this one in its place.
+        own = self.statistics.query_square.clone()
+        new.statistics = replace(self.statistics, query_square=own)
         return new
 
     def memory(self) -> Memory:

@@ -28,11 +28,11 @@ def full_precision(device: torch.device) -> AbstractContextManager[Any]:
     return torch.autocast(device.type, enabled=False) if enabled else nullcontext()
 
 
-def check_new_tokens(keys: Tensor, values: Tensor, held: Tensor | None, layer: int) -> None:
+def check_new_tokens(keys: Tensor, values: Tensor, held: Tensor | None) -> None:
     """Check new keys and values against each other and against the keys held, None if there are none.
 
     Raises:
-        InputError: wrong shape, dtype, device, batch size, or content; or they need gradients.
+        InputError: wrong shape, dtype, device or batch size; or they need gradients.
     """
     if keys.ndim != 4 or keys.shape != values.shape:
         raise InputError(
@@ -56,11 +56,6 @@ def check_new_tokens(keys: Tensor, values: Tensor, held: Tensor | None, layer: i
         raise InputError(f"head_dim {keys.shape[3]} is not supported; supported are {HEAD_DIMS}")
     if torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad):
         raise InputError(NO_GRADIENTS)
-    if keys.shape[2] > 1 and not bool(torch.isfinite(keys).all() & torch.isfinite(values).all()):
-        raise InputError(
-            f"layer {layer}: keys or values hold NaN or infinity. Check the model's dtype "
-            "(fp16 overflows in some models; use bf16) and its inputs"
-        )
 
 
 def _check_fit(keys: Tensor, held: Tensor) -> None:

@@ -18,6 +18,7 @@ from ...store import LayerStore
 from ...store.change import Change
 from .adapters import ModelState
 from .attention import NewKeys
+from .finite import FiniteCheck
 from .guard import Guard
 from .inputs import check_new_tokens, check_query, full_precision
 from .opaque import register_layer, run_layer
@@ -34,6 +35,7 @@ class Whole(Protocol):
     plans: StepPlans
     state: ModelState
     guard: Guard
+    finite: FiniteCheck
     columns: Tensor | None
 
     @property
@@ -42,6 +44,10 @@ class Whole(Protocol):
     def check_module(self, module: nn.Module) -> None: ...
 
     def check_order(self, layer: SelfIndexLayer, new: int, compressed_only: bool) -> None: ...
+
+    def begin_pass(self) -> None: ...
+
+    def end_pass(self) -> None: ...
 
     def step_columns(self, layer: SelfIndexLayer, mask: Tensor | None, new: int) -> Tensor | None: ...
 
@@ -134,9 +140,13 @@ class SelfIndexLayer(CacheLayerMixin):
             return NewKeys(self, keys, values)
         with self._cache.guard.use():
             held = self.store.raw.keys if self.store is not None and self.columns else None
-            check_new_tokens(keys, values, held, self.layer_idx)
+            check_new_tokens(keys, values, held)
             self._cache.check_order(self, keys.shape[2], compiled)
             self._check_state(keys.shape[2])
+            if self is self._cache.compressed_layers[0]:
+                self._cache.begin_pass()
+            if keys.shape[2] > 1:
+                self._cache.finite.note(self.layer_idx, keys, values)
             if not self.columns:
                 # Also after a first step that failed.
                 dtype = torch.promote_types(keys.dtype, values.dtype)
@@ -210,9 +220,12 @@ class SelfIndexLayer(CacheLayerMixin):
                     )
                     output = output.to(query.dtype).transpose(1, 2).contiguous()
                 if step:
-                    self.take(store.plan_step(keys.shape[2]), keys.shape[2])
+                    check = cache.finite.of(self.layer_idx)
+                    self.take(store.plan_step(keys.shape[2], check), keys.shape[2])
                 else:
                     self.commit(query, keys, values, valid, scaling)
+            if self is cache.compressed_layers[-1]:
+                cache.end_pass()
             return output
 
     def _attend_fixed(self, query: Tensor, new: NewKeys, scaling: float, sink_logit: Tensor | None) -> Tensor:
@@ -229,7 +242,8 @@ class SelfIndexLayer(CacheLayerMixin):
         if self.store is None:
             self.lazy_initialization(keys, values)
         assert self.store is not None
-        change = self.store.plan(keys, values, query, valid, scaling, self.record_past)
+        check = self._cache.finite.of(self.layer_idx)
+        change = self.store.plan(keys, values, query, valid, scaling, self.record_past, check)
         self.take(change, keys.shape[2])
 
     def take(self, change: Change, new: int) -> None:

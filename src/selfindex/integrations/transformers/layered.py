@@ -14,7 +14,9 @@ from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCach
 from ...attention.step import StepPlans
 from ...config import SelfIndexConfig
 from ...errors import InputError, StateError
+from ...store.change import Statistics
 from .adapters import ModelState
+from .finite import FiniteCheck
 from .guard import Guard
 from .layer import LinearAndSelfIndexLayer, SelfIndexLayer
 from .masks import new_columns
@@ -77,6 +79,7 @@ class LayeredCache(Cache):
         plans: what the layers of a step share.
         state: the model as it was when the cache was filled.
         guard: keeps the cache whole.
+        finite: whether tokens of the pass are numbers.
     """
 
     def __init__(
@@ -89,6 +92,7 @@ class LayeredCache(Cache):
     ) -> None:
         self.config = config
         self.plans = StepPlans()
+        self.finite = FiniteCheck()
         layers = list(dense)
         self._compressed: list[SelfIndexLayer] = []
         for i in full:
@@ -101,6 +105,8 @@ class LayeredCache(Cache):
         super().__init__(layers=layers)
         self._modules = weakref.WeakSet(model.modules())
         self.state = ModelState(model)
+        self._before: tuple[int, list[Statistics | None]] = 0, []
+        """Columns and statistics of the layers before the latest pass."""
         self.columns: Tensor | None = None
         """bool [B, columns] of real tokens; None while there was no padding."""
         self._step: Tensor | None = None
@@ -152,6 +158,28 @@ class LayeredCache(Cache):
                     f"called out of order. cache.crop({common}) returns to the last complete step, "
                     "cache.reset() empties the cache"
                 )
+
+    def begin_pass(self) -> None:
+        """The first layer is handed the tokens of a pass."""
+        self.finite.begin()
+        stores = [layer.store for layer in self._compressed]
+        self._before = self._compressed[0].columns, [None if x is None else x.statistics for x in stores]
+
+    def end_pass(self) -> None:
+        """The last layer has taken the tokens of a pass: look at them, and take them back if they are bad.
+
+        Raises:
+            InputError: keys or values are NaN or infinite.
+        """
+        try:
+            self.finite.check()
+        except InputError:
+            keep, statistics = self._before
+            self.crop(keep - self._compressed[-1].columns)
+            for layer, before in zip(self._compressed, statistics, strict=True):
+                if layer.store is not None and before is not None:
+                    layer.store.statistics = before
+            raise
 
     def step_columns(self, layer: SelfIndexLayer, mask: Tensor | None, new: int) -> Tensor | None:
         """Which new columns hold tokens, bool [B, T] or None for all; read once per forward pass."""

@@ -73,11 +73,17 @@ def _ours(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     return cache is not None and any(hasattr(layer, "attend") for layer in cache.layers)
 
 
+def _inside(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a compiled pass is a step that is being recorded: the pass around it has switched the name."""
+    plans = getattr(given_cache(args, kwargs), "plans", None)
+    return plans is not None and plans.fixed is not None
+
+
 def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Hook before `forward`. It has no state and no reference to the model, so that copies work."""
     ours = _ours(args, kwargs)
     if torch.compiler.is_compiling():
-        if ours:
+        if ours and not _inside(args, kwargs):
             config = text_config(module)
             config._attn_implementation_internal = NAMES.get(
                 config._attn_implementation, config._attn_implementation
@@ -101,7 +107,7 @@ def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> N
 def end(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     """Hook after `forward`, also after one that failed."""
     if torch.compiler.is_compiling():
-        if _ours(args, kwargs):
+        if _ours(args, kwargs) and not _inside(args, kwargs):
             config = text_config(module)
             config._attn_implementation_internal = _BASES.get(
                 config._attn_implementation, config._attn_implementation

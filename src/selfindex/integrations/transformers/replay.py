@@ -229,7 +229,10 @@ class Replay:
         stores, new = _stores(cache), len(recording.plan.lengths)
         read, rows = budgets_of(stores[0], new), stores[0].batch
         observed = new * rows if stores[0].unobserved else 0
-        changes = [store.plan_step(new) for store in stores]
+        cache.finite.begin()
+        numbers = [layer.layer_idx for layer in cache.compressed_layers]
+        changes = [store.plan_step(new, cache.finite.of(i)) for store, i in zip(stores, numbers, strict=True)]
+        cache.finite.check()
         columns = cache.columns
         if columns is not None:
             columns = torch.cat((columns, columns.new_ones(rows, new)), 1)
