@@ -12,6 +12,7 @@ from selfindex.attention import exact, kernels
 from selfindex.attention.exact import FEW_QUERIES, exact_part
 from selfindex.attention.shared import Shared
 from selfindex.backends import reference
+from selfindex.backends.operators import dense_attend
 from selfindex.backends.partial import attend_raw
 from selfindex.store.raw import RawTokens
 
@@ -187,7 +188,7 @@ def test_blocks_of_queries_bound_what_decoded_tokens_meet(monkeypatch):
     pages = store.pool.index, store.pool.payload, *store.table.tensors()
     call = (query, *pages, store.constants, 0.125, store.format.name)
     whole = reference.dense_attend(*call)
-    monkeypatch.setattr(reference, "DENSE_QUERIES", 100)
+    monkeypatch.setattr(dense_attend, "DENSE_QUERIES", 100)
     with LargestTensor() as largest:
         blocks = reference.dense_attend(*call)
     assert largest.bytes < 4 * store.format.kv_heads * 2 * 300 * store.encoded(0) / 2

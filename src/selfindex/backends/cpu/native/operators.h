@@ -1,4 +1,4 @@
-// The operators of src/selfindex/backends/ops.py that have kernels here.
+// The operators of src/selfindex/backends/operators that have kernels here.
 #pragma once
 
 #include <cstdint>
