@@ -109,8 +109,8 @@ def end_section(result: dict[str, Any]) -> list[str]:
     lines = ["## A whole model"]
     lines += paragraph(
         where(result, f"python benchmarks/end_to_end.py --lengths {lengths(result)} --output FILE"),
-        f"{result['model']} ({result['weights_gb']:.1f} GB). selfindex is the loop behind",
-        "`selfindex.generate` over 128 steps, the encoding of a page included; dense is the same model in a",
+        f"{result['model']} ({result['weights_gb']:.1f} GB). selfindex is a loop of 128 steps that replays",
+        "one graph, the encoding of a page included (at that date; `model.generate` replays it now, see above); dense is the same model in a",
         "captured graph with the best dense SDPA kernel on exactly the tokens that exist.",
         "Milliseconds per token.",
     )
@@ -254,6 +254,51 @@ def cpu_section(result: dict[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
+def generate_section(result: dict[str, Any]) -> list[str]:
+    """`model.generate`, as people call it."""
+    found = result["environment"]
+    lines = ["## `model.generate`"]
+    lines += paragraph(
+        f"`{found['command']}`, {found['date']}, {found['gpu']}, torch {found['torch']}. Random bf16 weights,",
+        "greedy, budget 5 %, milliseconds a token (medians, from one call of the stopping criteria to the next)",
+        "and seconds to the first token. *dynamic* is transformers' default; *static* its",
+        '`cache_implementation="static"`, which it compiles; *compiled* SelfIndexCache with `compile=True`.',
+        "The first token of short prompts is later because each layer is encoded as soon as it has run, in",
+        "kernels that Python launches.",
+    )
+    titles = ("model", "batch x length", "dynamic", "selfindex", "ratio", "static", "compiled")
+    lines += head(*titles, "first token, dynamic", "first token, selfindex")
+    for each in result["results"]:
+        ms = {way: each[way]["ms"] for way in titles if each.get(way)}
+        times = [f"{ms[way]:.1f}" if way in ms else "" for way in ("dynamic", "selfindex", "static", "compiled")]
+        ratio = f"{ms['dynamic'] / ms['selfindex']:.1f}" if {"dynamic", "selfindex"} <= ms.keys() else ""
+        first = [f"{each[way]['first_s']:.3f}" if each.get(way) else "" for way in ("dynamic", "selfindex")]
+        size_of = f"{each['batch']} x {size(each['length'])}"
+        lines.append(row(each["model"], size_of, *times[:2], ratio, *times[2:], *first))
+    return [*lines, ""]
+
+
+def chunk_section(result: dict[str, Any]) -> list[str]:
+    """New tokens that attend to each other in a later turn."""
+    found, shape = result["environment"], result["shape"]
+    lines = ["## A long chunk after the first"]
+    lines += paragraph(
+        f"`{found['command']}`, {found['date']}, {found['gpu']}, torch {found['torch']}. The exact part of a chunk",
+        f"({shape['query_heads']} / {shape['kv_heads']} heads of {shape['head_dim']}, {shape['held']} held tokens)",
+        "against the faster of two ways to have SDPA compute the same: milliseconds and memory.",
+    )
+    lines += head("dtype", "new tokens", "exact part, ms", "MiB", "SDPA, ms", "MiB", "ratio")
+    for each in result["results"]:
+        best = min(("masked", "aligned"), key=each["seconds"].__getitem__)
+        numbers = [
+            text
+            for way in ("exact", best)
+            for text in (f"{1e3 * each['seconds'][way]:.2f}", f"{each['bytes'][way] / (1 << 20):.0f}")
+        ]
+        lines.append(row(each["dtype"], f"{each['new']:,}", *numbers, f"{each['ratio']:.2f}"))
+    return [*lines, ""]
+
+
 def cpu_model_section(result: dict[str, Any]) -> list[str]:
     """A small model's decode steps on a CPU."""
     found = result["environment"]
@@ -281,8 +326,8 @@ def eager_section(results: list[dict[str, Any]]) -> list[str]:
     """Steps that Python launches, of a small model."""
     lines = ["## Steps that Python launches"]
     lines += paragraph(
-        "What `model.generate` does: the shapes of SmolLM2-135M, random bf16 weights, one sequence,",
-        "budget 5 %, milliseconds a step (medians). *loop* is the step of `selfindex.generate`.",
+        "Forward passes of one token, as a CPU runs them and a GPU without graphs: the shapes of SmolLM2-135M,",
+        "random bf16 weights, one sequence, budget 5 %, milliseconds a step (medians).",
     )
     for result in results:
         found = result["environment"]
@@ -290,9 +335,9 @@ def eager_section(results: list[dict[str, Any]]) -> list[str]:
             f"`{found['command']}`, {found['date']}, {found['gpu'] or str(found['cpus']) + ' CPU cores'},",
             f"torch {found['torch']}.",
         )
-        lines += head("tokens", "DynamicCache", "SelfIndexCache", "loop")
+        lines += head("tokens", "DynamicCache", "SelfIndexCache")
         for each in result["results"]:
-            times = [f"{each[way]:.1f}" for way in ("dense", "selfindex", "loop")]
+            times = [f"{each[way]:.1f}" for way in ("dense", "selfindex")]
             lines.append(row(size(int(each["length"])), *times))
         lines.append("")
     return lines
@@ -328,9 +373,11 @@ def main() -> None:
         "Every section ran in one go on the machine it names.",
     )
     lines += decode_section(decode)
+    lines += generate_section(load("generate-h200.json"))
     lines += end_section(load("end_to_end-h100.json"))
     lines += compiled_section(load("end_to_end-compiled-h100.json"))
     lines += encode_section(load("encode-h100.json"))
+    lines += chunk_section(load("chunk-h200.json"))
     if (RESULTS / "offload-h100.json").exists():
         lines += offload_section(load("offload-h100.json"))
     lines += cpu_section(load("cpu_decode.json"))
