@@ -11,7 +11,12 @@ from typing import Any, NoReturn, cast
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicSlidingWindowLayer,
+    LinearAttentionCacheLayerMixin,
+)
 
 from ...attention.step import StepPlans
 from ...codec import BalanceProfile
@@ -27,6 +32,7 @@ from .models import plan_layers
 from .passes import prepare
 from .replay import Replay
 from .saving import load, read_header, read_options, save
+from .window import SlidingWindowLayer
 from .wrappers import unwrap
 
 
@@ -95,6 +101,9 @@ class SelfIndexCache(Cache):
             else:
                 layers[i] = LinearAndSelfIndexLayer(self, i, balance.get(i), states)
             self._compressed.append(layers[i])
+        for i, layer in enumerate(layers):
+            if type(layer) is DynamicSlidingWindowLayer and layer.sliding_window > 1:
+                layers[i] = SlidingWindowLayer(layer.sliding_window, self.plans)
         super().__init__(layers=layers)
         self._modules = weakref.WeakSet(model.modules())
         self.state = ModelState(model)

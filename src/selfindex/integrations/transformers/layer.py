@@ -15,9 +15,9 @@ from ...attention.step import FixedPlan, attend_step
 from ...errors import StateError
 from ...store import LayerStore
 from ...store.change import Change
-from .attention import NewKeys
 from .guard import check_order
 from .inputs import check_new_tokens, check_query, full_precision
+from .new_keys import NewKeys
 from .opaque import register_layer, run_layer
 
 if TYPE_CHECKING:

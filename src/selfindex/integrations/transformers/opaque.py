@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .attention import NewKeys
     from .layer import SelfIndexLayer
+    from .new_keys import NewKeys
 
 _layers: WeakValueDictionary[int, SelfIndexLayer] = WeakValueDictionary()
 _numbers = count()
