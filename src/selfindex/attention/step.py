@@ -7,7 +7,9 @@ tensors, the full-precision window has room for the new tokens, block tables hav
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,20 +94,25 @@ class FixedPlan(StepPlan):
 
     Attributes:
         columns: tokens, padding included, that the model is told it has seen.
+        first: int32 [], column of the first new token.
+        hidden: columns that nothing sees in sliding-window layers.
     """
 
-    def __init__(self, store: LayerStore, new: int) -> None:
+    def __init__(self, store: LayerStore, new: int, hidden: Mapping[Any, Tensor]) -> None:
         with torch.inference_mode(False):
-            rows = torch.zeros(new + 1, store.batch, dtype=torch.int32, device=store.raw.keys.device)
+            rows = torch.zeros(new + 2, store.batch, dtype=torch.int32, device=store.raw.keys.device)
         width = most_of_a_budget(store.config, store.table.padded()[0].shape[1])
-        super().__init__(rows[:-1], rows[-1], width, everything=False)
+        super().__init__(rows[:new], rows[new], width, everything=False)
         self._rows = rows
         self.columns = 0
+        self.first = rows[new + 1, 0]
+        self.hidden = hidden
 
-    def update(self, store: LayerStore) -> None:
-        """Plan the next step, from what a layer holds now."""
+    def update(self, store: LayerStore, columns: int) -> None:
+        """Plan the next step, from what a layer holds now, in so many columns."""
         new = len(self.lengths)
-        numbers = [*([n + t for n in store.raw.lengths] for t in range(new)), budgets_of(store, new)]
+        lengths = ([n + t for n in store.raw.lengths] for t in range(new))
+        numbers = [*lengths, budgets_of(store, new), [columns] * store.batch]
         self._rows.copy_(torch.tensor(numbers, dtype=torch.int32))
 
 

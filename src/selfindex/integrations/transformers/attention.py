@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,37 +12,11 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ...errors import InputError, StateError
+from ...errors import InputError
 from .inputs import NO_GRADIENTS
 from .masks import compact_mask, expand_mask
+from .new_keys import NewKeys
 from .passes import NAMES, running
-
-
-class NewKeys:
-    """Stands in for the key tensor between the cache's `update` and the attention function.
-
-    Models pass it through untouched. Anything that treats it as a tensor is an attention
-    implementation that was not prepared, and gets a clear error.
-    """
-
-    def __init__(self, layer: Any, keys: Tensor, values: Tensor) -> None:
-        self.layer, self.new_keys, self.new_values = layer, keys, values
-
-    def __getattr__(self, name: str) -> NoReturn:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        self._misused()
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
-        cls._misused()
-
-    @staticmethod
-    def _misused() -> NoReturn:
-        raise StateError(
-            "a SelfIndexCache reached a model that was not prepared for it: build the cache with "
-            "SelfIndexCache(model), and call the model itself, not its forward method"
-        )
 
 
 def dense_attention(
@@ -80,7 +54,7 @@ def attention_forward(
 
     Args:
         base: dense implementation to build on.
-        query: [B, Hq, T, d]; key: `NewKeys` from a compressed layer, or dense [B, H, N, d].
+        query: [B, Hq, T, d]; key: `NewKeys` from a layer of this cache, or dense [B, H, N, d].
         attention_mask: see `compact_mask`.
         kwargs: scaling, dropout and whatever the model passes on.
     Returns:
@@ -93,6 +67,11 @@ def attention_forward(
         return dense_attention(base, module, query, key, value, attention_mask, **kwargs)
     if torch.is_grad_enabled() and query.requires_grad:
         raise InputError(NO_GRADIENTS)
+    if key.layer.is_sliding:
+        if base not in ("sdpa", "eager"):
+            raise InputError(f"{base} takes no masks, which sliding windows of fixed shape need")
+        own = partial(dense_attention, base, module, **(kwargs | {"sliding_window": None}))
+        return key.layer.attend(query, key, own), None
     window = kwargs.get("sliding_window")
     if window is not None and window >= key.layer.get_seq_length() + query.shape[2]:
         kwargs["sliding_window"] = None  # a window that holds everything so far is full attention

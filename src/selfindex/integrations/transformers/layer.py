@@ -17,10 +17,10 @@ from ...errors import StateError
 from ...store import LayerStore
 from ...store.change import Change
 from .adapters import ModelState
-from .attention import NewKeys
 from .finite import FiniteCheck
 from .guard import Guard
 from .inputs import check_new_tokens, check_query, full_precision
+from .new_keys import NewKeys
 from .opaque import register_layer, run_layer
 
 MASKED_CHUNK = 1024

@@ -9,7 +9,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicSlidingWindowLayer,
+    LinearAttentionCacheLayerMixin,
+)
 
 from ...attention.step import StepPlans
 from ...config import SelfIndexConfig
@@ -20,6 +25,7 @@ from .finite import FiniteCheck
 from .guard import Guard
 from .layer import LinearAndSelfIndexLayer, SelfIndexLayer
 from .masks import new_columns
+from .window import SlidingWindowLayer
 
 
 def _with_padding(columns: Tensor | None) -> Tensor | None:
@@ -102,6 +108,9 @@ class LayeredCache(Cache):
             else:
                 layers[i] = LinearAndSelfIndexLayer(self, i, balance.get(i), states)
             self._compressed.append(layers[i])
+        for i, layer in enumerate(layers):
+            if type(layer) is DynamicSlidingWindowLayer and layer.sliding_window > 1:
+                layers[i] = SlidingWindowLayer(layer.sliding_window, self.plans)
         super().__init__(layers=layers)
         self._modules = weakref.WeakSet(model.modules())
         self.state = ModelState(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,8 +21,14 @@ def compact_mask(base: str, **kwargs: Any) -> Tensor | None:
     Returns None (causal without padding, where dense kernels need no mask either), bool [B, columns]
     (causal, False for padding), or, for any other pattern such as a sliding window or a static
     cache, what the mask function of `base` returns.
+
+    Raises:
+        InputError: a layer with a ring has another mask than a sliding window.
     """
     past, new, total = kwargs["q_offset"], kwargs["q_length"], kwargs["kv_length"]
+    if total == 0:  # a `SlidingWindowLayer` in a step of fixed shape, which makes its own mask
+        check_window(kwargs["mask_function"], kwargs["kv_offset"])
+        return None
     plain = (
         kwargs.get("mask_function") is causal_mask_function
         and kwargs.get("local_size") is None
@@ -38,6 +45,16 @@ def compact_mask(base: str, **kwargs: Any) -> Tensor | None:
     if past == 0 or new == 1:
         return None
     return torch.ones(kwargs["batch_size"], total, dtype=torch.bool, device=kwargs.get("device"))
+
+
+def check_window(sees: Callable[..., Tensor], window: int) -> None:
+    """Raise InputError if a mask function is another than that of a causal sliding window."""
+    query, key = torch.tensor(2 * window + 3, device="cpu"), torch.arange(3 * window + 6, device="cpu")
+    row = torch.zeros((), dtype=torch.long, device="cpu")
+    if not torch.equal(sees(row, row, query, key), (key <= query) & (key > query - window)):
+        raise InputError(
+            f"masks of another kind than a sliding window of {window} tokens have no fixed shape"
+        )
 
 
 def expand_mask(base: str, mask: Tensor | None, query: Tensor, key_length: int, config: Any) -> Tensor | None:

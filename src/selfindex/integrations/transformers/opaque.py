@@ -14,7 +14,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from .attention import NewKeys
+from .new_keys import NewKeys
 
 
 class Layer(Protocol):

@@ -18,6 +18,7 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from ...attention.attend import MOST_STEP_TOKENS
 from ...attention.step import FixedPlan, budgets_of
@@ -25,6 +26,7 @@ from ...store import LayerStore
 from .graphs import RecordedModel, Recorder
 from .layered import LayeredCache
 from .models import cache_argument
+from .windows import Windows, window_layers
 
 MOST_RECORDINGS = 2 * MOST_STEP_TOKENS
 """Graphs a cache keeps: steps of every length, and those of short prompts."""
@@ -80,11 +82,13 @@ class Replay:
         self.steps = 0
         self._off = False
         self._recorder: Recorder | None = None
+        self._windows = Windows()
         self._recordings: OrderedDict[tuple[object, ...], _Recording] = OrderedDict()
 
     def forget(self) -> None:
         """Drop what was recorded, together with what the cache holds."""
         self._recordings.clear()
+        self._windows.forget()
 
     def step(
         self,
@@ -125,7 +129,7 @@ class Replay:
             recording = self._recording(cache, model, forward, given)
             if recording is None:
                 return None
-            recording.plan.update(_stores(cache)[0])
+            recording.plan.update(_stores(cache)[0], cache.get_seq_length())
             for name in ("input_ids", "position_ids"):
                 recording.given[name].copy_(given[name])
             if recording.graph is not None:
@@ -147,11 +151,12 @@ class Replay:
         stores = _stores(cache)
         for store in stores:
             store.reserve(0, store.window_limit + MOST_STEP_TOKENS)
+        self._windows.fill(cache)
         first, shapes = stores[0], [given[name].shape for name in ("input_ids", "position_ids")]
         phase = first.constants is None, bool(first.unobserved)
         key = (cache.config, *shapes, given.get("logits_to_keep"), *phase)
         found = self._recordings.get(key)
-        if found is None or found.places != _places(stores) or not found.model.unchanged():
+        if found is None or found.places != self._places(cache) or not found.model.unchanged():
             self._recordings.pop(key, None)
             found = None
         state = RecordedModel(model) if found is None else found.model
@@ -160,7 +165,8 @@ class Replay:
             return None
         if found is None:
             own = {name: x.clone() if isinstance(x, Tensor) else x for name, x in given.items()}
-            found = _Recording(FixedPlan(first, shapes[0][1]), own, state, _places(stores))
+            plan = FixedPlan(first, shapes[0][1], self._windows.hidden)
+            found = _Recording(plan, own, state, self._places(cache))
             reason = self._record(cache, model, forward, found)
             if reason is not None:
                 self._off = True
@@ -182,8 +188,8 @@ class Replay:
     ) -> str | None:
         """Record a step, or say why it cannot be."""
         plan, stores = recording.plan, _stores(cache)
-        plan.update(stores[0])
         plan.columns = cache.get_seq_length()
+        plan.update(stores[0], plan.columns)
         # The runs below write the new tokens where the step itself will; only this adds up.
         squares = [store.statistics.query_square.clone() for store in stores]
 
@@ -201,7 +207,7 @@ class Replay:
                 recording.graph = self._recorder.record(run)
             else:
                 run()
-            recording.places = _places(stores)  # the first run may have made room
+            recording.places = self._places(cache)  # the first run may have made room
             if extra := recording.outputs.keys() - {"logits", "last_hidden_state"}:
                 return f"{type(model).__name__} also returns {', '.join(sorted(extra))}"
         except Exception as error:  # whatever a model does in its forward
@@ -216,11 +222,13 @@ class Replay:
     def _forward(
         cache: LayeredCache, model: PreTrainedModel, forward: Callable[..., Any], recording: _Recording
     ) -> None:
+        cache.plans.begin()
         cache.plans.fixed = recording.plan
         try:
             output = forward(**recording.given, **{cache_argument(model): cache})
         finally:
             cache.plans.fixed = None
+            cache.plans.begin()
         fields = {name: x for name, x in output.items() if x is not None and x is not cache}
         recording.kind, recording.outputs = type(output), fields
 
@@ -245,15 +253,20 @@ class Replay:
                 store.commit(change)
                 layer.columns += new
             cache.columns = columns
+            self._windows.advance(cache, new)
         self.steps += 1
+
+    def _places(self, cache: LayeredCache) -> tuple[int, ...]:
+        """Addresses that a graph of a step reads and writes, and that may change."""
+        return (*_store_places(_stores(cache)), *self._windows.places(cache))
 
 
 def _stores(cache: LayeredCache) -> list[LayerStore]:
     return [cast(LayerStore, layer.store) for layer in cache.compressed_layers]
 
 
-def _places(stores: list[LayerStore]) -> tuple[int, ...]:
-    """Addresses that a graph of a step reads and writes, and that may change."""
+def _store_places(stores: list[LayerStore]) -> list[int]:
+    """Of the compressed layers."""
     found: list[int] = []
     for store in stores:
         tensors = (store.pool.index, store.pool.payload, store.raw.keys, store.raw.values)
@@ -262,7 +275,7 @@ def _places(stores: list[LayerStore]) -> tuple[int, ...]:
             found.append(store.constants.data_ptr())
         if store.pool.recent is not None:
             found.append(store.pool.recent.address)
-    return tuple(found)
+    return found
 
 
 def _is_step(cache: LayeredCache, ids: Tensor) -> bool:
@@ -281,6 +294,12 @@ def _is_step(cache: LayeredCache, ids: Tensor) -> bool:
         and layer.store.table.pages == first.table.pages
         and (layer.store.constants is None) == (first.constants is None)
         for layer in cache.compressed_layers
+    ) and all(
+        layer.is_initialized
+        and layer.cumulative_length == columns
+        and layer.batch == first.batch
+        and layer.takes(new)
+        for layer in window_layers(cache)
     )
 
 
@@ -289,9 +308,15 @@ def _why_not(cache: LayeredCache, model: PreTrainedModel, given: dict[str, Any])
     others = [name for name, x in given.items() if name not in KNOWN and x is not None and x is not False]
     if others:
         return f"the forward pass was given {', '.join(others)}"
-    if not cache.only_compressed:
+    windows = window_layers(cache)
+    if any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers):
+        return "the model has layers with a linear-attention or convolution state"
+    if len(windows) + len(cache.compressed_layers) < len(cache.layers):
         return "the model has layers of another kind, whose cache changes its shape at every step"
-    if len({store.raw.keys.device for store in _stores(cache)}) > 1:
+    if windows and cache.config.compile:
+        return "compile=True does not know sliding-window layers"
+    devices = [*(store.raw.keys.device for store in _stores(cache)), *(layer.device for layer in windows)]
+    if len(set(devices)) > 1:
         return "the model's layers are on several devices"
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return "processes that work together could not agree on it"
