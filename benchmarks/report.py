@@ -254,13 +254,14 @@ def cpu_section(result: dict[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
-def generate_section(result: dict[str, Any]) -> list[str]:
+def generate_section(results: list[dict[str, Any]]) -> list[str]:
     """`model.generate`, as people call it."""
-    found = result["environment"]
     lines = ["## `model.generate`"]
+    for found in (result["environment"] for result in results):
+        machine = f"{found['gpu']}, torch {found['torch']}, transformers {found['transformers']}"
+        lines += paragraph(f"`{found['command']}`, {found['date']}, {machine}.")
     lines += paragraph(
-        f"`{found['command']}`, {found['date']}, {found['gpu']}, torch {found['torch']}. Random bf16 weights,",
-        "greedy, budget 5 %, milliseconds a token (medians, from one call of the stopping criteria to the next)",
+        "Random bf16 weights, greedy, budget 5 %, milliseconds a token (medians, from one call of the stopping criteria to the next)",
         "and seconds to the first token. *dynamic* is transformers' default; *static* its",
         '`cache_implementation="static"`, which it compiles; *compiled* SelfIndexCache with `compile=True`.',
         "The first token of short prompts is later because each layer is encoded as soon as it has run, in",
@@ -268,9 +269,11 @@ def generate_section(result: dict[str, Any]) -> list[str]:
     )
     titles = ("model", "batch x length", "dynamic", "selfindex", "ratio", "static", "compiled")
     lines += head(*titles, "first token, dynamic", "first token, selfindex")
-    for each in result["results"]:
+    for each in (each for result in results for each in result["results"]):
         ms = {way: each[way]["ms"] for way in titles if each.get(way)}
-        times = [f"{ms[way]:.1f}" if way in ms else "" for way in ("dynamic", "selfindex", "static", "compiled")]
+        times = [
+            f"{ms[way]:.1f}" if way in ms else "" for way in ("dynamic", "selfindex", "static", "compiled")
+        ]
         ratio = f"{ms['dynamic'] / ms['selfindex']:.1f}" if {"dynamic", "selfindex"} <= ms.keys() else ""
         first = [f"{each[way]['first_s']:.3f}" if each.get(way) else "" for way in ("dynamic", "selfindex")]
         size_of = f"{each['batch']} x {size(each['length'])}"
@@ -373,7 +376,7 @@ def main() -> None:
         "Every section ran in one go on the machine it names.",
     )
     lines += decode_section(decode)
-    lines += generate_section(load("generate-h200.json"))
+    lines += generate_section([load(path.name) for path in sorted(RESULTS.glob("generate-*-h200.json"))])
     lines += end_section(load("end_to_end-h100.json"))
     lines += compiled_section(load("end_to_end-compiled-h100.json"))
     lines += encode_section(load("encode-h100.json"))
