@@ -12,7 +12,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from selfindex.evaluation.rivals.quantised import LEVELS
+from selfindex.evaluation.baselines.quantised import LEVELS
 
 MEAN_ABS = 0.7978845608  # E|x| of a unit Gaussian
 E4M4_TOP = 1.9375

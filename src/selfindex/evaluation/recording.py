@@ -7,13 +7,20 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from ..integrations.transformers import SelfIndexCache
+from ..integrations.transformers.observer import Observation
+from .cache_layers import observe_dense
+
+if TYPE_CHECKING:
+    from ..integrations.transformers import SelfIndexCache
+    from .cache_layers import ReplacedCache
+
+    Filled = TypeVar("Filled", SelfIndexCache, ReplacedCache)
 
 
 @dataclass
@@ -38,7 +45,7 @@ class Recording:
             layer.commit(query, keys, values, None, scaling)
         return self.around(cache)
 
-    def around(self, cache: SelfIndexCache) -> SelfIndexCache:
+    def around(self, cache: Filled) -> Filled:
         """Fill only the layers that the cache does not compress (sliding windows)."""
         for i, layer in enumerate(self.dense.layers):
             if i not in {x.layer_idx for x in cache.compressed_layers}:
@@ -53,26 +60,10 @@ class Recording:
 @torch.inference_mode()
 def record(model: Any, ids: Tensor) -> Recording:
     """Run a dense prefill of token ids [B, N] and keep what its full-attention layers saw."""
-    cache = SelfIndexCache(model)
-    dense = DynamicCache(config=model.config)
-    tensors: list[tuple[Tensor, Tensor, Tensor, float]] = []
+    dense, tensors = DynamicCache(config=model.config), dict[int, tuple[Tensor, Tensor, Tensor, float]]()
 
-    def keep(layer: Any) -> Any:
-        def attend(
-            module: Any, query: Tensor, new: Any, mask: Any, scaling: float, sinks: Any, run: Any
-        ) -> Tensor:
-            tensors.append((query, new.new_keys, new.new_values, scaling))
-            dense.layers[layer.layer_idx].update(new.new_keys, new.new_values)
-            layer.columns += query.shape[2]
-            return run(query, new.new_keys, new.new_values, mask)[0]
+    def keep(seen: Observation) -> None:
+        tensors[seen.layer.layer_idx] = (seen.query, seen.keys, seen.values, seen.scaling)
 
-        return attend
-
-    for layer in cache.compressed_layers:
-        layer.attend = keep(layer)  # type: ignore[method-assign]
-    logits = model(ids, past_key_values=cache, logits_to_keep=1).logits
-    compressed = {layer.layer_idx for layer in cache.compressed_layers}
-    for i, other in enumerate(cache.layers):
-        if i not in compressed:
-            dense.layers[i] = other
-    return Recording(tensors, dense, logits, sorted(compressed))
+    logits = observe_dense(model, dense, ids, keep, logits_to_keep=1).logits
+    return Recording(list(tensors.values()), dense, logits, list(tensors))

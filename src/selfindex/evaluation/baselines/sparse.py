@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import RECENT, Stored, ends, top_tokens
+from .base import RECENT, Stored, full_precision, top_tokens
 
 
 @dataclass
@@ -19,7 +19,7 @@ class Sparse:
     budget: float
 
     def store(self, query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Stored:
-        return Stored(keys, values, ends(keys.shape[1]))
+        return Stored(keys, values, full_precision(keys.shape[1]))
 
     def count(self, tokens: int) -> int:
         """Tokens selected of a prefix."""
@@ -64,7 +64,7 @@ class Quest(Sparse):
         missing = -keys.shape[1] % self.page
         # The last page repeats its last key, which changes neither bound.
         padded = torch.cat((keys, keys[:, -1:].expand(-1, missing, -1)), 1).unflatten(1, (-1, self.page))
-        return Stored(keys, values, ends(keys.shape[1]), index=(padded.amin(2), padded.amax(2)))
+        return Stored(keys, values, full_precision(keys.shape[1]), index=(padded.amin(2), padded.amax(2)))
 
     def select(self, stored: Stored, query: Tensor, scaling: float) -> Tensor:
         low, high = stored.index  # [H, pages, d]
@@ -96,7 +96,7 @@ class DoubleSparse(Sparse):
         weight = query.unflatten(0, (heads, -1)).abs().mean((1, 2)) * keys.abs().mean(1)  # [H, d]
         heavy = weight.topk(round(dim * self.channels), -1).indices
         label = keys.gather(2, heavy[:, None].expand(-1, keys.shape[1], -1))
-        return Stored(keys, values, ends(keys.shape[1]), index=(heavy, label))
+        return Stored(keys, values, full_precision(keys.shape[1]), index=(heavy, label))
 
     def select(self, stored: Stored, query: Tensor, scaling: float) -> Tensor:
         heavy, label = stored.index
@@ -129,9 +129,9 @@ class SnapKV(Sparse):
         future = at > at[n - last.shape[2] :, None]
         votes = logits.masked_fill(future, -torch.inf).softmax(-1).sum((1, 2))
         votes = F.max_pool1d(votes, self.kernel, stride=1, padding=self.kernel // 2)
-        exact = ends(n).to(keys.device)
+        exact = full_precision(n).to(keys.device)
         kept = top_tokens(votes, self.count(n), exact) | exact
-        return Stored(keys, values, ends(n), kept=kept)
+        return Stored(keys, values, full_precision(n), kept=kept)
 
     def select(self, stored: Stored, query: Tensor, scaling: float) -> None:
         return None
@@ -151,8 +151,8 @@ class StreamingLLM(Sparse):
 
     def store(self, query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Stored:
         n = keys.shape[1]
-        kept = ends(n, recent=self.count(n) + RECENT)
-        return Stored(keys, values, ends(n), kept=kept.to(keys.device).expand(keys.shape[0], -1))
+        kept = full_precision(n, recent=self.count(n) + RECENT)
+        return Stored(keys, values, full_precision(n), kept=kept.to(keys.device).expand(keys.shape[0], -1))
 
     def select(self, stored: Stored, query: Tensor, scaling: float) -> None:
         return None

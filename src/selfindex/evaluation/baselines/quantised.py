@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...codec.rotation import hadamard
-from .base import Stored, ends
+from .base import Stored, full_precision
 
 
 def minmax(x: Tensor, bits: int, group: int) -> Tensor:
@@ -44,7 +44,7 @@ class Dense(Everything):
     """The model's own cache in 16 bits; stored here as it is."""
 
     def store(self, query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Stored:
-        return Stored(keys, values, ends(keys.shape[1]))
+        return Stored(keys, values, full_precision(keys.shape[1]))
 
     def bytes_per_token(self, head_dim: int) -> float:
         return 4 * head_dim
@@ -58,7 +58,7 @@ class FP8(Everything):
             scale = x.abs().amax() / torch.finfo(torch.float8_e4m3fn).max
             return (x / scale).to(torch.float8_e4m3fn).float() * scale
 
-        return Stored(cast(keys), cast(values), ends(keys.shape[1]))
+        return Stored(cast(keys), cast(values), full_precision(keys.shape[1]))
 
     def bytes_per_token(self, head_dim: int) -> float:
         return 2 * head_dim
@@ -107,7 +107,7 @@ class RotatedLloydMax(Everything):
     bits: int
 
     def store(self, query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Stored:
-        n, exact = keys.shape[1], ends(keys.shape[1])
+        n, exact = keys.shape[1], full_precision(keys.shape[1])
 
         def cast(x: Tensor, seed: int) -> Tensor:
             generator = torch.Generator().manual_seed(seed)
