@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -117,17 +118,18 @@ class ReplacedLayer(_Layer):
 
 
 class ReplacedCache(Cache):
-    """A cache whose full-attention layers are replaced; the others are the model's, and empty.
+    """A cache whose full-attention layers are replaced; the others are copies of a dense cache's.
 
     Args:
         attentions: by layer, for all that `full_attention_layers` names.
-        tokens: the prefix's.
+        dense: holds the prefix.
     """
 
-    def __init__(self, model: Any, attentions: dict[int, Attention], tokens: int) -> None:
+    def __init__(self, model: Any, attentions: Mapping[int, Attention], dense: DynamicCache) -> None:
         prepare(unwrap(model))
-        layers: list[Any] = list(plan_layers(unwrap(model), SelfIndexConfig())[0].layers)
-        self.compressed_layers = [ReplacedLayer(i, x, tokens) for i, x in attentions.items()]
-        for layer in self.compressed_layers:
-            layers[layer.layer_idx] = layer
+        layers: list[Any] = list(dense.layers)
+        for i, layer in enumerate(layers):
+            own = attentions.get(i)
+            layers[i] = copy.deepcopy(layer) if own is None else ReplacedLayer(i, own, layer.get_seq_length())
+        self.compressed_layers: list[ReplacedLayer] = [layers[i] for i in attentions]
         super().__init__(layers=layers)

@@ -13,9 +13,17 @@ from .stats import Array, bootstrap
 
 
 @torch.inference_mode()
-def continue_from(model: Any, cache: Any, ids: Tensor) -> Tensor:
-    """Log-probabilities [T, vocabulary] of the tokens after each of ids [1, T]."""
-    return model(ids, **{cache_argument(model): cache}).logits[0].float().log_softmax(-1)
+def continue_from(model: Any, cache: Any, ids: Tensor, **options: Any) -> Tensor:
+    """Log-probabilities [T, vocabulary] of the tokens after each of ids [1, T], teacher-forced.
+
+    The cache takes the tokens. `options` are the forward pass's.
+    """
+    return (
+        model(ids, use_cache=True, **{cache_argument(model): cache}, **options)
+        .logits[0]
+        .float()
+        .log_softmax(-1)
+    )
 
 
 def compare(dense: Tensor, other: Tensor, targets: Tensor) -> dict[str, Array]:

@@ -7,20 +7,15 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from ..integrations.transformers import SelfIndexCache
 from ..integrations.transformers.observer import Observation
 from .cache_layers import observe_dense
-
-if TYPE_CHECKING:
-    from ..integrations.transformers import SelfIndexCache
-    from .cache_layers import ReplacedCache
-
-    Filled = TypeVar("Filled", SelfIndexCache, ReplacedCache)
 
 
 @dataclass
@@ -43,12 +38,9 @@ class Recording:
         """Store the recorded tokens in an empty cache of the same model."""
         for layer, (query, keys, values, scaling) in zip(cache.compressed_layers, self.tensors, strict=True):
             layer.commit(query, keys, values, None, scaling)
-        return self.around(cache)
-
-    def around(self, cache: Filled) -> Filled:
-        """Fill only the layers that the cache does not compress (sliding windows)."""
-        for i, layer in enumerate(self.dense.layers):
-            if i not in {x.layer_idx for x in cache.compressed_layers}:
+        layers: list[Any] = self.dense.layers
+        for i, layer in enumerate(layers):
+            if i not in self.layers:  # it is not compressed, as with a sliding window
                 cache.layers[i] = copy.deepcopy(layer)
         return cache
 

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..cache_layers import Attention, ReplacedCache
+from ..cache_layers import ReplacedCache
 from ..recording import Recording
 
 SINKS, RECENT = 16, 64
@@ -131,11 +131,11 @@ def join(rows: list[Stored]) -> Stored:
 
 def baseline_cache(model: Any, recording: Recording, method: Method) -> ReplacedCache:
     """A cache whose full-attention layers are `method`, filled with recorded prefixes."""
-    attentions: dict[int, Attention] = {}
+    attentions: dict[int, Baseline] = {}
     for i, (query, keys, values, scaling) in zip(recording.layers, recording.tensors, strict=True):
         rows = [
             method.store(q.float(), k.float(), v.float(), scaling)
             for q, k, v in zip(query, keys, values, strict=True)
         ]
         attentions[i] = Baseline(method, join(rows))
-    return recording.around(ReplacedCache(model, attentions, recording.tensors[0][1].shape[2]))
+    return ReplacedCache(model, attentions, recording.dense)
