@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from selfindex.evaluation import fidelity
 from selfindex.evaluation.cache_layers import ReplacedCache
 from selfindex.evaluation.stats import Array
 from selfindex.integrations.transformers.models import cache_argument
@@ -65,16 +66,9 @@ def compare(model: Any, record: Record, variant: Variant, prefixes: dict[int, Pr
 
 def compare_logits(dense: Tensor, other: Tensor, ids: Tensor) -> dict[str, Array]:
     """The metrics of `compare` from two sets of logits [T, vocab]."""
-    kl, loss = [], []
     following = torch.cat([ids[1:], ids[-1:]])
-    for p, q, n in zip(dense.split(32), other.split(32), following.split(32), strict=True):
-        p, q = p.log_softmax(-1), q.log_softmax(-1)
-        kl.append((p.exp() * (p - q)).sum(-1))
-        loss.append((p - q).gather(-1, n[:, None])[:, 0])
-    loss_rise = torch.cat(loss)
+    dense, other = dense.log_softmax(-1), other.log_softmax(-1)
+    found = fidelity.compare(dense, other, following)
+    loss_rise = found.pop("nll") - fidelity.compare(dense, dense, following)["nll"]
     loss_rise[-1] = 0.0  # its next token is not known
-    agree = (dense.argmax(-1) == other.argmax(-1)).float()
-    return {
-        name: x.cpu().numpy().astype(np.float64)
-        for name, x in (("kl", torch.cat(kl)), ("top1", agree), ("loss", loss_rise))
-    }
+    return found | {"loss": loss_rise}

@@ -38,15 +38,21 @@ class Recording:
         """Store the recorded tokens in an empty cache of the same model."""
         for layer, (query, keys, values, scaling) in zip(cache.compressed_layers, self.tensors, strict=True):
             layer.commit(query, keys, values, None, scaling)
-        layers: list[Any] = self.dense.layers
-        for i, layer in enumerate(layers):
-            if i not in self.layers:  # it is not compressed, as with a sliding window
-                cache.layers[i] = copy.deepcopy(layer)
+        copy_other_layers(self.dense, cache)
         return cache
 
     def dense_copy(self) -> DynamicCache:
         """A dense cache to continue from, independent of the recording."""
         return copy.deepcopy(self.dense)
+
+
+def copy_other_layers(dense: DynamicCache, cache: SelfIndexCache) -> None:
+    """Give a cache what a dense one holds in layers that are not compressed, as with a sliding window."""
+    compressed = {layer.layer_idx for layer in cache.compressed_layers}
+    layers: list[Any] = dense.layers
+    for i, layer in enumerate(layers):
+        if i not in compressed:
+            cache.layers[i] = copy.deepcopy(layer)
 
 
 @torch.inference_mode()
