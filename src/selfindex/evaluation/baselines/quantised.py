@@ -27,6 +27,13 @@ def minmax(x: Tensor, bits: int, group: int) -> Tensor:
     return torch.cat(parts, -1)
 
 
+def random_rotation(dim: int, seed: int) -> Tensor:
+    """Orthonormal Hadamard matrix times random signs, float32 [dim, dim]; rotate with x @ R.T."""
+    generator = torch.Generator().manual_seed(seed)
+    signs = torch.randint(0, 2, (dim,), generator=generator, device="cpu") * 2 - 1
+    return hadamard(dim) * signs / dim**0.5
+
+
 class Everything(ABC):
     """Base of methods that read all they store."""
 
@@ -110,9 +117,7 @@ class RotatedLloydMax(Everything):
         n, exact = keys.shape[1], full_precision(keys.shape[1])
 
         def cast(x: Tensor, seed: int) -> Tensor:
-            generator = torch.Generator().manual_seed(seed)
-            signs = torch.randint(0, 2, (x.shape[-1],), generator=generator) * 2 - 1
-            rotation = (hadamard(x.shape[-1]) * signs / x.shape[-1] ** 0.5).to(x.device)
+            rotation = random_rotation(x.shape[-1], seed).to(x.device)
             y = x @ rotation.T
             rms = y.square().mean(-1, keepdim=True).sqrt().half().float().clamp(min=1e-8)
             levels = torch.tensor(LEVELS[self.bits], device=x.device)

@@ -110,6 +110,17 @@ class DoubleSparse(Sparse):
         return 4 * head_dim + 2 * round(head_dim * self.channels)
 
 
+def snapkv_votes(query: Tensor, keys: Tensor, scaling: float, kernel: int = 7) -> Tensor:
+    """Softmax mass [H, n] of the last queries [Hq, T, d] on keys [H, n, d], max-pooled over neighbours."""
+    heads, n, _ = keys.shape
+    last = query.unflatten(0, (heads, -1))
+    logits = last @ keys[:, None].mT * scaling  # [H, G, T, n]
+    at = torch.arange(n, device=keys.device)
+    future = at > at[n - last.shape[2] :, None]
+    votes = logits.masked_fill(future, -torch.inf).softmax(-1).sum((1, 2))
+    return F.max_pool1d(votes, kernel, stride=1, padding=kernel // 2)
+
+
 @dataclass
 class SnapKV(Sparse):
     """SnapKV (Li et al., arXiv 2404.14469): evict what the prompt's last queries do not look at.
@@ -122,13 +133,7 @@ class SnapKV(Sparse):
     kernel: int = 7
 
     def store(self, query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Stored:
-        heads, n, _ = keys.shape
-        last = query[:, -self.window :].unflatten(0, (heads, -1))
-        logits = last @ keys[:, None].mT * scaling  # [H, G, window, n]
-        at = torch.arange(n, device=keys.device)
-        future = at > at[n - last.shape[2] :, None]
-        votes = logits.masked_fill(future, -torch.inf).softmax(-1).sum((1, 2))
-        votes = F.max_pool1d(votes, self.kernel, stride=1, padding=self.kernel // 2)
+        n, votes = keys.shape[1], snapkv_votes(query[:, -self.window :], keys, scaling, self.kernel)
         exact = full_precision(n).to(keys.device)
         kept = top_tokens(votes, self.count(n), exact) | exact
         return Stored(keys, values, full_precision(n), kept=kept)
