@@ -31,7 +31,7 @@ from selfindex.evaluation.stats import Array, bootstrap, difference, p5
 
 from . import designs
 from .budgets import Budgets, bytes_read, shares
-from .capture import HOOK, Record, load_record
+from .capture import Record, load_record
 from .endtoend import compare, encode_record
 from .models import load_model
 from .operator_level import Balances, Table, balances, measure
@@ -172,7 +172,6 @@ def main() -> None:
     def loaded() -> tuple[Any, Any]:
         with torch.device("cpu"):
             model, tokenizer = load_model(args.model)
-        model.set_attn_implementation(HOOK)
         return model.to(args.device), tokenizer
 
     # Everything else is made on the device it is used on.

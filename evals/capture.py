@@ -1,60 +1,23 @@
-"""Run a dense model over a prefix and a continuation, and keep what attention saw.
-
-An attention function registered with transformers passes every call to the active handler;
-without one, and for layers with a sliding window, it is plain SDPA.
-"""
+"""Run a dense model over a prefix and a continuation, and keep what attention saw."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers import DynamicCache
 
+from selfindex.evaluation.cache_layers import observe_dense
 from selfindex.evaluation.texts import excerpt, load_text
+from selfindex.integrations.transformers.observer import Observation
 
-from .models import full_attention_layers
-
-HOOK = "selfindex_evals_hook"
 BALANCE_WINDOWS = (256, 512, 1024)
 TAIL = 64  # last queries of the prefix that are kept
-
-# handler(layer, query [Hq, T, d], key [H, N, d], value, scaling) -> output [Hq, T, d] or None
-Handler = Callable[[int, Tensor, Tensor, Tensor, float], "Tensor | None"]
-_active: list[tuple[frozenset[int], Handler]] = []
-
-
-def _hook(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kw: Any
-) -> tuple[Tensor, None]:
-    if _active and module.layer_idx in _active[-1][0]:
-        scaling = kw.get("scaling") or query.shape[-1] ** -0.5
-        out = _active[-1][1](module.layer_idx, query[0], key[0], value[0], float(scaling))
-        if out is not None:
-            return out.transpose(0, 1)[None].contiguous(), None
-    return sdpa_attention_forward(module, query, key, value, attention_mask, **kw)
-
-
-AttentionInterface.register(HOOK, _hook)
-AttentionMaskInterface.register(HOOK, sdpa_mask)
-
-
-@contextmanager
-def handler(layers: list[int], function: Handler) -> Iterator[None]:
-    """Within the block, attention of `layers` goes to `function` (None: compute densely)."""
-    _active.append((frozenset(layers), function))
-    try:
-        yield
-    finally:
-        _active.pop()
 
 
 @dataclass
@@ -93,27 +56,25 @@ def _window_ids(tokenizer: Any, text: str, part: int, parts: int, length: int) -
 @torch.no_grad()
 def record(model: Any, ids: Tensor, prefix: int, text: str) -> Record:
     """Dense pass over ids[:prefix], then over the rest as one block."""
-    layers = full_attention_layers(model)
     ids = ids.to(model.device)
-    store: dict[int, dict[str, Any]] = {i: {} for i in layers}
+    found: dict[int, dict[str, Any]] = {}
 
-    def on_prefix(i: int, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> None:
-        square = q.square()
+    def on_prefix(seen: Observation) -> None:
+        square = seen.query[0].square()
         stats = {w: square[:, :w].mean(1) for w in BALANCE_WINDOWS}
         stats[0] = square.mean(1)
-        store[i].update(q_tail=q[:, -TAIL:].clone(), q_sq=stats, scaling=scaling)
+        tail = seen.query[0, :, -TAIL:].clone()
+        found[seen.layer.layer_idx] = {"q_tail": tail, "q_sq": stats, "scaling": seen.scaling}
 
-    def on_block(i: int, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> None:
-        store[i].update(q=q.clone(), new_k=k[:, prefix:].clone(), new_v=v[:, prefix:].clone())
+    def on_block(seen: Observation) -> None:
+        new = {"q": seen.query, "new_k": seen.keys, "new_v": seen.values}
+        found[seen.layer.layer_idx] |= {name: x[0].clone() for name, x in new.items()}
 
     cache = DynamicCache(config=model.config)
-    with handler(layers, on_prefix):
-        model(ids[None, :prefix], cache=cache, use_cache=True, logits_to_keep=1)
-    with handler(layers, on_block):
-        logits = model(ids[None, prefix:], cache=copy.deepcopy(cache), use_cache=True).logits[0]
-    for i in layers:
-        store[i].update(k=cache.layers[i].keys[0], v=cache.layers[i].values[0])
-    records = {i: LayerRecord(**store[i]) for i in layers}
+    observe_dense(model, cache, ids[None, :prefix], on_prefix, logits_to_keep=1)
+    logits = observe_dense(model, copy.deepcopy(cache), ids[None, prefix:], on_block).logits[0]
+    held = {i: {"k": cache.layers[i].keys[0], "v": cache.layers[i].values[0]} for i in found}
+    records = {i: LayerRecord(**held[i], **own) for i, own in found.items()}
     return Record(text, ids, prefix, logits, records, cache)
 
 

@@ -11,6 +11,7 @@ reply's tokens: KL to the dense model and top-1 agreement.
 from __future__ import annotations
 
 import argparse
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from transformers import DynamicCache
 
 import selfindex
 from selfindex.evaluation.fidelity import compare, continue_from
+from selfindex.evaluation.greedy import end_tokens, greedy
 from selfindex.evaluation.stats import Array, bootstrap
 from selfindex.evaluation.texts import load_text
 
@@ -28,18 +30,14 @@ from .models import load_model
 QUESTION = "What is this passage about, and how does it differ from the passages before?"
 
 
-@torch.inference_mode()
 def answer(model: Any, cache: Any, ids: torch.Tensor, most: int) -> list[int]:
     """Greedy reply to ids [1, T] over a cache, up to the end of the turn."""
-    ends = model.generation_config.eos_token_id
-    ends = set(ends if isinstance(ends, list) else [ends])
-    reply: list[int] = []
-    while len(reply) < most:
-        token = int(model(ids, past_key_values=cache, logits_to_keep=1).logits[0, -1].argmax())
+    ends, reply = end_tokens(model), list[int]()
+    for following in islice(greedy(model, cache, ids), most):
+        token = int(following)
         if token in ends and reply:
             break
         reply.append(token)
-        ids = torch.tensor([[token]], device=ids.device)
     return reply
 
 

@@ -6,17 +6,19 @@ is the variant's; the continuation's own tokens stay exact.
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from selfindex.evaluation import fidelity
+from selfindex.evaluation.cache_layers import ReplacedCache
 from selfindex.evaluation.stats import Array
+from selfindex.integrations.transformers.models import cache_argument
 
 from .budgets import Budgets, spread
-from .capture import Record, handler
+from .capture import Record
 from .compensation import calibrate
 from .operator_level import Balances, balance_of
 from .sparse import Prefix, Variant, attend, encode
@@ -35,38 +37,38 @@ def encode_record(
     return spread(record, out, variant, other)
 
 
+class _Simulated:
+    """A layer's attention under a variant; `read` is the share of the encoded tokens per query, [T]."""
+
+    def __init__(self, prefix: Prefix, variant: Variant) -> None:
+        self.prefix, self.variant, self.read = prefix, variant, torch.empty(0)
+
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
+        """The whole continuation [1, Hq, T, d]; returns [1, T, Hq, d]."""
+        got = attend(query[0], self.prefix, keys[0], values[0], scaling, self.variant)
+        self.read = got.selected.float().mean((0, 2))
+        return got.out.flatten(0, 1).transpose(0, 1)[None].contiguous()
+
+
 @torch.no_grad()
 def compare(model: Any, record: Record, variant: Variant, prefixes: dict[int, Prefix]) -> dict[str, Array]:
     """Per token of the continuation: KL(dense || variant), top-1 agreement, loss difference, and
     the share of encoded tokens that it read, over all layers and heads.
     """
-    block = record.ids.numel() - record.prefix
-    read: list[Tensor] = []
-
-    def run(i: int, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
-        got = attend(q, prefixes[i], k[:, -block:], v[:, -block:], scaling, variant)
-        read.append(got.selected.float().mean((0, 2)))
-        return got.out.flatten(0, 1)
-
-    with handler(list(prefixes), run):
-        ids = record.ids[None, record.prefix :]
-        logits = model(ids, cache=copy.deepcopy(record.cache), use_cache=True).logits[0]
+    attentions = {i: _Simulated(prefix, variant) for i, prefix in prefixes.items()}
+    cache = ReplacedCache(model, attentions, record.cache)
+    ids = record.ids[None, record.prefix :]
+    logits = model(ids, use_cache=True, **{cache_argument(model): cache}).logits[0]
+    read = [attention.read for attention in attentions.values()]
     metrics = compare_logits(record.logits, logits, record.ids[record.prefix :])
     return metrics | {"read": torch.stack(read).mean(0).cpu().numpy().astype(np.float64)}
 
 
 def compare_logits(dense: Tensor, other: Tensor, ids: Tensor) -> dict[str, Array]:
     """The metrics of `compare` from two sets of logits [T, vocab]."""
-    kl, loss = [], []
     following = torch.cat([ids[1:], ids[-1:]])
-    for p, q, n in zip(dense.split(32), other.split(32), following.split(32), strict=True):
-        p, q = p.log_softmax(-1), q.log_softmax(-1)
-        kl.append((p.exp() * (p - q)).sum(-1))
-        loss.append((p - q).gather(-1, n[:, None])[:, 0])
-    loss_rise = torch.cat(loss)
+    dense, other = dense.log_softmax(-1), other.log_softmax(-1)
+    found = fidelity.compare(dense, other, following)
+    loss_rise = found.pop("nll") - fidelity.compare(dense, dense, following)["nll"]
     loss_rise[-1] = 0.0  # its next token is not known
-    agree = (dense.argmax(-1) == other.argmax(-1)).float()
-    return {
-        name: x.cpu().numpy().astype(np.float64)
-        for name, x in (("kl", torch.cat(kl)), ("top1", agree), ("loss", loss_rise))
-    }
+    return found | {"loss": loss_rise}

@@ -12,10 +12,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from selfindex.evaluation.rivals.quantised import LEVELS
+from selfindex.codec.balance import measure_balance
+from selfindex.codec.scales import decode_scales, encode_scales
+from selfindex.evaluation.baselines.quantised import LEVELS, minmax, random_rotation
 
 MEAN_ABS = 0.7978845608  # E|x| of a unit Gaussian
-E4M4_TOP = 1.9375
 
 
 @dataclass(frozen=True)
@@ -47,18 +48,6 @@ class ValueSpec:
     page: int = 256
 
 
-def hadamard(d: int, seed: int = 0) -> Tensor:
-    """Orthonormal Sylvester-Hadamard matrix times a fixed random sign diagonal."""
-    if d & (d - 1):
-        raise ValueError("the ablation only needs powers of two")
-    h = torch.ones(1, 1)
-    while h.shape[0] < d:
-        h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)], 0)
-    generator = torch.Generator().manual_seed(seed)
-    signs = torch.randint(0, 2, (d,), generator=generator, device="cpu") * 2 - 1
-    return h * signs.to(h) / d**0.5
-
-
 def to_pages(x: Tensor, page: int) -> tuple[Tensor, Tensor]:
     """[H, n, d] -> ([H, pages, page, d] padded with zeros, [pages, page] validity)."""
     heads, n, d = x.shape
@@ -72,11 +61,8 @@ def to_pages(x: Tensor, page: int) -> tuple[Tensor, Tensor]:
 def round_e4m4(scale: Tensor, page: int) -> Tensor:
     """Round positive scales [H, n, groups] to bits 6..13 of a half, times a base per page."""
     pages, _ = to_pages(scale, page)
-    base = pages.amax((2, 3), keepdim=True).clamp_min(1e-30) / E4M4_TOP
-    bits = (pages / base).half().view(torch.int16).int()
-    stored = ((bits + 32) >> 6).clamp(0, 255)
-    value = (stored << 6).to(torch.int16).view(torch.half).float()
-    return (value * base).flatten(1, 2)[:, : scale.shape[1]]
+    codes, base = encode_scales(pages, (2, 3))
+    return decode_scales(codes, base[:, :, None, None]).flatten(1, 2)[:, : scale.shape[1]]
 
 
 def round_int8(x: Tensor) -> Tensor:
@@ -113,20 +99,8 @@ def lloyd(x: Tensor, bits: int, group: int, fit: str, page: int) -> tuple[Tensor
 
 
 def balance_vector(k: Tensor, q_sq: Tensor) -> Tensor:
-    """Vector s of [H, d] from keys [H, n, d] and the mean square of the queries [Hq, d].
-
-    Equal in a RoPE pair (channels i and i + d/2), median-normalised, clamped to [1/4, 4].
-    """
-    heads, _, d = k.shape
-
-    def pairs(x: Tensor) -> Tensor:
-        return x.view(heads, 2, d // 2).mean(1).sqrt()
-
-    k_std = pairs(k.var(1, unbiased=False))
-    q_rms = pairs(q_sq.view(heads, -1, d).mean(1))
-    s = (q_rms / k_std.clamp_min(1e-12)).sqrt()
-    s = (s / s.median(-1, keepdim=True).values).clamp(0.25, 4.0)
-    return s.repeat(1, 2)
+    """Vector s of [H, d] from keys [H, n, d] and the mean square of the queries [Hq, d]."""
+    return measure_balance(k[None], q_sq.unflatten(0, (k.shape[0], -1)).mean(1))
 
 
 def encode_keys(k: Tensor, spec: KeySpec, balance: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -136,7 +110,7 @@ def encode_keys(k: Tensor, spec: KeySpec, balance: Tensor | None) -> tuple[Tenso
     the scale of each token in the index, [H, n].
     """
     d = k.shape[-1]
-    rotation = hadamard(d) if spec.rotate else torch.eye(d)
+    rotation = random_rotation(d, seed=0).to(k) if spec.rotate else torch.eye(d)
     s = torch.ones(k.shape[0], d) if balance is None else balance
     x = (k * s[:, None]) @ rotation.T
     mean = page_means(x, spec.page, spec.int8_mean) if spec.centre else torch.zeros_like(x)
@@ -163,7 +137,7 @@ def encode_values(v: Tensor, spec: ValueSpec) -> Tensor:
     if spec.kind == "exact":
         return v
     heads, n, d = v.shape
-    rotation = hadamard(d, seed=1) if spec.rotate else torch.eye(d)
+    rotation = random_rotation(d, seed=1).to(v) if spec.rotate else torch.eye(d)
     x = v @ rotation.T
     group = spec.group or d
     if spec.kind == "lloyd":
@@ -180,16 +154,6 @@ def encode_values(v: Tensor, spec: ValueSpec) -> Tensor:
         code = code.clamp(0, 2**spec.bits - 1)
         out = (base[..., None] + code * step[..., None]).flatten(2)
     return out @ rotation
-
-
-def encode_minmax(x: Tensor, bits: int, group: int) -> Tensor:
-    """Per-token min/max quantisation in groups of channels, with fp16 scale and zero point."""
-    heads, n, d = x.shape
-    y = x.reshape(heads, n, d // group, group)
-    low = y.amin(-1, keepdim=True)
-    step = ((y.amax(-1, keepdim=True) - low) / (2**bits - 1)).half().float().clamp_min(1e-8)
-    low = low.half().float()
-    return (low + ((y - low) / step).round().clamp(0, 2**bits - 1) * step).reshape(heads, n, d)
 
 
 def encode_paper(k: Tensor) -> tuple[Tensor, Tensor]:
@@ -213,5 +177,5 @@ def encode_paper(k: Tensor) -> tuple[Tensor, Tensor]:
     centroid = torch.where(counts[..., None] > 0, sums / counts.clamp_min(1)[..., None], default)
     index = centroid.gather(1, slot[..., None].expand(-1, -1, 4)).view(heads, n, d)
     alpha = x.abs().amax(1, keepdim=True).clamp_min(1e-8)
-    size = encode_minmax(x.abs() / alpha, 2, 32) * alpha
+    size = minmax(x.abs() / alpha, 2, 32) * alpha
     return index + mean, torch.where(positive, size, -size) + mean

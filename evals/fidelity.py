@@ -17,8 +17,9 @@ from torch import Tensor
 
 import selfindex
 from selfindex.config import EVERY_QUERY
-from selfindex.evaluation.fidelity import compare, continue_from, summarise
+from selfindex.evaluation.fidelity import compare, continue_from
 from selfindex.evaluation.recording import Recording, record
+from selfindex.evaluation.summary import summarise
 from selfindex.evaluation.texts import load_text
 
 from .environment import arguments, save, show_table

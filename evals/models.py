@@ -36,12 +36,3 @@ def load_model(name: str, device: str = "cpu") -> tuple[Any, Any]:
     quiet()
     loaded = load(str(_gemma()) if name == GEMMA else name, device, "float32")
     return loaded.model, loaded.tokenizer
-
-
-def full_attention_layers(model: Any) -> list[int]:
-    """The layers that attend to the whole context (Gemma's other layers have a window)."""
-    config = model.config.get_text_config()
-    kinds = getattr(config, "layer_types", None)
-    if not kinds:
-        return list(range(config.num_hidden_layers))
-    return [i for i, kind in enumerate(kinds) if kind == "full_attention"]

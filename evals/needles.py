@@ -10,15 +10,16 @@ the cache is not to blame, so its row is printed as well.
 
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 import selfindex
 from selfindex.cli.needle import build_task
 from selfindex.config import EVERY_QUERY
+from selfindex.evaluation.greedy import greedy
 from selfindex.evaluation.recording import record
 from selfindex.evaluation.texts import load_text
 
@@ -26,16 +27,13 @@ from .environment import arguments, save
 from .models import load_model
 
 
-@torch.inference_mode()
 def finds(model: Any, tokenizer: Any, cache: Any, ids: Tensor, answer: str, tokens: int = 20) -> bool:
     """Ask with question ids [1, T] over a filled cache and decode greedily until the answer is there."""
     produced: list[int] = []
-    for _ in range(tokens):
-        following = model(ids, past_key_values=cache).logits[0, -1].argmax()
+    for following in islice(greedy(model, cache, ids), tokens):
         produced.append(int(following))
         if answer in tokenizer.decode(produced):
             return True
-        ids = following.view(1, 1)
     return False
 
 
@@ -63,7 +61,7 @@ def main() -> None:
                         selfindex.SelfIndexCache(model, **options, sparse_queries=EVERY_QUERY)
                     )
             for name, cache in caches.items():
-                hit = finds(model, tokenizer, cache, task.question_ids.to(args.device), task.answer)
+                hit = finds(model, tokenizer, cache, task.question_ids, task.answer)
                 found.setdefault(name, {}).setdefault(Path(text).stem, []).append(hit)
     result: dict[str, Any] = {"needles": args.needles, "found": {}}
     for name, by_text in found.items():

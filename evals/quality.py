@@ -52,7 +52,7 @@ def beside_others(evaluations: list[dict[str, Any]]) -> list[str]:
         "bootstrap intervals over tokens. Sparse methods read the same share of the tokens, and all keep 16",
         "sinks and 64 recent tokens in full precision (KIVI its own 128, paper 64 of its choice). Bytes are",
         'per token and KV head, scales and index included; "read" is what one decode step reads of them. The',
-        "methods, with their sources: src/selfindex/evaluation/rivals/.",
+        "methods, with their sources: src/selfindex/evaluation/baselines/.",
     )
     for result in evaluations:
         for length, rows in result["fidelity"].items():

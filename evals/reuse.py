@@ -9,18 +9,17 @@ the bus. After a prompt, a real text is fed token by token; per layer and KV hea
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 
 import selfindex
-from selfindex.attention import attend
 from selfindex.backends import ops
+from selfindex.evaluation.fidelity import continue_from
 from selfindex.evaluation.texts import load_text
 from selfindex.index.select import sum_of_softmax
+from selfindex.integrations.transformers.observer import Observation
 
 from .environment import arguments, save
 from .models import load_model
@@ -29,26 +28,23 @@ SIZES = (1.0, 1.5, 2.0, 4.0)
 """Entries of a cache, in selections of one step."""
 
 
-@contextmanager
-def recorded(found: list[np.ndarray]) -> Iterator[None]:
-    """Append the slots [H, K] that every sparse step of one row selects, layer after layer."""
-    plain = attend._sparse_part
+def record_selections(cache: Any, found: list[np.ndarray]) -> None:
+    """From now on append the slots [H, K] that every sparse step of one row selects, layer after layer."""
 
-    def run(store: Any, query: torch.Tensor, budgets: list[int], scaling: float) -> Any:
+    def select(seen: Observation) -> None:
+        store = seen.layer.store
+        if not 0 < seen.read[0] < store.encoded(0):
+            return
         table, counts = store.table.tensors()
         logits = ops.score(
-            query, store.pool.index, table, counts, store.constants, scaling, store.format.name
+            seen.query, store.pool.index, table, counts, store.constants, seen.scaling, store.format.name
         )
         mass = sum_of_softmax(logits, store.format.kv_heads)
-        slots = ops.select(mass, torch.tensor(budgets, device=query.device), max(budgets))
-        found.append(slots[0, :, 0].cpu().numpy())
-        return plain(store, query, budgets, scaling)
+        budget = torch.tensor(seen.read, dtype=torch.int32, device=mass.device)
+        found.append(ops.select(mass, budget, seen.read[0])[0, :, 0].cpu().numpy())
 
-    attend._sparse_part = run
-    try:
-        yield
-    finally:
-        attend._sparse_part = plain
+    for layer in cache.compressed_layers:
+        layer.observer = select
 
 
 def misses(steps: list[np.ndarray], slots: int, size: float) -> np.ndarray:
@@ -85,10 +81,11 @@ def main() -> None:
         for budget in args.budgets:
             cache = selfindex.SelfIndexCache(model, budget=budget, dense_below=0)
             found: list[np.ndarray] = []
-            with torch.inference_mode(), recorded(found):
-                model(ids[:, : args.length], past_key_values=cache, logits_to_keep=1)
+            with torch.inference_mode():
+                continue_from(model, cache, ids[:, : args.length], logits_to_keep=1)
+                record_selections(cache, found)
                 for token in ids[0, args.length :]:
-                    model(token.view(1, 1), past_key_values=cache)
+                    continue_from(model, cache, token.view(1, 1))
             layers = len(cache.compressed_layers)
             slots = 128 * cache.compressed_layers[0].store.table.pages
             # Budgets that grow by a token on the way are cut to the first.

@@ -8,19 +8,20 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from selfindex.evaluation.baselines.base import RECENT, SINKS
+from selfindex.evaluation.baselines.quantised import minmax
+from selfindex.evaluation.baselines.sparse import snapkv_votes
+
 from .capture import LayerRecord
 from .fakequant import (
     KeySpec,
     ValueSpec,
     encode_keys,
-    encode_minmax,
     encode_paper,
     encode_values,
     page_means,
 )
 
-SINKS = 16
-RECENT = 64
 RESIDUAL_VARIANCE = 1 - 2 / math.pi  # of a Gaussian given its sign
 
 
@@ -82,13 +83,7 @@ def take(x: Tensor, index: Tensor) -> Tensor:
 
 def snapkv_tokens(record: LayerRecord, count: int) -> Tensor:
     """[H, count] prefix positions with the most attention from the last 32 queries, pooled."""
-    heads, n, _ = record.k.shape
-    q = record.q_tail[:, -32:]
-    q = q.view(heads, -1, *q.shape[1:])
-    logits = torch.einsum("hgtd,hnd->hgtn", q, record.k) * record.scaling
-    future = torch.arange(n) > torch.arange(n - q.shape[2], n)[:, None]
-    mass = logits.masked_fill(future, -torch.inf).softmax(-1).sum((1, 2))
-    mass = torch.nn.functional.max_pool1d(mass, 7, stride=1, padding=3)
+    mass = snapkv_votes(record.q_tail[:, -32:], record.k, record.scaling)
     return mass.topk(count, -1).indices.sort(-1).values
 
 
@@ -105,7 +100,7 @@ def encode(record: LayerRecord, variant: Variant, balance: Tensor | None) -> Pre
     scale: Tensor | None = None
     if variant.paper:
         k_index, k_hat = encode_paper(k)
-        v_hat = encode_minmax(v, 2, 32)
+        v_hat = minmax(v, 2, 32)
     else:
         k_index, k_hat, scale = encode_keys(k, variant.key, balance)
         v_hat = encode_values(v, variant.value)

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import selfindex
-from selfindex.evaluation.fidelity import compare
+from selfindex.evaluation.fidelity import compare, continue_from
 from selfindex.evaluation.stats import bootstrap
 from selfindex.evaluation.texts import load_text
 
@@ -28,14 +28,10 @@ from .environment import arguments, save
 from .models import load_model
 
 
-@torch.inference_mode()
 def stream(model: Any, cache: Any, ids: Tensor, prompt: int, step: int) -> Tensor:
     """Log-probabilities [tokens, vocabulary] after every token of ids [1, n] past the prompt."""
-    model(ids[:, :prompt], past_key_values=cache, logits_to_keep=1)
-    found = []
-    for part in ids[:, prompt:].split(step, 1):
-        found.append(model(part, past_key_values=cache).logits[0].float().log_softmax(-1).cpu())
-    return torch.cat(found)
+    continue_from(model, cache, ids[:, :prompt], logits_to_keep=1)
+    return torch.cat([continue_from(model, cache, part).cpu() for part in ids[:, prompt:].split(step, 1)])
 
 
 @torch.inference_mode()

@@ -9,9 +9,10 @@ from transformers import DynamicCache
 import selfindex
 from selfindex.cli import demo, models, trial
 from selfindex.cli.console import CommandError
-from selfindex.cli.measure import Reply, fidelity, log_probabilities, read, reply, rewind
+from selfindex.cli.measure import Reply, fidelity, read, reply, rewind
 from selfindex.cli.needle import build_task, manual
 from selfindex.config import EVERY_QUERY
+from selfindex.evaluation.fidelity import continue_from
 
 TOKENS = 1500
 
@@ -82,10 +83,10 @@ def test_rewind_makes_a_reply_repeatable(tiny, reading, which):
 
 def test_fidelity_of_a_full_budget_and_of_dense_itself(tiny, reading):
     ids = task_of(tiny).continuation
-    dense = log_probabilities(tiny, reading.dense, ids)
+    dense = continue_from(tiny.model, reading.dense, ids)
     itself = fidelity(dense, dense)
     assert (itself.same, itself.kl) == (16, 0.0)
-    other = fidelity(dense, log_probabilities(tiny, reading.cache, ids))
+    other = fidelity(dense, continue_from(tiny.model, reading.cache, ids))
     assert other.tokens == 16
     assert other.kl > 0
 

@@ -19,14 +19,14 @@ pytestmark = [
 ]
 
 OURS = "selfindex balanced 5 %"
-RIVALS = ("KIVI-2", "Quest 5 %", "SnapKV 5 %", "StreamingLLM 5 %", "selfindex paper 5 %")
+BASELINES = ("KIVI-2", "Quest 5 %", "SnapKV 5 %", "StreamingLLM 5 %", "selfindex paper 5 %")
 
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):
     """Fidelity of the quick suite, with one method more."""
     model, tokenizer = load_model("smollm2")
-    suite = replace(SUITES["quick"], methods=(OURS, *RIVALS))
+    suite = replace(SUITES["quick"], methods=(OURS, *BASELINES))
     records = Records(tmp_path_factory.mktemp("quick") / "records.jsonl", {})
     texts = {name: load_text(name) for name in ("manual", "stdlib")}
     run = Run(model, tokenizer, suite, texts, 0.05, records)
@@ -42,9 +42,9 @@ def test_fidelity_of_the_default(table):
     assert ours["bytes"] < 44
 
 
-@pytest.mark.parametrize("rival", RIVALS)
-def test_nearer_to_dense_than_others(table, rival):
-    assert table[OURS]["kl"][0] < 0.5 * table[rival]["kl"][0]
+@pytest.mark.parametrize("baseline", BASELINES)
+def test_nearer_to_dense_than_others(table, baseline):
+    assert table[OURS]["kl"][0] < 0.5 * table[baseline]["kl"][0]
 
 
 def test_dense_is_itself(table):

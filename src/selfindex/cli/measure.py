@@ -13,44 +13,15 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from ..config import SelfIndexConfig
+from ..evaluation.cache_layers import observe_dense
+from ..evaluation.fidelity import divergence
+from ..evaluation.greedy import end_tokens, greedy
+from ..evaluation.recording import copy_other_layers
 from ..integrations.transformers import SelfIndexCache
+from ..integrations.transformers.observer import Observation
 from .models import Loaded
 
 Tick = Callable[[], None]
-
-
-class TwinCache(SelfIndexCache):
-    """Fills a dense cache with the same keys and values while `twin` is set.
-
-    Attention over a prompt is exact with either cache, so one prefill serves both.
-
-    Args:
-        tick: called once per layer.
-    """
-
-    def __init__(self, model: Any, config: SelfIndexConfig, tick: Tick) -> None:
-        super().__init__(model, config)
-        self.twin: DynamicCache | None = DynamicCache(config=model.config)
-        self.tick = tick
-        self.encode_seconds = 0.0
-        for layer in self.compressed_layers:
-            layer.commit = self._timed(layer.commit)  # type: ignore[method-assign]
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> Any:
-        if self.twin is not None:
-            self.twin.update(key_states, value_states, layer_idx, *args, **kwargs)
-            self.tick()
-        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
-
-    def _timed(self, commit: Callable[..., None]) -> Callable[..., None]:
-        def timed(*args: Any) -> None:
-            start = time.perf_counter()
-            commit(*args)
-            self.encode_seconds += time.perf_counter() - start
-
-        return timed
 
 
 @dataclass(frozen=True)
@@ -65,14 +36,27 @@ class Reading:
 
 @torch.inference_mode()
 def read(loaded: Loaded, config: SelfIndexConfig, ids: Tensor, tick: Tick) -> Reading:
-    """Prefill token ids [1, N] once, into a self-indexing and a dense cache."""
-    cache = TwinCache(loaded.model, config, tick)
-    dense = cache.twin
-    assert dense is not None
+    """Prefill token ids [1, N] once, into a self-indexing and a dense cache.
+
+    Attention over a prompt is exact with either cache, so one prefill serves both.
+
+    Args:
+        tick: called once per compressed layer.
+    """
+    model, encoding = loaded.model, list[float]()
+    cache, dense = SelfIndexCache(model, config), DynamicCache(config=model.config)
+    layers = {layer.layer_idx: layer for layer in cache.compressed_layers}
+
+    def store(seen: Observation) -> None:
+        start = time.perf_counter()
+        layers[seen.layer.layer_idx].commit(seen.query, seen.keys, seen.values, None, seen.scaling)
+        encoding.append(time.perf_counter() - start)
+        tick()
+
     start = time.perf_counter()
-    forward(loaded, ids, cache, logits_to_keep=1)
-    cache.twin = None
-    return Reading(cache, dense, time.perf_counter() - start, cache.encode_seconds)
+    observe_dense(model, dense, ids.to(model.device), store, logits_to_keep=1)
+    copy_other_layers(dense, cache)
+    return Reading(cache, dense, time.perf_counter() - start, sum(encoding))
 
 
 @dataclass(frozen=True)
@@ -83,23 +67,20 @@ class Reply:
     seconds_per_token: float
 
 
-@torch.inference_mode()
 def reply(loaded: Loaded, cache: Any, question: Tensor, steps: int, tick: Tick) -> Reply:
     """Greedy decoding of exactly `steps` tokens; the text ends at the first end-of-turn token.
 
     The cache keeps all of it; `rewind` takes it back.
     """
-    ends = loaded.model.generation_config.eos_token_id
-    ends = set(ends if isinstance(ends, list) else [ends])
     chosen: list[int] = []
     seconds: list[float] = []
-    ids = question.to(loaded.model.device)
+    following = greedy(loaded.model, cache, question)
     for _ in range(steps):
         start = time.perf_counter()
-        chosen.append(int(forward(loaded, ids, cache, logits_to_keep=1)[0, -1].argmax()))
+        chosen.append(int(next(following)))
         seconds.append(time.perf_counter() - start)
-        ids = torch.tensor([chosen[-1:]], device=ids.device)
         tick()
+    ends = end_tokens(loaded.model)
     length = next((i for i, token in enumerate(chosen) if token in ends), steps)
     text = loaded.tokenizer.decode(chosen[:length], skip_special_tokens=True)
     return Reply(" ".join(text.split()), statistics.median(seconds[1:] or seconds))
@@ -120,23 +101,10 @@ class Fidelity:
     kl: float
 
 
-@torch.inference_mode()
-def log_probabilities(loaded: Loaded, cache: Any, ids: Tensor) -> Tensor:
-    """Next-token log-probabilities float32 [T, vocabulary] after each of ids [1, T], teacher-forced."""
-    return forward(loaded, ids, cache)[0].float().log_softmax(-1)
-
-
 def fidelity(dense: Tensor, other: Tensor) -> Fidelity:
-    """Compare two results of `log_probabilities`."""
-    kl = (dense.exp() * (dense - other)).sum(-1).mean()
-    same = int((dense.argmax(-1) == other.argmax(-1)).sum())
-    return Fidelity(dense.shape[0], same, float(kl))
-
-
-def forward(loaded: Loaded, ids: Tensor, cache: Any, **options: Any) -> Tensor:
-    """Logits [1, T, vocabulary] of ids [1, T] on top of a cache."""
-    ids = ids.to(loaded.model.device)
-    return loaded.model(input_ids=ids, use_cache=True, **{loaded.cache_argument: cache}, **options).logits
+    """Compare two results of `continue_from`."""
+    kl, same = divergence(dense, other)
+    return Fidelity(dense.shape[0], int(same.sum()), float(kl.mean()))
 
 
 def rewind(cache: Any, length: int) -> None:

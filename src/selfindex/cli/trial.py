@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 from rich.progress import Progress
 
 from ..config import SelfIndexConfig
+from ..evaluation.cache_layers import full_attention_layers
+from ..evaluation.fidelity import continue_from
 from ..integrations.transformers import SelfIndexCache
 from ..report import Report
 from .console import CommandError
-from .measure import Fidelity, Reply, fidelity, log_probabilities, read, reply, rewind
+from .measure import Fidelity, Reply, fidelity, read, reply, rewind
 from .models import Loaded
 from .needle import Task, build_task
 
@@ -84,7 +86,7 @@ def run(
         return lambda: bars.advance(bar)
 
     marks: list[tuple[str, float]] = []
-    layers = loaded.model.config.num_hidden_layers
+    layers = len(full_attention_layers(loaded.model))
     reading = read(loaded, config, document, stage("read", f"read {tokens:,} tokens and compress", layers))
     cache, dense = reading.cache, reading.dense
     result.encode_seconds = reading.encode_seconds
@@ -102,7 +104,8 @@ def run(
     tick = stage("compare", f"compare {compared} predictions", 2)
     probabilities = []
     for used in (dense, cache):
-        probabilities.append(log_probabilities(loaded, used, task.continuation))
+        fed = task.continuation.to(loaded.model.device)
+        probabilities.append(continue_from(loaded.model, used, fed))
         tick()
     result.fidelity = fidelity(*probabilities)
 

@@ -6,7 +6,7 @@ Queries, keys and values come from the dense model, so that errors of earlier la
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -16,11 +16,14 @@ from ..backends import reference
 from ..codec.paper import choose_pinned
 from ..index.select import sum_of_softmax, top_k
 from ..integrations.transformers.models import cache_argument
+from ..integrations.transformers.observer import Observation
 from ..store.layer import OBSERVED_QUERIES
+from .baselines import baseline_cache
+from .baselines.base import Baseline
+from .baselines.quantised import Dense
+from .baselines.sparse import Oracle
+from .cache_layers import ReplacedLayer
 from .recording import Recording
-from .rivals import rival_cache
-from .rivals.quantised import Dense
-from .rivals.sparse import Oracle
 
 
 @dataclass(frozen=True)
@@ -44,25 +47,17 @@ class Seen:
 @torch.inference_mode()
 def observe(model: Any, recording: Recording, ids: Tensor) -> list[Seen]:
     """Run the dense model over ids [1, T] after a recorded prefix, and keep what layers saw."""
-    cache = rival_cache(model, recording, Dense())
-    seen: list[Seen] = []
+    cache, found = baseline_cache(model, recording, Dense()), list[Seen]()
 
-    def watch(layer: Any) -> Any:
-        attend_densely = layer.attend
-
-        def attend(module: Any, query: Tensor, new: Any, mask: Any, scaling: float, *rest: Any) -> Tensor:
-            output = attend_densely(module, query, new, mask, scaling, *rest)
-            keys, values = new.new_keys, new.new_values
-            prefix = layer.rival.stored.keys  # [H, n, d]
-            seen.append(Seen(query, keys, values, scaling, output, _weights(query, prefix, keys[0], scaling)))
-            return output
-
-        return attend
+    def keep(seen: Observation) -> None:
+        prefix = seen.layer.attention.stored.keys  # [H, n, d]
+        weights = _weights(seen.query, prefix, seen.keys[0], seen.scaling)
+        found.append(Seen(seen.query, seen.keys, seen.values, seen.scaling, seen.output, weights))
 
     for layer in cache.compressed_layers:
-        layer.attend = watch(layer)  # type: ignore[method-assign]
+        layer.observer = keep
     model(ids, **{cache_argument(model): cache, "logits_to_keep": 1})
-    return seen
+    return found
 
 
 def _weights(query: Tensor, prefix: Tensor, new: Tensor, scaling: float) -> Tensor:
@@ -79,7 +74,7 @@ def visible(layer: Any, prefix: tuple[Tensor, Tensor, Tensor, float], query: Ten
     """Prefix tokens that each query attends to through a filled cache layer.
 
     Args:
-        layer: of a `SelfIndexCache`, as `SelfIndexCache` or `rival_cache` filled it.
+        layer: of a `SelfIndexCache` or a `baseline_cache`.
         prefix: what it was filled with, an element of `Recording.tensors`.
         query: [1, Hq, T, d].
     Returns:
@@ -88,9 +83,8 @@ def visible(layer: Any, prefix: tuple[Tensor, Tensor, Tensor, float], query: Ten
     prompt, keys, _, scaling = prefix
     heads, n = keys.shape[1:3]
     everything = torch.ones(heads, query.shape[2], n, dtype=torch.bool, device=query.device)
-    rival = getattr(layer, "rival", None)
-    if rival is not None:
-        chosen = rival.visible(query[0].float().unflatten(0, (heads, -1)), scaling)
+    if isinstance(layer, ReplacedLayer):
+        chosen = cast(Baseline, layer.attention).visible(query[0].float().unflatten(0, (heads, -1)), scaling)
         return everything if chosen is None else chosen.expand_as(everything)
     store = layer.store
     encoded = store.encoded(0)
@@ -147,13 +141,13 @@ def measure(cache: Any, recording: Recording, seen: list[Seen], budget: float) -
 
 def _attend(layer: Any, seen: Seen) -> Tensor:
     """Output [1, T, Hq, d] of a filled layer, which is left as it is."""
-    rival = getattr(layer, "rival", None)
-    if rival is None:
+    if not isinstance(layer, ReplacedLayer):
         output, _ = attend(layer.store, seen.query, seen.keys, seen.values, None, seen.scaling)
         return output.transpose(1, 2)
-    before = rival.new_keys, rival.new_values
-    output = rival.attend(seen.query, seen.keys, seen.values, seen.scaling)
-    rival.new_keys, rival.new_values = before
+    baseline = cast(Baseline, layer.attention)
+    before = baseline.new_keys, baseline.new_values
+    output = baseline.attend(seen.query, seen.keys, seen.values, seen.scaling)
+    baseline.new_keys, baseline.new_values = before
     return output
 
 

@@ -1,4 +1,4 @@
-"""Every cache that is compared, by name: this project's presets and the rivals."""
+"""Every cache that is compared, by name: this project's presets and the baselines."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 
 from ..config import EVERY_QUERY
 from ..integrations.transformers import SelfIndexCache
+from .baselines import baseline_cache, baselines
+from .baselines.base import Method
+from .cache_layers import ReplacedCache
 from .recording import Recording
-from .rivals import rival_cache, rivals
-from .rivals.base import Method
 
 OURS: dict[str, dict[str, Any]] = {
     "selfindex balanced": {},
@@ -35,16 +36,16 @@ class Candidate(NamedTuple):
 
 def methods(budget: float, head_dim: int) -> dict[str, Candidate]:
     """All candidates by name; sparse ones read the same share `budget` of the prefix."""
-    found = {name: _rival(method, head_dim) for name, method in rivals(budget).items()}
+    found = {name: _baseline(method, head_dim) for name, method in baselines(budget).items()}
     for name, options in OURS.items():
         share = "" if "budget" in options else f" {100 * budget:g} %"
         found[name + share] = Candidate(_ours({"budget": budget} | options), None, None)
     return found
 
 
-def _rival(method: Method, head_dim: int) -> Candidate:
-    def make(model: Any, recording: Recording) -> SelfIndexCache:
-        return rival_cache(model, recording, method)
+def _baseline(method: Method, head_dim: int) -> Candidate:
+    def make(model: Any, recording: Recording) -> ReplacedCache:
+        return baseline_cache(model, recording, method)
 
     return Candidate(make, method.bytes_per_token(head_dim), method.bytes_read(head_dim))
 

@@ -14,6 +14,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from ..integrations.transformers import SelfIndexCache
+from ..integrations.transformers.observer import Observation
+from .cache_layers import observe_dense
 
 
 @dataclass
@@ -36,13 +38,7 @@ class Recording:
         """Store the recorded tokens in an empty cache of the same model."""
         for layer, (query, keys, values, scaling) in zip(cache.compressed_layers, self.tensors, strict=True):
             layer.commit(query, keys, values, None, scaling)
-        return self.around(cache)
-
-    def around(self, cache: SelfIndexCache) -> SelfIndexCache:
-        """Fill only the layers that the cache does not compress (sliding windows)."""
-        for i, layer in enumerate(self.dense.layers):
-            if i not in {x.layer_idx for x in cache.compressed_layers}:
-                cache.layers[i] = copy.deepcopy(layer)
+        copy_other_layers(self.dense, cache)
         return cache
 
     def dense_copy(self) -> DynamicCache:
@@ -50,29 +46,22 @@ class Recording:
         return copy.deepcopy(self.dense)
 
 
+def copy_other_layers(dense: DynamicCache, cache: SelfIndexCache) -> None:
+    """Give a cache what a dense one holds in layers that are not compressed, as with a sliding window."""
+    compressed = {layer.layer_idx for layer in cache.compressed_layers}
+    layers: list[Any] = dense.layers
+    for i, layer in enumerate(layers):
+        if i not in compressed:
+            cache.layers[i] = copy.deepcopy(layer)
+
+
 @torch.inference_mode()
 def record(model: Any, ids: Tensor) -> Recording:
     """Run a dense prefill of token ids [B, N] and keep what its full-attention layers saw."""
-    cache = SelfIndexCache(model)
-    dense = DynamicCache(config=model.config)
-    tensors: list[tuple[Tensor, Tensor, Tensor, float]] = []
+    dense, tensors = DynamicCache(config=model.config), dict[int, tuple[Tensor, Tensor, Tensor, float]]()
 
-    def keep(layer: Any) -> Any:
-        def attend(
-            module: Any, query: Tensor, new: Any, mask: Any, scaling: float, sinks: Any, run: Any
-        ) -> Tensor:
-            tensors.append((query, new.new_keys, new.new_values, scaling))
-            dense.layers[layer.layer_idx].update(new.new_keys, new.new_values)
-            layer.columns += query.shape[2]
-            return run(query, new.new_keys, new.new_values, mask)[0]
+    def keep(seen: Observation) -> None:
+        tensors[seen.layer.layer_idx] = (seen.query, seen.keys, seen.values, seen.scaling)
 
-        return attend
-
-    for layer in cache.compressed_layers:
-        layer.attend = keep(layer)  # type: ignore[method-assign]
-    logits = model(ids, past_key_values=cache, logits_to_keep=1).logits
-    compressed = {layer.layer_idx for layer in cache.compressed_layers}
-    for i, other in enumerate(cache.layers):
-        if i not in compressed:
-            dense.layers[i] = other
-    return Recording(tensors, dense, logits, sorted(compressed))
+    logits = observe_dense(model, dense, ids, keep, logits_to_keep=1).logits
+    return Recording(list(tensors.values()), dense, logits, list(tensors))

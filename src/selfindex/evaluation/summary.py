@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 
-from .fidelity import summarise
 from .records import Records
 from .run import FLOOR
 from .stats import bootstrap
@@ -23,6 +23,20 @@ def summary(records: Records, methods: list[str]) -> dict[str, Any]:
         "tasks": _tasks(records.of("tasks"), methods),
         "heatmap": _heatmap(records.of("heatmap"), methods),
     }
+
+
+def summarise(runs: list[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """Pool runs over texts: estimate and interval per metric, worst text for KL and top-1."""
+    table: dict[str, dict[str, Any]] = {}
+    for name in runs[0]:
+        windows = {metric: [run[name][metric] for run in runs] for metric in ("kl", "top1", "nll")}
+        table[name] = {metric: bootstrap(parts) for metric, parts in windows.items()}
+        table[name]["perplexity"] = math.exp(table[name]["nll"][0])
+        table[name]["kl_by_text"] = [round(float(part.mean()), 5) for part in windows["kl"]]
+        table[name]["top1_by_text"] = [round(float(part.mean()), 5) for part in windows["top1"]]
+        if "bytes" in runs[0][name]:
+            table[name]["bytes"] = runs[0][name]["bytes"]
+    return table
 
 
 def _lengths(rows: list[dict[str, Any]]) -> list[int]:

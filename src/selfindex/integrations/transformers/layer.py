@@ -21,6 +21,7 @@ from .finite import FiniteCheck
 from .guard import Guard
 from .inputs import check_new_tokens, check_query, full_precision
 from .new_keys import NewKeys
+from .observer import Observation, Observer
 from .opaque import register_layer, run_layer
 
 MASKED_CHUNK = 1024
@@ -74,8 +75,14 @@ class SelfIndexLayer(CacheLayerMixin):
         """Per row, how many of the tokens it holds the last step left out; [] if no step ran on them."""
         self._read: list[int] = []
         self.record_past = False
+        self.observer: Observer | None = None
+        """Called with an `Observation` in every forward pass. While it is set, steps run one by one and
+        not as a graph; copies of the cache do not have it."""
         self._pending: NewKeys | None = None
         self.handle = register_layer(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"observer": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -219,6 +226,10 @@ class SelfIndexLayer(CacheLayerMixin):
                         store, query.to(keys.dtype), keys, values, valid, scaling, sink_logit, cache.plans
                     )
                     output = output.to(query.dtype).transpose(1, 2).contiguous()
+                if self.observer is not None:
+                    self.observer(
+                        Observation(self, query, new.new_keys, new.new_values, scaling, output, self.read)
+                    )
                 if step:
                     check = cache.finite.of(self.layer_idx)
                     self.take(store.plan_step(keys.shape[2], check), keys.shape[2])

@@ -279,7 +279,7 @@ def _store_places(stores: list[LayerStore]) -> list[int]:
 
 
 def _is_step(cache: LayeredCache, ids: Tensor) -> bool:
-    """Whether these are the new tokens of a step, and all layers hold the same before it."""
+    """Whether these are new tokens of a step that nobody observes; all layers hold the same before it."""
     first, new, columns = cache.compressed_layers[0].store, ids.shape[1], cache.compressed_layers[0].columns
     if first is None or not columns or torch.is_grad_enabled() or first.batch != ids.shape[0]:
         return False
@@ -288,7 +288,8 @@ def _is_step(cache: LayeredCache, ids: Tensor) -> bool:
     if first.constants is None and (cache.config.preset != "balanced" or 0 < first.unobserved < new):
         return False
     return all(
-        layer.columns == columns
+        layer.observer is None
+        and layer.columns == columns
         and layer.store is not None
         and layer.store.raw.lengths == first.raw.lengths
         and layer.store.table.pages == first.table.pages

@@ -1,15 +1,15 @@
-"""The rivals do what their publications define."""
+"""The baselines do what their publications define."""
 
 import pytest
 import torch
 from tiny_models import forward, pair, prompt
 from torch.nn.functional import scaled_dot_product_attention
 
+from selfindex.evaluation.baselines import baseline_cache, baselines
+from selfindex.evaluation.baselines.base import Baseline, full_precision
+from selfindex.evaluation.baselines.quantised import FP8, KIVI, Dense, RotatedLloydMax, minmax
+from selfindex.evaluation.baselines.sparse import DoubleSparse, Oracle, Quest, SnapKV, StreamingLLM
 from selfindex.evaluation.recording import record
-from selfindex.evaluation.rivals import rival_cache, rivals
-from selfindex.evaluation.rivals.base import Rival, ends
-from selfindex.evaluation.rivals.quantised import FP8, KIVI, Dense, RotatedLloydMax, minmax
-from selfindex.evaluation.rivals.sparse import DoubleSparse, Oracle, Quest, SnapKV, StreamingLLM
 
 N, D = 400, 64
 
@@ -81,7 +81,7 @@ def test_quest_bounds_every_key_of_a_page(layer):
 def test_oracle_holds_the_most_mass(layer):
     query, keys, _ = layer
     q = grouped(query, slice(100, 104))
-    mass = (q @ keys[:, None].mT).masked_fill(ends(N), -torch.inf).softmax(-1).sum(1)
+    mass = (q @ keys[:, None].mT).masked_fill(full_precision(N), -torch.inf).softmax(-1).sum(1)
     methods = Oracle(0.1), Quest(0.1), DoubleSparse(0.1)
     chosen = [m.select(m.store(*layer, 1.0), q, 1.0) for m in methods]
     held = [float((mass * c).sum()) for c in chosen]
@@ -115,9 +115,9 @@ def test_streaming_keeps_the_ends(layer):
 
 def test_attention_of_new_tokens_is_causal_and_goes_on(layer):
     query, keys, values = layer
-    rival = Rival(Dense(), Dense().store(query[:, :390], keys[:, :390], values[:, :390], 0.1))
+    baseline = Baseline(Dense(), Dense().store(query[:, :390], keys[:, :390], values[:, :390], 0.1))
     parts = [
-        rival.attend(query[None, :, part], keys[None, :, part], values[None, :, part], 0.1)
+        baseline.attend(query[None, :, part], keys[None, :, part], values[None, :, part], 0.1)
         for part in (slice(390, 393), slice(393, 400))
     ]
     wanted = scaled_dot_product_attention(query, keys, values, scale=0.1, is_causal=True, enable_gqa=True)
@@ -125,16 +125,16 @@ def test_attention_of_new_tokens_is_causal_and_goes_on(layer):
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_dense_as_a_rival_is_the_dense_model(family):
+def test_dense_as_a_baseline_is_the_dense_model(family):
     dense, ours = pair(family)
     ids = prompt(130)
-    cache = rival_cache(ours, record(ours, ids[:, :120]), Dense())
+    cache = baseline_cache(ours, record(ours, ids[:, :120]), Dense())
     wanted = forward(dense, ids)[:, 120:]
     torch.testing.assert_close(forward(ours, ids[:, 120:], cache), wanted, atol=1e-4, rtol=1e-4)
 
 
 def test_bytes_per_token():
-    methods = rivals(0.05)
+    methods = baselines(0.05)
     sizes = {name: method.bytes_per_token(64) for name, method in methods.items()}
     assert sizes["dense"] == 256
     assert sizes["KIVI-2"] == 48

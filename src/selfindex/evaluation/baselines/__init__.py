@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from .base import Method, rival_cache
+from .base import Method, baseline_cache
 from .quantised import FP8, KIVI, Dense, RotatedLloydMax
 from .sparse import DoubleSparse, Oracle, Quest, SnapKV, StreamingLLM
 
 
-def rivals(budget: float) -> dict[str, Method]:
+def baselines(budget: float) -> dict[str, Method]:
     """All methods by name; sparse ones read a share `budget` of the tokens."""
     share = f"{100 * budget:g} %"
     return {
@@ -26,4 +26,4 @@ def rivals(budget: float) -> dict[str, Method]:
     }
 
 
-__all__ = ["Method", "rival_cache", "rivals"]
+__all__ = ["Method", "baseline_cache", "baselines"]

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ...integrations.transformers import SelfIndexCache
+from ..cache_layers import ReplacedCache
 from ..recording import Recording
 
 SINKS, RECENT = 16, 64
@@ -55,8 +55,8 @@ class Method(Protocol):
         """Bytes that a decode step reads, per cached token and KV head."""
 
 
-def ends(tokens: int, sinks: int = SINKS, recent: int = RECENT) -> Tensor:
-    """Bool [tokens], True for the first `sinks` and the last `recent`."""
+def full_precision(tokens: int, sinks: int = SINKS, recent: int = RECENT) -> Tensor:
+    """Bool [tokens], True for those kept in full precision: the first `sinks` and the last `recent`."""
     at = torch.arange(tokens)
     return (at < sinks) | (at >= tokens - recent)
 
@@ -69,7 +69,7 @@ def top_tokens(score: Tensor, count: int, exact: Tensor) -> Tensor:
     return mask & (score > -torch.inf)
 
 
-class Rival:
+class Baseline:
     """One layer's prefix under a method, and the tokens that follow it in full precision.
 
     Methods treat KV heads alone, so the rows of a batch are further heads here: H counts both.
@@ -129,23 +129,13 @@ def join(rows: list[Stored]) -> Stored:
     )
 
 
-def rival_cache(model: Any, recording: Recording, method: Method) -> SelfIndexCache:
+def baseline_cache(model: Any, recording: Recording, method: Method) -> ReplacedCache:
     """A cache whose full-attention layers are `method`, filled with recorded prefixes."""
-    cache = recording.around(SelfIndexCache(model))
-    for layer, (query, keys, values, scaling) in zip(cache.compressed_layers, recording.tensors, strict=True):
+    attentions: dict[int, Baseline] = {}
+    for i, (query, keys, values, scaling) in zip(recording.layers, recording.tensors, strict=True):
         rows = [
             method.store(q.float(), k.float(), v.float(), scaling)
             for q, k, v in zip(query, keys, values, strict=True)
         ]
-        _replace(layer, Rival(method, join(rows)), keys.shape[2])
-    return cache
-
-
-def _replace(layer: Any, rival: Rival, columns: int) -> None:
-    def attend(
-        module: Any, query: Tensor, new: Any, mask: Any, scaling: float, sinks: Any, run: Any
-    ) -> Tensor:
-        layer.columns += query.shape[2]
-        return rival.attend(query, new.new_keys, new.new_values, scaling)
-
-    layer.attend, layer.columns, layer.rival = attend, columns, rival
+        attentions[i] = Baseline(method, join(rows))
+    return ReplacedCache(model, attentions, recording.dense)

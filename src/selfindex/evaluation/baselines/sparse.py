@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import RECENT, Stored, ends, top_tokens
+from .base import RECENT, Stored, full_precision, top_tokens
 
 
 @dataclass
@@ -19,7 +19,7 @@ class Sparse:
     budget: float
 
     def store(self, query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Stored:
-        return Stored(keys, values, ends(keys.shape[1]))
+        return Stored(keys, values, full_precision(keys.shape[1]))
 
     def count(self, tokens: int) -> int:
         """Tokens selected of a prefix."""
@@ -64,7 +64,7 @@ class Quest(Sparse):
         missing = -keys.shape[1] % self.page
         # The last page repeats its last key, which changes neither bound.
         padded = torch.cat((keys, keys[:, -1:].expand(-1, missing, -1)), 1).unflatten(1, (-1, self.page))
-        return Stored(keys, values, ends(keys.shape[1]), index=(padded.amin(2), padded.amax(2)))
+        return Stored(keys, values, full_precision(keys.shape[1]), index=(padded.amin(2), padded.amax(2)))
 
     def select(self, stored: Stored, query: Tensor, scaling: float) -> Tensor:
         low, high = stored.index  # [H, pages, d]
@@ -96,7 +96,7 @@ class DoubleSparse(Sparse):
         weight = query.unflatten(0, (heads, -1)).abs().mean((1, 2)) * keys.abs().mean(1)  # [H, d]
         heavy = weight.topk(round(dim * self.channels), -1).indices
         label = keys.gather(2, heavy[:, None].expand(-1, keys.shape[1], -1))
-        return Stored(keys, values, ends(keys.shape[1]), index=(heavy, label))
+        return Stored(keys, values, full_precision(keys.shape[1]), index=(heavy, label))
 
     def select(self, stored: Stored, query: Tensor, scaling: float) -> Tensor:
         heavy, label = stored.index
@@ -108,6 +108,17 @@ class DoubleSparse(Sparse):
 
     def bytes_per_token(self, head_dim: int) -> float:
         return 4 * head_dim + 2 * round(head_dim * self.channels)
+
+
+def snapkv_votes(query: Tensor, keys: Tensor, scaling: float, kernel: int = 7) -> Tensor:
+    """Softmax mass [H, n] of the last queries [Hq, T, d] on keys [H, n, d], max-pooled over neighbours."""
+    heads, n, _ = keys.shape
+    last = query.unflatten(0, (heads, -1))
+    logits = last @ keys[:, None].mT * scaling  # [H, G, T, n]
+    at = torch.arange(n, device=keys.device)
+    future = at > at[n - last.shape[2] :, None]
+    votes = logits.masked_fill(future, -torch.inf).softmax(-1).sum((1, 2))
+    return F.max_pool1d(votes, kernel, stride=1, padding=kernel // 2)
 
 
 @dataclass
@@ -122,16 +133,10 @@ class SnapKV(Sparse):
     kernel: int = 7
 
     def store(self, query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Stored:
-        heads, n, _ = keys.shape
-        last = query[:, -self.window :].unflatten(0, (heads, -1))
-        logits = last @ keys[:, None].mT * scaling  # [H, G, window, n]
-        at = torch.arange(n, device=keys.device)
-        future = at > at[n - last.shape[2] :, None]
-        votes = logits.masked_fill(future, -torch.inf).softmax(-1).sum((1, 2))
-        votes = F.max_pool1d(votes, self.kernel, stride=1, padding=self.kernel // 2)
-        exact = ends(n).to(keys.device)
+        n, votes = keys.shape[1], snapkv_votes(query[:, -self.window :], keys, scaling, self.kernel)
+        exact = full_precision(n).to(keys.device)
         kept = top_tokens(votes, self.count(n), exact) | exact
-        return Stored(keys, values, ends(n), kept=kept)
+        return Stored(keys, values, full_precision(n), kept=kept)
 
     def select(self, stored: Stored, query: Tensor, scaling: float) -> None:
         return None
@@ -151,8 +156,8 @@ class StreamingLLM(Sparse):
 
     def store(self, query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Stored:
         n = keys.shape[1]
-        kept = ends(n, recent=self.count(n) + RECENT)
-        return Stored(keys, values, ends(n), kept=kept.to(keys.device).expand(keys.shape[0], -1))
+        kept = full_precision(n, recent=self.count(n) + RECENT)
+        return Stored(keys, values, full_precision(n), kept=kept.to(keys.device).expand(keys.shape[0], -1))
 
     def select(self, stored: Stored, query: Tensor, scaling: float) -> None:
         return None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...codec.rotation import hadamard
-from .base import Stored, ends
+from .base import Stored, full_precision
 
 
 def minmax(x: Tensor, bits: int, group: int) -> Tensor:
@@ -25,6 +25,13 @@ def minmax(x: Tensor, bits: int, group: int) -> Tensor:
         code = torch.where(scale > 0, (part - zero) / scale, 0.0).round().clamp(0, 2**bits - 1)
         parts.append(zero + code * scale)
     return torch.cat(parts, -1)
+
+
+def random_rotation(dim: int, seed: int) -> Tensor:
+    """Orthonormal Hadamard matrix times random signs, float32 [dim, dim]; rotate with x @ R.T."""
+    generator = torch.Generator().manual_seed(seed)
+    signs = torch.randint(0, 2, (dim,), generator=generator, device="cpu") * 2 - 1
+    return hadamard(dim) * signs / dim**0.5
 
 
 class Everything(ABC):
@@ -44,7 +51,7 @@ class Dense(Everything):
     """The model's own cache in 16 bits; stored here as it is."""
 
     def store(self, query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Stored:
-        return Stored(keys, values, ends(keys.shape[1]))
+        return Stored(keys, values, full_precision(keys.shape[1]))
 
     def bytes_per_token(self, head_dim: int) -> float:
         return 4 * head_dim
@@ -58,7 +65,7 @@ class FP8(Everything):
             scale = x.abs().amax() / torch.finfo(torch.float8_e4m3fn).max
             return (x / scale).to(torch.float8_e4m3fn).float() * scale
 
-        return Stored(cast(keys), cast(values), ends(keys.shape[1]))
+        return Stored(cast(keys), cast(values), full_precision(keys.shape[1]))
 
     def bytes_per_token(self, head_dim: int) -> float:
         return 2 * head_dim
@@ -107,12 +114,10 @@ class RotatedLloydMax(Everything):
     bits: int
 
     def store(self, query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Stored:
-        n, exact = keys.shape[1], ends(keys.shape[1])
+        n, exact = keys.shape[1], full_precision(keys.shape[1])
 
         def cast(x: Tensor, seed: int) -> Tensor:
-            generator = torch.Generator().manual_seed(seed)
-            signs = torch.randint(0, 2, (x.shape[-1],), generator=generator) * 2 - 1
-            rotation = (hadamard(x.shape[-1]) * signs / x.shape[-1] ** 0.5).to(x.device)
+            rotation = random_rotation(x.shape[-1], seed).to(x.device)
             y = x @ rotation.T
             rms = y.square().mean(-1, keepdim=True).sqrt().half().float().clamp(min=1e-8)
             levels = torch.tensor(LEVELS[self.bits], device=x.device)
