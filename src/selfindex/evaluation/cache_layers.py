@@ -14,7 +14,7 @@ from ..config import SelfIndexConfig
 from ..integrations.transformers.attention import NewKeys
 from ..integrations.transformers.models import cache_argument, plan_layers
 from ..integrations.transformers.observer import Observation, Observer
-from ..integrations.transformers.passes import prepare
+from ..integrations.transformers.prepare import prepare
 from ..integrations.transformers.wrappers import unwrap
 
 Run = Callable[..., tuple[Tensor, Any]]
