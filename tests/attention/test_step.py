@@ -48,9 +48,10 @@ def test_a_fixed_plan_gives_what_a_plan_of_its_step_gives(new, lengths):
     store.crop(list(lengths))
     keys, values, query = random_tokens(store, new, seed=4)
     wanted, read = attend(store, query, keys, values, None, 0.125)
-    fixed = FixedPlan(store, new)
-    fixed.update(store)
+    fixed = FixedPlan(store, new, {})
+    fixed.update(store, max(lengths))
     assert fixed.budgets.tolist() == read
+    assert fixed.first == max(lengths)
     got = attend_step(store, query, keys, values, fixed, 0.125).transpose(1, 2)
     torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
 

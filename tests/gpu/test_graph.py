@@ -86,6 +86,36 @@ def test_families(family):
     assert cache.replay.steps == 11
 
 
+@pytest.mark.parametrize("family", ["gemma3", "gpt_oss", "olmo3"])
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}])
+@pytest.mark.parametrize("length", [7, 300])
+def test_models_with_sliding_windows(family, options, length):
+    model, ids = model_on_gpu(family, torch.float32), prompt(length, batch=2).cuda()
+    options = {"max_new_tokens": 60} | options
+    wanted = generate(model, ids, selfindex.SelfIndexCache(model, budget=1.0, cuda_graphs=False), **options)
+    cache = selfindex.SelfIndexCache(model, budget=1.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(generate(model, ids, cache, **options), wanted)
+    assert cache.replay.steps == 59
+
+
+def test_windows_follow_what_happens_between_replayed_steps():
+    model = model_on_gpu("gemma3", torch.float32)
+    caches = [selfindex.SelfIndexCache(model, budget=1.0, cuda_graphs=graphs) for graphs in (False, True)]
+    for new in (300, 1, 8, 20, 1, 3, 8, 8, 1):
+        wanted, got = (forward(model, prompt(new, 2, seed=new).cuda(), cache) for cache in caches)
+        torch.testing.assert_close(got, wanted, atol=2e-3, rtol=2e-3)
+        for cache in caches:
+            cache.reorder_cache(torch.tensor([1, 0], device="cuda"))
+    caches[0].batch_repeat_interleave(2)
+    caches[1].batch_repeat_interleave(2)
+    for token in prompt(40, 4, seed=3).cuda().split(1, 1):
+        wanted, got = (forward(model, token, cache) for cache in caches)
+        torch.testing.assert_close(got, wanted, atol=2e-3, rtol=2e-3)
+    assert caches[1].replay.steps == 47
+
+
 def test_steps_between_other_passes():
     model, ids = model_on_gpu(dtype=torch.float32), prompt(700, batch=2).cuda()
     caches = [selfindex.SelfIndexCache(model, budget=1.0, cuda_graphs=graphs) for graphs in (False, True)]

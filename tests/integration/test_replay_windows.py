@@ -16,8 +16,10 @@ from steps import LEFT, grow, positions
 from tiny_models import HYBRIDS, SPECS, forward, generate, make_model, pair, prompt
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
-from selfindex import StateError
+from selfindex import InputError, StateError
 from selfindex.integrations.transformers import replay
+from selfindex.integrations.transformers.attention import attention_forward
+from selfindex.integrations.transformers.new_keys import NewKeys
 from selfindex.integrations.transformers.window import SlidingWindowLayer, ring_mask, slots_of
 
 TOLERANCE = {"atol": 1e-4, "rtol": 1e-4}
@@ -261,3 +263,22 @@ def test_what_a_new_token_sees(first, new):
             if first <= 4:
                 wanted = list(range(max(0, column - window + 1), column + 1))
             assert seen == wanted
+
+
+def test_attention_that_takes_no_masks_is_refused():
+    _, ours = pair("gemma3")
+    cache = full_cache(ours)
+    keys = NewKeys(cache.layers[0], *torch.zeros(2, 1, 1, 1, 8))
+    with pytest.raises(InputError, match="flash_attention_2 takes no masks"):
+        attention_forward("flash_attention_2", None, torch.zeros(1, 2, 1, 8), keys, None, None)
+
+
+def test_compiled_steps_are_refused():
+    _, ours = pair("gemma3")
+    cache, wanted = full_cache(ours, compile=True), full_cache(ours)
+    for one in (cache, wanted):
+        forward(ours, prompt(40), one)
+    with pytest.warns(RuntimeWarning, match="does not know sliding-window layers"):
+        got = forward(ours, prompt(1), cache)
+    assert torch.equal(got, forward(ours, prompt(1), wanted))
+    assert cache.replay.steps == 0
