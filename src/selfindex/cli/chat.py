@@ -13,6 +13,7 @@ import typer
 
 from ..config import SelfIndexConfig
 from ..errors import SelfIndexError
+from ..evaluation.turns import Turns
 from .console import (
     DEVICE,
     CommandError,
@@ -24,7 +25,6 @@ from .console import (
     show_error,
 )
 from .models import Loaded, load, read_text
-from .turns import Turns
 
 if TYPE_CHECKING:
     from .conversation import Conversation, Stop

@@ -32,7 +32,7 @@ def demo(
             loading = bars.add_task("load the model", total=None)
             loaded = load(SMOLLM2, device, "float32")
             bars.update(loading, total=1, completed=1)
-            from .needle import manual
+            from ..evaluation.texts import manual
             from .screen import screen
             from .trial import run
 
