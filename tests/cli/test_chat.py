@@ -7,9 +7,9 @@ from tiny_tokenizer import make_tokenizer
 
 from selfindex.cli import chat, conversation
 from selfindex.cli.conversation import Conversation, Stop
-from selfindex.cli.models import Loaded
 from selfindex.cli.streaming import TimedStreamer
 from selfindex.config import SelfIndexConfig
+from selfindex.evaluation.models import Loaded
 from selfindex.evaluation.turns import Turns
 
 TEXT = "\n".join(f"Shelf {i} of the archive holds {i * i} letters." for i in range(30))  # 1,200 bytes

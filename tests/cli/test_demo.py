@@ -7,10 +7,11 @@ from tiny_models import forward
 from transformers import DynamicCache
 
 import selfindex
-from selfindex.cli import demo, models, trial
+from selfindex.cli import demo, trial
 from selfindex.cli.measure import Reply, fidelity, read, reply, rewind
 from selfindex.config import EVERY_QUERY
 from selfindex.errors import InputError
+from selfindex.evaluation import models
 from selfindex.evaluation.fidelity import continue_from
 from selfindex.evaluation.tasks.fact import build_task
 from selfindex.evaluation.texts import manual

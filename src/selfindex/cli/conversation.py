@@ -14,10 +14,10 @@ import torch
 from transformers import StoppingCriteria
 
 from ..config import SelfIndexConfig
+from ..evaluation.models import Loaded, check_length
 from ..evaluation.turns import Turns
 from ..integrations.transformers import SelfIndexCache
 from .console import CommandError
-from .models import Loaded, check_length
 from .streaming import TimedStreamer
 
 CHUNK = 8192

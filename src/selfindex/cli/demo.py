@@ -7,8 +7,8 @@ import time
 import typer
 
 from ..config import EVERY_QUERY, SelfIndexConfig
+from ..evaluation.models import SMOLLM2, load
 from .console import BUDGET, DEVICE, PRESET, errors_in_one_line, out, parse_budget, progress
-from .models import SMOLLM2, load
 
 COMPARED_TOKENS = 96
 

@@ -16,9 +16,9 @@ from .. import __version__
 from ..backends.cpu.loader import NativeUnavailable, instruction_set
 from ..backends.cuda.loader import KernelsUnavailable, capability
 from ..config import PRESETS
+from ..evaluation.models import find_smollm2, pick_device
 from ..versions import transformers_problem
 from .console import errors_in_one_line, out, progress
-from .models import find_smollm2, pick_device
 from .selfcheck import PAGE, Check, check, variants
 
 OPTIONAL = (
