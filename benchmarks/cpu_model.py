@@ -30,7 +30,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 import selfindex
-from selfindex.cli.models import load, quiet
+from selfindex.evaluation.models import load, quiet
 from selfindex.integrations.transformers.attention import NewKeys
 
 WARM_UP = 2

@@ -25,8 +25,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import selfindex
-from selfindex.cli.models import load as load_named
 from selfindex.evaluation.environment import describe
+from selfindex.evaluation.models import load as load_named
 from selfindex.integrations.transformers.models import cache_argument
 
 SLACK = 1 << 20

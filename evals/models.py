@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from selfindex.cli.models import load, quiet
+from selfindex.evaluation.models import load, quiet
 
 GEMMA = "gemma3-270m"
 
@@ -31,7 +31,7 @@ def load_model(name: str, device: str = "cpu") -> tuple[Any, Any]:
     """(model, tokenizer) of a short name, a `.gguf` file, a directory or a hub name.
 
     Raises:
-        CommandError: as `selfindex.cli.models.load`.
+        InputError: as `selfindex.evaluation.models.load`.
     """
     quiet()
     loaded = load(str(_gemma()) if name == GEMMA else name, device, "float32")

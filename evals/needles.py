@@ -17,10 +17,10 @@ from typing import Any
 from torch import Tensor
 
 import selfindex
-from selfindex.cli.needle import build_task
 from selfindex.config import EVERY_QUERY
 from selfindex.evaluation.greedy import greedy
 from selfindex.evaluation.recording import record
+from selfindex.evaluation.tasks.fact import build_task
 from selfindex.evaluation.texts import load_text
 
 from .environment import arguments, save

@@ -7,7 +7,7 @@ from tiny_tokenizer import make_tokenizer
 from typer.testing import CliRunner
 
 from selfindex.cli import app
-from selfindex.cli.models import Loaded
+from selfindex.evaluation.models import Loaded
 
 
 @pytest.fixture(scope="session")

@@ -7,10 +7,10 @@ from tiny_tokenizer import make_tokenizer
 
 from selfindex.cli import chat, conversation
 from selfindex.cli.conversation import Conversation, Stop
-from selfindex.cli.models import Loaded
 from selfindex.cli.streaming import TimedStreamer
-from selfindex.cli.turns import Turns
 from selfindex.config import SelfIndexConfig
+from selfindex.evaluation.models import Loaded
+from selfindex.evaluation.turns import Turns
 
 TEXT = "\n".join(f"Shelf {i} of the archive holds {i * i} letters." for i in range(30))  # 1,200 bytes
 OPTIONS = ("--max-new-tokens", "6", "--device", "cpu", "--budget", "64")

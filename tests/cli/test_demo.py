@@ -7,12 +7,14 @@ from tiny_models import forward
 from transformers import DynamicCache
 
 import selfindex
-from selfindex.cli import demo, models, trial
-from selfindex.cli.console import CommandError
+from selfindex.cli import demo, trial
 from selfindex.cli.measure import Reply, fidelity, read, reply, rewind
-from selfindex.cli.needle import build_task, manual
 from selfindex.config import EVERY_QUERY
+from selfindex.errors import InputError
+from selfindex.evaluation import models
 from selfindex.evaluation.fidelity import continue_from
+from selfindex.evaluation.tasks.fact import build_task
+from selfindex.evaluation.texts import manual
 
 TOKENS = 1500
 
@@ -45,7 +47,7 @@ def test_task_is_fixed_by_its_seed(tiny):
 
 
 def test_task_that_does_not_fit(tiny):
-    with pytest.raises(CommandError, match="too short"):
+    with pytest.raises(InputError, match="too short"):
         build_task(tiny.tokenizer, "a short text\n" * 10, TOKENS, 0.5, 0, 16)
 
 

@@ -110,7 +110,7 @@ def test_bad_models(fails, tmp_path, monkeypatch):
     assert "no such file" in fails("generate", f"{missing}.gguf", "hello")
     assert "no such folder" in fails("generate", "some/missing/folder", "hello")
     assert "cannot load" in fails("generate", str(tmp_path), "hello")
-    monkeypatch.setattr("selfindex.cli.models.find_smollm2", lambda: None)
+    monkeypatch.setattr("selfindex.evaluation.models.find_smollm2", lambda: None)
     assert "pip install" in fails("generate", "smollm2", "hello")
 
 

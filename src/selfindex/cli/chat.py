@@ -13,6 +13,8 @@ import typer
 
 from ..config import SelfIndexConfig
 from ..errors import SelfIndexError
+from ..evaluation.models import Loaded, load, read_text
+from ..evaluation.turns import Turns
 from .console import (
     DEVICE,
     CommandError,
@@ -23,8 +25,6 @@ from .console import (
     progress,
     show_error,
 )
-from .models import Loaded, load, read_text
-from .turns import Turns
 
 if TYPE_CHECKING:
     from .conversation import Conversation, Stop

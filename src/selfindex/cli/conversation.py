@@ -14,11 +14,11 @@ import torch
 from transformers import StoppingCriteria
 
 from ..config import SelfIndexConfig
+from ..evaluation.models import Loaded, check_length
+from ..evaluation.turns import Turns
 from ..integrations.transformers import SelfIndexCache
 from .console import CommandError
-from .models import Loaded, check_length
 from .streaming import TimedStreamer
-from .turns import Turns
 
 CHUNK = 8192
 """Tokens of a document read at a time: attention within them is exact, and memory stays bounded."""

@@ -7,8 +7,8 @@ import time
 import typer
 
 from ..config import EVERY_QUERY, SelfIndexConfig
+from ..evaluation.models import SMOLLM2, load
 from .console import BUDGET, DEVICE, PRESET, errors_in_one_line, out, parse_budget, progress
-from .models import SMOLLM2, load
 
 COMPARED_TOKENS = 96
 
@@ -32,7 +32,7 @@ def demo(
             loading = bars.add_task("load the model", total=None)
             loaded = load(SMOLLM2, device, "float32")
             bars.update(loading, total=1, completed=1)
-            from .needle import manual
+            from ..evaluation.texts import manual
             from .screen import screen
             from .trial import run
 

@@ -17,9 +17,9 @@ from ..backends.cpu.loader import NativeUnavailable, instruction_set
 from ..backends.cuda.launch import KernelsUnavailable
 from ..backends.cuda.loader import capability
 from ..config import PRESETS
+from ..evaluation.models import find_smollm2, pick_device
 from ..versions import transformers_problem
 from .console import errors_in_one_line, out, progress
-from .models import find_smollm2, pick_device
 from .selfcheck import PAGE, Check, check, variants
 
 OPTIONAL = (

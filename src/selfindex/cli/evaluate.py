@@ -14,8 +14,8 @@ from rich.markdown import Markdown
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..config import check_budget
+from ..evaluation.models import SMOLLM2, Loaded, load
 from .console import BUDGET, DEVICE, CommandError, err, errors_in_one_line, out, parse_budget
-from .models import SMOLLM2, Loaded, load
 
 if TYPE_CHECKING:
     from ..evaluation.suites import Suite

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from ..config import SelfIndexConfig
+from ..evaluation.models import Loaded, check_length, load, read_text
+from ..evaluation.turns import Turns, with_document
 from .console import BUDGET, DEVICE, PRESET, CommandError, err, errors_in_one_line, parse_budget
-from .models import Loaded, check_length, load, read_text
-from .turns import Turns, with_document
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -11,6 +11,7 @@ from rich import box
 from rich.table import Table
 
 from ..config import EVERY_QUERY, SelfIndexConfig
+from ..evaluation.models import encode_start, load, read_text
 from .console import (
     BUDGET,
     DEVICE,
@@ -22,7 +23,6 @@ from .console import (
     out,
     parse_budget,
 )
-from .models import encode_start, load, read_text
 
 if TYPE_CHECKING:
     from torch import Tensor

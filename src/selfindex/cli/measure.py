@@ -16,10 +16,10 @@ from ..config import SelfIndexConfig
 from ..evaluation.cache_layers import observe_dense
 from ..evaluation.fidelity import divergence
 from ..evaluation.greedy import end_tokens, greedy
+from ..evaluation.models import Loaded
 from ..evaluation.recording import copy_other_layers
 from ..integrations.transformers import SelfIndexCache
 from ..integrations.transformers.observer import Observation
-from .models import Loaded
 
 Tick = Callable[[], None]
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import typer
 
+from ..evaluation.models import encode_start, load, read_text
 from .console import DEVICE, CommandError, check_output, err, errors_in_one_line
-from .models import encode_start, load, read_text
 
 LEAST = 256
 """Tokens a profile is measured on at least: fewer say less than a prompt's own first page."""

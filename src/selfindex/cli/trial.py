@@ -11,12 +11,12 @@ from rich.progress import Progress
 from ..config import SelfIndexConfig
 from ..evaluation.cache_layers import full_attention_layers
 from ..evaluation.fidelity import continue_from
+from ..evaluation.models import Loaded
+from ..evaluation.tasks.fact import Task, build_task
 from ..integrations.transformers import SelfIndexCache
 from ..report import Report
 from .console import CommandError
 from .measure import Fidelity, Reply, fidelity, read, reply, rewind
-from .models import Loaded
-from .needle import Task, build_task
 
 ANSWER_STEPS = 20
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .console import CommandError
+from ..errors import InputError
 
 _DOCUMENT, _ANSWER = "@DOCUMENT@", "@ANSWER@"
 
@@ -66,10 +66,10 @@ class Turns:
                 messages, tokenize=False, add_generation_prompt=True
             )
         except Exception as error:  # templates are programs and raise what they like
-            raise CommandError(f"the model's chat template fails ({error}); use --raw") from error
+            raise InputError(f"the model's chat template fails ({error}); use --raw") from error
         return text
 
     def _checked(self, tail: str, found: str) -> str:
         if not found:
-            raise CommandError("the model's chat template changes what it is given; use --raw")
+            raise InputError("the model's chat template changes what it is given; use --raw")
         return tail

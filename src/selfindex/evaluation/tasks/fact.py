@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .console import CommandError
-from .turns import Turns
+from ...errors import InputError
+from ..turns import Turns
 
 # Small models find some facts more reliably than others; a phone number is one of the easy ones.
 FACT = "The phone number of the bakery is {}."
@@ -36,13 +36,6 @@ class Task:
     answer: str
 
 
-def manual() -> str:
-    """CPython's reference manual, which comes with every Python."""
-    from pydoc_data import topics
-
-    return "\n".join(topics.topics[name] for name in sorted(topics.topics))
-
-
 def build_task(tokenizer: Any, text: str, tokens: int, depth: float, seed: int, more: int) -> Task:
     """Hide a fact at a depth (0 to 1) of a document of `tokens` tokens.
 
@@ -51,7 +44,7 @@ def build_task(tokenizer: Any, text: str, tokens: int, depth: float, seed: int, 
         more: tokens of the text's continuation.
 
     Raises:
-        CommandError: the text is too short for that.
+        InputError: the text is too short for that.
     """
     rng = random.Random(seed)
     answer = str(rng.randint(10_000, 99_999))
@@ -67,7 +60,7 @@ def build_task(tokenizer: Any, text: str, tokens: int, depth: float, seed: int, 
     # Four times as many characters as tokens is little for English, twenty times is plenty.
     ids = encode(text[start : start + 20 * (need + more)])
     if need < 1 or len(ids) < need + more:
-        raise CommandError(f"the text is too short for {tokens} tokens at this seed; lower --tokens")
+        raise InputError(f"the text is too short for {tokens} tokens at this seed; ask for fewer")
     at = round(depth * need)
     while 0 < at < need and "\n" not in tokenizer.decode(ids[at - 1 : at]):
         at += 1

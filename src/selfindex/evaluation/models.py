@@ -1,4 +1,4 @@
-"""Loading of models for the commands.
+"""Loading of models by name, for commands and scripts.
 
 PyTorch and transformers are imported by the functions that need them: the command line's help and
 its errors come without the seconds that this takes.
@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .console import CommandError
+from ..errors import InputError
 
 if TYPE_CHECKING:
     import torch
@@ -64,7 +64,7 @@ def pick_device(name: str) -> torch.device:
     """Device of that name; "auto" is CUDA if there is one, else the CPU.
 
     Raises:
-        CommandError: there is no such device.
+        InputError: there is no such device.
     """
     import torch
 
@@ -73,9 +73,9 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise CommandError(f"{name!r} is not a device; use auto, cpu, cuda or cuda:1") from None
+        raise InputError(f"{name!r} is not a device; use auto, cpu, cuda or cuda:1") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise CommandError(f"no device {name}: torch sees {torch.cuda.device_count()} CUDA devices")
+        raise InputError(f"no device {name}: torch sees {torch.cuda.device_count()} CUDA devices")
     return device
 
 
@@ -89,7 +89,7 @@ def _pick_dtype(name: str, device: torch.device) -> torch.dtype | str:
 
 def _check_dtype(name: str) -> None:
     if name != "auto" and name not in DTYPES:
-        raise CommandError(f"dtype must be auto or one of {', '.join(DTYPES)}, got {name!r}")
+        raise InputError(f"dtype must be auto or one of {', '.join(DTYPES)}, got {name!r}")
 
 
 def find_smollm2() -> Path | None:
@@ -110,7 +110,7 @@ def load(name: str, device: str = "auto", dtype: str = "auto") -> Loaded:
         dtype: one of DTYPES or "auto": float32 on the CPU, else what the checkpoint holds.
 
     Raises:
-        CommandError: there is no such model or device, or it cannot be loaded.
+        InputError: there is no such model or device, or it cannot be loaded.
     """
     source, label, options = _locate(name)
     _check_dtype(dtype)
@@ -124,7 +124,7 @@ def load(name: str, device: str = "auto", dtype: str = "auto") -> Loaded:
     except Exception as error:
         # Whatever a damaged, foreign or unreachable checkpoint makes the libraries raise.
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise CommandError(f"cannot load {name}: {reason}") from error
+        raise InputError(f"cannot load {name}: {reason}") from error
     return Loaded(model.to(where).eval(), tokenizer, label)
 
 
@@ -135,16 +135,16 @@ def _locate(name: str) -> tuple[str, str, dict[str, str]]:
     if name == SMOLLM2:
         folder = find_smollm2()
         if folder is None:
-            raise CommandError(f"the demo's model is missing; {_INSTALL}")
+            raise InputError(f"the demo's model is missing; {_INSTALL}")
         source, label, options = str(folder), "SmolLM2-135M-Instruct", {"gguf_file": _GGUF}
     elif path.suffix == ".gguf":
         if not path.is_file():
-            raise CommandError(f"no such file: {name}")
+            raise InputError(f"no such file: {name}")
         source, label, options = str(path.parent), path.stem, {"gguf_file": path.name}
     elif not path.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise CommandError(f"no such folder: {name}")
+        raise InputError(f"no such folder: {name}")
     if options and importlib.util.find_spec("gguf") is None:
-        raise CommandError('reading GGUF weights needs the package gguf: pip install "selfindex[demo]"')
+        raise InputError('reading GGUF weights needs the package gguf: pip install "selfindex[demo]"')
     return source, label, options
 
 
@@ -152,7 +152,7 @@ def read_text(file: Path) -> str:
     """Content of a UTF-8 file, or of stdin for `-`; never empty.
 
     Raises:
-        CommandError: it cannot be read, is not text, or has nothing but white space.
+        InputError: it cannot be read, is not text, or has nothing but white space.
     """
     stdin = str(file) == "-"
     name = "stdin" if stdin else str(file)
@@ -161,11 +161,11 @@ def read_text(file: Path) -> str:
         text = content.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise CommandError(f"cannot read {name}: {reason}") from error
+        raise InputError(f"cannot read {name}: {reason}") from error
     if "\0" in text:
-        raise CommandError(f"cannot read {name}: not UTF-8 text")
+        raise InputError(f"cannot read {name}: not UTF-8 text")
     if not text.strip():
-        raise CommandError(f"{name} is empty")
+        raise InputError(f"{name} is empty")
     return text.replace("\r\n", "\n")
 
 
@@ -175,10 +175,10 @@ def context_limit(loaded: Loaded) -> int | None:
 
 
 def check_length(loaded: Loaded, tokens: int, new: int) -> None:
-    """Raise CommandError unless the model's context has room for so many tokens and new ones."""
+    """Raise InputError unless the model's context has room for so many tokens and new ones."""
     limit = context_limit(loaded)
     if limit is not None and tokens + new > limit:
-        raise CommandError(
+        raise InputError(
             f"{tokens:,} prompt tokens and {new:,} new ones do not fit the model's {limit:,}; "
             "shorten the prompt or lower --max-new-tokens"
         )
