@@ -17,85 +17,28 @@ import argparse
 import gc
 import json
 import shlex
-import statistics
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from transformers import AutoModelForCausalLM, StoppingCriteria, StoppingCriteriaList
 
 import selfindex
 from selfindex.evaluation.environment import describe
-from selfindex.integrations.transformers.models import cache_argument
-
-SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
-    "qwen2.5-1.5b": (
-        "Qwen2Config",
-        {
-            "vocab_size": 151936, "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,
-            "num_attention_heads": 12, "num_key_value_heads": 2, "tie_word_embeddings": True,
-        },
-    ),
-    "llama-3.1-8b": (
-        "LlamaConfig",
-        {
-            "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
-            "num_attention_heads": 32, "num_key_value_heads": 8,
-        },
-    ),
-    "gemma-3-270m": (
-        "Gemma3TextConfig",
-        {
-            "vocab_size": 262144, "hidden_size": 640, "intermediate_size": 2048, "num_hidden_layers": 18,
-            "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256, "sliding_window": 512,
-        },
-    ),
-}  # fmt: skip
-WARM_UP = 8
+from selfindex.evaluation.shapes import SHAPES, random_model
+from selfindex.evaluation.timing import measure
 
 
-class Clock(StoppingCriteria):
-    """Notes when generate asks whether to stop, which it does once a token."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        torch.cuda.synchronize()
-        self.times.append(time.perf_counter())
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-
-
-def measure(model: Any, batch: int, length: int, steps: int, way: str) -> dict[str, float]:
+def run(model: Any, ids: torch.Tensor, steps: int, way: str) -> dict[str, float]:
     """Seconds to the first token, milliseconds a token, memory."""
-    gc.collect()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    ids = torch.randint(3, model.config.vocab_size, (batch, length), device="cuda")
-    given: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "do_sample": False}
-    given |= {"max_new_tokens": steps, "eos_token_id": model.config.vocab_size, "pad_token_id": 0}
-    cache = None
-    if way in ("selfindex", "compiled"):
-        cache = selfindex.SelfIndexCache(model, budget=0.05, compile=way == "compiled")
-        given[cache_argument(model)] = cache
-    elif way == "static":
-        given["cache_implementation"] = "static"
-    clock = Clock()
-    start = time.perf_counter()
-    model.generate(ids, **given, stopping_criteria=StoppingCriteriaList([clock]))
-    each = [1e3 * (b - a) for a, b in zip(clock.times, clock.times[1:], strict=False)][WARM_UP:]
-    found = {
-        "first_s": clock.times[0] - start,
-        "ms": statistics.median(each),
-        "p90_ms": sorted(each)[int(0.9 * len(each))],
-        "peak_gb": torch.cuda.max_memory_allocated() / 1e9,
-    }
+    ours = way in ("selfindex", "compiled")
+    cache = selfindex.SelfIndexCache(model, budget=0.05, compile=way == "compiled") if ours else None
+    options = {"cache_implementation": "static"} if way == "static" else {}
+    timing = measure(model, ids, steps, cache, **options)
+    found = {"first_s": timing.first, "ms": timing.ms, "p90_ms": timing.p90_ms}
+    found["peak_gb"] = timing.peak / 1e9
     if cache is not None:
-        found["replayed"] = cache.replay.steps / (steps - 1)
-        found["cache_gb"] = cache.report().memory.total / 1e9
+        found |= {"replayed": timing.replayed, "cache_gb": timing.cache / 1e9}
     return found
 
 
@@ -121,19 +64,17 @@ def main() -> None:
         args.output.write_text(json.dumps(result, indent=1) + "\n")
 
     for name in args.models:
-        kind, shape = SHAPES[name]
-        config = getattr(transformers, kind)(max_position_embeddings=1 << 20, **shape)
-        with torch.device("cuda"):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+        model = random_model(name, "cuda", torch.bfloat16)
         for batch in args.batches:
             for length in args.lengths:
                 row: dict[str, Any] = {"model": name, "batch": batch, "length": length}
+                ids = torch.randint(3, model.config.vocab_size, (batch, length), device="cuda")
                 # Twice: libraries prepare their kernels for every length that they have not seen.
                 for way in ["dynamic", "selfindex"] * 2 + ["static", "compiled"] * (
                     2 * (length in args.static)
                 ):
                     try:
-                        row[way] = measure(model, batch, length, args.steps, way)
+                        row[way] = run(model, ids, args.steps, way)
                     except torch.OutOfMemoryError:
                         row[way] = None
                     if row[way] is None:

@@ -110,7 +110,8 @@ def end_section(result: dict[str, Any]) -> list[str]:
     lines += paragraph(
         where(result, f"python benchmarks/end_to_end.py --lengths {lengths(result)} --output FILE"),
         f"{result['model']} ({result['weights_gb']:.1f} GB). selfindex is a loop of 128 steps that replays",
-        "one graph, the encoding of a page included (at that date; `model.generate` replays it now, see above); dense is the same model in a",
+        "one graph, the encoding of a page included (`model.generate` replays it now, see above); dense is the",
+        "same model in a",
         "captured graph with the best dense SDPA kernel on exactly the tokens that exist.",
         "Milliseconds per token.",
     )
@@ -261,8 +262,8 @@ def generate_section(results: list[dict[str, Any]]) -> list[str]:
         machine = f"{found['gpu']}, torch {found['torch']}, transformers {found['transformers']}"
         lines += paragraph(f"`{found['command']}`, {found['date']}, {machine}.")
     lines += paragraph(
-        "Random bf16 weights, greedy, budget 5 %, milliseconds a token (medians, from one call of the stopping criteria to the next)",
-        "and seconds to the first token. *dynamic* is transformers' default; *static* its",
+        "Random bf16 weights, greedy, budget 5 %, milliseconds a token (medians, from one call of the stopping",
+        "criteria to the next) and seconds to the first token. *dynamic* is transformers' default; *static* its",
         '`cache_implementation="static"`, which it compiles; *compiled* SelfIndexCache with `compile=True`.',
         "The first token of short prompts is later because each layer is encoded as soon as it has run, in",
         "kernels that Python launches.",
@@ -286,9 +287,9 @@ def chunk_section(result: dict[str, Any]) -> list[str]:
     found, shape = result["environment"], result["shape"]
     lines = ["## A long chunk after the first"]
     lines += paragraph(
-        f"`{found['command']}`, {found['date']}, {found['gpu']}, torch {found['torch']}. The exact part of a chunk",
-        f"({shape['query_heads']} / {shape['kv_heads']} heads of {shape['head_dim']}, {shape['held']} held tokens)",
-        "against the faster of two ways to have SDPA compute the same: milliseconds and memory.",
+        f"`{found['command']}`, {found['date']}, {found['gpu']}, torch {found['torch']}. The exact part of",
+        f"a chunk ({shape['query_heads']} / {shape['kv_heads']} heads of {shape['head_dim']}, {shape['held']}",
+        "held tokens) against the faster of two ways to have SDPA compute the same: milliseconds and memory.",
     )
     lines += head("dtype", "new tokens", "exact part, ms", "MiB", "SDPA, ms", "MiB", "ratio")
     for each in result["results"]:
@@ -329,8 +330,8 @@ def eager_section(results: list[dict[str, Any]]) -> list[str]:
     """Steps that Python launches, of a small model."""
     lines = ["## Steps that Python launches"]
     lines += paragraph(
-        "Forward passes of one token, as a CPU runs them and a GPU without graphs: the shapes of SmolLM2-135M,",
-        "random bf16 weights, one sequence, budget 5 %, milliseconds a step (medians).",
+        "Forward passes of one token, as a CPU runs them and a GPU without graphs: the shapes of",
+        "SmolLM2-135M, random bf16 weights, one sequence, budget 5 %, milliseconds a step (medians).",
     )
     for result in results:
         found = result["environment"]

@@ -42,7 +42,14 @@ def test_help_imports_nothing_heavy():
 
 
 def test_mistakes_import_nothing_heavy():
-    usage = ["dance", "generate", "profile m", "chat m --speed 3", "generate m a --max-new-tokens 0"]
+    usage = [
+        "dance",
+        "generate",
+        "profile m",
+        "chat m --speed 3",
+        "generate m a --max-new-tokens 0",
+        "bench m --new 1",
+    ]
     refused = [
         "generate m a --budget 1.5",
         "generate m --file /nowhere/text",
@@ -50,6 +57,12 @@ def test_mistakes_import_nothing_heavy():
         "generate smollm2 a --dtype float8",
         "chat m --load /nowhere/cache",
         "inspect m --file /nowhere/text",
+        "bench",
+        "bench m --random llama-3.1-8b",
+        "bench m --lengths 1k",
+        "bench m --output /nowhere/at/all.json",
+        "bench /nowhere/model",
+        "bench --random nothing",
     ]
     assert run(*usage, *refused) == [2] * len(usage) + [1] * len(refused)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import typer
 
 from .. import __version__
-from . import chat, demo, evaluate, generate, inspect, profile
+from . import bench, chat, demo, evaluate, generate, inspect, profile
 
 app = typer.Typer(
     name="selfindex",
@@ -22,6 +22,7 @@ app.command()(demo.demo)
 app.command()(generate.generate)
 app.command()(chat.chat)
 app.command("eval")(evaluate.evaluate)
+app.command()(bench.bench)
 app.command()(inspect.inspect)
 app.command()(profile.profile)
 

@@ -40,8 +40,13 @@ def show_error(error: Exception) -> None:
     err.print(f"[bold red]error:[/] {escape(text)}", soft_wrap=True)
 
 
-def progress() -> Progress:
-    """A progress display that disappears when the work is done."""
+def progress(live: bool = True) -> Progress:
+    """A progress display that disappears when the work is done.
+
+    Args:
+        live: redraw it all the time; else only where an update asks for it, so that nothing is drawn
+            while something is timed.
+    """
     return Progress(
         SpinnerColumn(finished_text="[green]✓[/]"),
         TextColumn("{task.description:<36}"),
@@ -49,6 +54,7 @@ def progress() -> Progress:
         TimeElapsedColumn(),
         console=err,
         transient=True,
+        auto_refresh=live,
     )
 
 

@@ -129,6 +129,43 @@ def error_by_length(by_length: dict[str, Any], title: str, target: Path) -> None
     _save(figure, target)
 
 
+def speed(rows: list[dict[str, Any]], title: str, target: Path) -> None:
+    """Time per token, time to the first token and the cache's memory, by length; a line style a batch.
+
+    Args:
+        rows: "batch", "length", and for "dense" and "ours" the fields of `timing.Timing`, or None.
+    """
+    panels = {
+        "ms a token": ("ms", 1),
+        "seconds to the first token": ("first", 1),
+        "MiB of the cache": ("cache", 2**20),
+    }
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.8))
+    lengths = sorted({row["length"] for row in rows})
+    for axis, (label, (key, unit)) in zip(axes, panels.items(), strict=True):
+        for i, batch in enumerate(sorted({row["batch"] for row in rows})):
+            for way, colour in (("dense", GREY), ("ours", GREEN)):
+                points = [
+                    (row["length"], row[way][key] / unit)
+                    for row in rows
+                    if row["batch"] == batch and row[way] is not None
+                ]
+                name = "selfindex" if way == "ours" else "dense"
+                axis.plot(
+                    [x for x, _ in points], [y for _, y in points], marker="o", markersize=3, color=colour,
+                    linestyle=STYLES[i % len(STYLES)], label=f"{name}, batch {batch}",
+                )  # fmt: skip
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(lengths, [f"{n:,}" for n in lengths], fontsize=7)
+        axis.set_ylim(bottom=0)
+        axis.set_xlabel("tokens of the prompt")
+        axis.set_title(label, fontsize=10)
+        _clean(axis)
+    axes[0].legend(frameon=False, fontsize=7)
+    figure.suptitle(title, fontsize=9)
+    _save(figure, target)
+
+
 def heatmap(found: dict[str, Any], title: str, target: Path) -> None:
     """Share of needles found over length and depth, a panel a method.
 

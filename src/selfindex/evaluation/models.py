@@ -31,7 +31,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model ready to run, its tokenizer, and its name for people."""
+    """A model ready to run, its tokenizer (None with random weights), and its name for people."""
 
     model: Any
     tokenizer: Any
@@ -121,11 +121,44 @@ def load(name: str, device: str = "auto", dtype: str = "auto") -> Loaded:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=_pick_dtype(dtype, where), **options)
+        model = model.to(where).eval()
     except Exception as error:
         # Whatever a damaged, foreign or unreachable checkpoint makes the libraries raise.
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise InputError(f"cannot load {name}: {reason}") from error
-    return Loaded(model.to(where).eval(), tokenizer, label)
+    return Loaded(model, tokenizer, label)
+
+
+def load_random(shape: str, device: str = "auto", dtype: str = "auto") -> Loaded:
+    """A model of one of `evaluation.shapes.SHAPES` with random weights, without a tokenizer.
+
+    Args:
+        dtype: one of DTYPES or "auto": float32 on the CPU, else bfloat16.
+
+    Raises:
+        InputError: there is no such shape or device, or no room for it.
+    """
+    from .shapes import SHAPES, random_model
+
+    if shape not in SHAPES:
+        raise InputError(f"no shape {shape!r}; there are {', '.join(SHAPES)}")
+    _check_dtype(dtype)
+    import torch
+
+    from .timing import free_memory
+
+    quiet()
+    where = pick_device(device)
+    wanted = _pick_dtype(dtype, where)
+    kind = torch.bfloat16 if isinstance(wanted, str) else wanted
+    need = sum(x.nbytes for x in random_model(shape, "meta", kind).parameters())
+    free = free_memory(where)
+    if need > free:
+        raise InputError(
+            f"{shape} takes {need / 1e9:.1f} GB as {str(kind).removeprefix('torch.')}, "
+            f"and {where} has {free / 1e9:.1f} GB free"
+        )
+    return Loaded(random_model(shape, where, kind), None, f"{shape} (random weights)")
 
 
 def _locate(name: str) -> tuple[str, str, dict[str, str]]:
