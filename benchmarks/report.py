@@ -109,9 +109,9 @@ def end_section(result: dict[str, Any]) -> list[str]:
     lines = ["## A whole model"]
     lines += paragraph(
         where(result, f"python benchmarks/end_to_end.py --lengths {lengths(result)} --output FILE"),
-        f"{result['model']} ({result['weights_gb']:.1f} GB). selfindex is a loop of 128 steps that replays",
-        "one graph, the encoding of a page included (`model.generate` replays it now, see above); dense is the",
-        "same model in a",
+        f"{result['model']} ({result['weights_gb']:.1f} GB). selfindex is a loop of 128 steps that",
+        "replays one graph, the encoding of a page included (`model.generate` replays it now, see above);",
+        "dense is the same model in a",
         "captured graph with the best dense SDPA kernel on exactly the tokens that exist.",
         "Milliseconds per token.",
     )
@@ -262,11 +262,11 @@ def generate_section(results: list[dict[str, Any]]) -> list[str]:
         machine = f"{found['gpu']}, torch {found['torch']}, transformers {found['transformers']}"
         lines += paragraph(f"`{found['command']}`, {found['date']}, {machine}.")
     lines += paragraph(
-        "Random bf16 weights, greedy, budget 5 %, milliseconds a token (medians, from one call of the stopping",
-        "criteria to the next) and seconds to the first token. *dynamic* is transformers' default; *static* its",
-        '`cache_implementation="static"`, which it compiles; *compiled* SelfIndexCache with `compile=True`.',
-        "The first token of short prompts is later because each layer is encoded as soon as it has run, in",
-        "kernels that Python launches.",
+        "Random bf16 weights, greedy, budget 5 %, milliseconds a token (medians, from one call of the",
+        "stopping criteria to the next) and seconds to the first token. *dynamic* is transformers' default;",
+        '*static* its `cache_implementation="static"`, which it compiles; *compiled* SelfIndexCache with',
+        "`compile=True`. The first token of short prompts is later because each layer is encoded as soon as it",
+        "has run, in kernels that Python launches.",
     )
     titles = ("model", "batch x length", "dynamic", "selfindex", "ratio", "static", "compiled")
     lines += head(*titles, "first token, dynamic", "first token, selfindex")

@@ -26,7 +26,7 @@ def compact_mask(base: str, **kwargs: Any) -> Tensor | None:
         InputError: a layer with a ring has another mask than a sliding window.
     """
     past, new, total = kwargs["q_offset"], kwargs["q_length"], kwargs["kv_length"]
-    if total == 0:  # a `SlidingWindowLayer` in a step of fixed shape, which makes its own mask
+    if new and total == 0:  # a `SlidingWindowLayer` in a step of fixed shape, which makes its own mask
         check_window(kwargs["mask_function"], kwargs["kv_offset"])
         return None
     plain = (
