@@ -265,8 +265,8 @@ def generate_section(results: list[dict[str, Any]]) -> list[str]:
         "Random bf16 weights, greedy, budget 5 %, milliseconds a token (medians, from one call of the",
         "stopping criteria to the next) and seconds to the first token. *dynamic* is transformers' default;",
         '*static* its `cache_implementation="static"`, which it compiles; *compiled* SelfIndexCache with',
-        "`compile=True`. The first token of short prompts is later because each layer is encoded as soon as it",
-        "has run, in kernels that Python launches.",
+        "`compile=True`. The first token of short prompts is later because each layer is encoded as soon",
+        "as it has run, in kernels that Python launches.",
     )
     titles = ("model", "batch x length", "dynamic", "selfindex", "ratio", "static", "compiled")
     lines += head(*titles, "first token, dynamic", "first token, selfindex")
@@ -287,9 +287,9 @@ def chunk_section(result: dict[str, Any]) -> list[str]:
     found, shape = result["environment"], result["shape"]
     lines = ["## A long chunk after the first"]
     lines += paragraph(
-        f"`{found['command']}`, {found['date']}, {found['gpu']}, torch {found['torch']}. The exact part of",
-        f"a chunk ({shape['query_heads']} / {shape['kv_heads']} heads of {shape['head_dim']}, {shape['held']}",
-        "held tokens) against the faster of two ways to have SDPA compute the same: milliseconds and memory.",
+        f"`{found['command']}`, {found['date']}, {found['gpu']}, torch {found['torch']}. The exact part",
+        f"of a chunk ({shape['query_heads']} / {shape['kv_heads']} heads of {shape['head_dim']},",
+        f"{shape['held']} held tokens) against the faster of two ways to have SDPA compute the same: milliseconds and memory.",
     )
     lines += head("dtype", "new tokens", "exact part, ms", "MiB", "SDPA, ms", "MiB", "ratio")
     for each in result["results"]:

@@ -130,6 +130,56 @@ def test_a_new_budget_and_new_weights_are_recorded_anew():
     assert not forward(ours, prompt(1), cache).any()
 
 
+def test_a_recording_is_of_one_place_and_one_model():
+    ours = make_model("llama")
+    cache = replaying(ours)
+    forward(ours, prompt(60), cache)
+
+    def recording():
+        forward(ours, prompt(1), cache)
+        [found] = cache.replay._recordings.values()
+        return found
+
+    first = recording()
+    assert recording() is first
+    cache.compressed_layers[1].store.pool.reserve(1000)  # moves its planes
+    second = recording()
+    assert second is not first
+    ours.lm_head.weight = torch.nn.Parameter(ours.lm_head.weight.detach().clone())
+    assert recording() is not second
+
+
+def test_a_mask_is_read_in_steps_too():
+    dense, ours = pair("llama")
+    found = []
+    for cache in (small_cache(ours, budget=1.0), replaying(ours, budget=1.0)):
+        forward(ours, prompt(60, 2), cache)
+        mask = torch.ones(2, 61, dtype=torch.long)
+        mask[1, 55:60] = 0  # filler of a row that had finished
+        positions = mask.cumsum(1)[:, -1:] - 1
+        logits = [forward(ours, prompt(1, 2), cache, mask, position_ids=positions)]
+        mask = torch.cat((mask, torch.tensor([[1], [0]])), 1)  # a new token that is none
+        logits.append(forward(ours, prompt(1, 2), cache, mask, position_ids=positions + 1)[:1])
+        assert cache.compressed_layers[0].store.length(1) == 56
+        found.append(torch.cat(logits))
+    torch.testing.assert_close(*found, atol=1e-4, rtol=1e-4)
+    check_tokens(cache, dense, torch.cat((prompt(60, 2)[1, :55], prompt(1, 2)[1])), row=1)
+    assert cache.replay.steps == 0
+
+
+def test_what_steps_of_a_fork_measure_is_its_own():
+    _, ours = pair("llama")
+    cache = replaying(ours)
+    forward(ours, prompt(3), cache)
+    fork = cache.fork()
+    fork.replay.emulate = True
+    before = cache.compressed_layers[0].store.statistics.query_square.clone()
+    forward(ours, prompt(1), fork)
+    assert fork.replay.steps == 1
+    assert torch.equal(cache.compressed_layers[0].store.statistics.query_square, before)
+    assert not torch.equal(fork.compressed_layers[0].store.statistics.query_square, before)
+
+
 def test_compiled_steps_are_the_same_graph_for_any_prompt(monkeypatch):
     # Everything torch.compile does but generating code, which takes a minute.
     graphs = []

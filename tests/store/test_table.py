@@ -99,3 +99,24 @@ def test_copies_of_a_row_are_independent(table):
 def test_no_pages_at_all():
     table = BlockTable(3, BlockPool(FORMAT, torch.device("cpu")))
     assert [t.shape for t in table.tensors()] == [(3, 0), (3, 0)]
+
+
+def test_the_mirror_stays_in_its_place_while_rows_fit(table):
+    """A captured CUDA graph reads it."""
+    place = [plane.data_ptr() for plane in table.padded()]
+    pages = [torch.zeros(1, n, dtype=torch.uint8) for n in (FORMAT.index_bytes, FORMAT.payload_bytes)]
+
+    def check():
+        assert [plane.data_ptr() for plane in table.padded()] == place
+        for row, blocks, counts in zip(table.rows, *table.tensors(), strict=True):
+            assert blocks.tolist()[: len(row.blocks)] == row.blocks
+            assert counts.tolist() == row.counts + [0] * (table.pages - len(row.counts))
+        assert not table.padded()[1][:, table.pages :].any()
+
+    for rows in ([1, 0], [0, 0], [1, 1]):
+        table.select(rows)
+        check()
+        table.append(0, table.pool.add(*pages), [16])
+        check()
+        table.crop(1, 5)
+        check()
