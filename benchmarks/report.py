@@ -289,7 +289,8 @@ def chunk_section(result: dict[str, Any]) -> list[str]:
     lines += paragraph(
         f"`{found['command']}`, {found['date']}, {found['gpu']}, torch {found['torch']}. The exact part",
         f"of a chunk ({shape['query_heads']} / {shape['kv_heads']} heads of {shape['head_dim']},",
-        f"{shape['held']} held tokens) against the faster of two ways to have SDPA compute the same: milliseconds and memory.",
+        f"{shape['held']} held tokens) against the faster of two ways to have SDPA compute the same:",
+        "milliseconds and memory.",
     )
     lines += head("dtype", "new tokens", "exact part, ms", "MiB", "SDPA, ms", "MiB", "ratio")
     for each in result["results"]:
