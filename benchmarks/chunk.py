@@ -34,7 +34,7 @@ from torch.nn.attention.bias import causal_lower_right
 from selfindex.attention.exact import exact_part
 from selfindex.attention.shared import Shared
 from selfindex.evaluation.environment import command_line, describe
-from selfindex.store.raw import RawTokens
+from selfindex.store.window import Window
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TARGET = 1.5
@@ -92,13 +92,13 @@ def ways(new: int, options: argparse.Namespace, dtype: torch.dtype) -> dict[str,
         return torch.randn(1, heads, tokens, options.dim, device=options.device).to(dtype)
 
     held, heads = options.held, options.kv_heads
-    raw = RawTokens(normal(heads, 0))
-    raw.put(slice(0, 1), 0, normal(heads, held), normal(heads, held))
+    window = Window(normal(heads, 0))
+    window.put(slice(0, 1), 0, normal(heads, held), normal(heads, held))
     query, keys, values = (normal(n, new) for n in (heads * options.groups, heads, heads))
     scaling = options.dim**-0.5
 
     def sdpa(mask: Any, joined: bool = True) -> Tensor:
-        pairs = ((raw.keys[:, :, :held], keys), (raw.values[:, :, :held], values))
+        pairs = ((window.keys[:, :, :held], keys), (window.values[:, :, :held], values))
         k, v = (torch.cat(pair, 2) if joined else pair[1] for pair in pairs)
         return F.scaled_dot_product_attention(query, k, v, mask, is_causal=not joined, enable_gqa=True)
 
@@ -108,7 +108,7 @@ def ways(new: int, options: argparse.Namespace, dtype: torch.dtype) -> dict[str,
 
     visible = torch.ones(new, held + new, dtype=torch.bool, device=options.device).tril(held)[None, None]
     return {
-        "exact": lambda: exact_part(raw, query, keys, values, None, scaling, Shared()),
+        "exact": lambda: exact_part(window, query, keys, values, None, scaling, Shared()),
         "masked": masked,
         "aligned": lambda: sdpa(causal_lower_right(new, held + new)),
         "new": lambda: sdpa(None, joined=False),

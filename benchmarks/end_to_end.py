@@ -87,7 +87,7 @@ def filled_cache(model: Any, batch: int, length: int, **options: Any) -> selfind
         for b in range(batch):
             source = torch.randint(index.shape[0], (pages,), device="cuda")
             store.table.append(b, store.pool.add(index[source], payload[source]), [config.page_size] * pages)
-            store.raw.put(slice(b, b + 1), 0, like[b], like[b])
+            store.window.put(slice(b, b + 1), 0, like[b], like[b])
         layer.columns = length
     return cache
 

@@ -198,7 +198,7 @@ class Soak:
         dense = DynamicCache(config=self.models[key].config)
         forward(self.exact[key], ids[None].to(self.device), dense)
         store = on_cpu(cache.compressed_layers[0].store)
-        held, encoded = min(store.config.sinks, store.raw.lengths[row]), store.encoded(row)
+        held, encoded = min(store.config.sinks, store.window.lengths[row]), store.encoded(row)
         raw = [*range(held), *range(held + encoded, len(ids))]
         for got, exact in zip(
             held_tokens(store, row), (dense.layers[0].keys[0], dense.layers[0].values[0]), strict=True
@@ -213,7 +213,7 @@ class Soak:
         if not any(counts):
             return
         table, pages = store.table.tensors()
-        heads, dim, dtype = store.format.kv_heads, store.format.head_dim, store.raw.keys.dtype
+        heads, dim, dtype = store.format.kv_heads, store.format.head_dim, store.window.keys.dtype
         query = torch.randn(store.batch, 2 * heads, 1, dim, device=self.device).to(dtype)
         share = self.random.choice([1, 4, 20])
         budgets = [min(n, max(32, n // share)) for n in counts]

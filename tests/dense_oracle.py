@@ -15,7 +15,7 @@ def dense_attention(store, query, keys, values, valid=None, scaling=0.125, sink_
     output = torch.zeros(*query.shape[:3], values.shape[-1])
     for b in range(batch):
         past_k, past_v = held_tokens(store, b)
-        sinks, encoded = min(store.config.sinks, store.raw.lengths[b]), store.encoded(b)
+        sinks, encoded = min(store.config.sinks, store.window.lengths[b]), store.encoded(b)
         real = torch.ones(new, dtype=torch.bool) if valid is None else valid[b]
         for h in range(heads):
             all_k = torch.cat((past_k[h // groups], keys[b, h // groups].float()))

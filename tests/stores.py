@@ -33,8 +33,8 @@ def new_store(config, batch=1, heads=2, dim=64, dtype=torch.float32, balance=Non
 
 def random_tokens(store, new, groups=2, seed=0):
     """(keys, values, query) of `new` random tokens for a store."""
-    batch, heads, _, dim = store.raw.keys.shape
-    dtype = store.raw.keys.dtype
+    batch, heads, _, dim = store.window.keys.shape
+    dtype = store.window.keys.dtype
     keys = gaussian(batch, heads, new, dim, seed=3 * seed, dtype=dtype)
     values = gaussian(batch, heads, new, dim, seed=3 * seed + 1, dtype=dtype)
     return keys, values, gaussian(batch, heads * groups, new, dim, seed=3 * seed + 2, dtype=dtype)
@@ -71,7 +71,7 @@ def decoded_pages(store, row):
 
 def held_tokens(store, row):
     """All tokens of a row as float32 keys and values [H, n, d], on the CPU: sinks, pages, recent ones."""
-    raw, sinks = store.raw, min(store.config.sinks, store.raw.lengths[row])
+    raw, sinks = store.window, min(store.config.sinks, store.window.lengths[row])
     tokens = []
     for pages, full in zip(decoded_pages(store, row), (raw.keys, raw.values), strict=True):
         full = full[row, :, : raw.lengths[row]].float().cpu()

@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pages import gaussian
 
-from selfindex.backends.partial import attend_raw, merge_parts, softmax_part
+from selfindex.backends.partial import attend_exact, merge_parts, softmax_part
 
 
 @given(
@@ -59,7 +59,7 @@ def test_raw_attention_is_softmax_attention_for_more_queries_than_a_block():
         gaussian(1, 2, 300, 64, seed=2),
     )
     causal = torch.ones(300, 300, dtype=torch.bool).tril()
-    output, lse = attend_raw(query, keys, values, causal[None, None, None], 0.125)
+    output, lse = attend_exact(query, keys, values, causal[None, None, None], 0.125)
     wanted = torch.nn.functional.scaled_dot_product_attention(
         query, keys, values, causal, scale=0.125, enable_gqa=True
     )

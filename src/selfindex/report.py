@@ -50,7 +50,7 @@ class LayerReport:
     @classmethod
     def of(cls, layer: int, store: LayerStore, unread: list[int]) -> LayerReport:
         """Describe a store; `unread`: tokens of each row that the last step left out, [] for no step."""
-        rows, fmt, dtype = range(store.batch), store.format, store.raw.keys.dtype
+        rows, fmt, dtype = range(store.batch), store.format, store.window.keys.dtype
         held = [store.length(b) for b in rows]
         read = [n - left for n, left in zip(held, unread, strict=True)] if unread else [0] * store.batch
         numbers = 2 * sum(held) * fmt.kv_heads * fmt.head_dim

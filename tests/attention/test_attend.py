@@ -145,8 +145,8 @@ def test_memory_that_holds_no_token_is_not_read(preset, budget):
     store.append(keys, values, query, valid, 0.125)
     fill(store, 3)
     wanted = attend(store, *reversed_tokens(store, 2), None, 0.125)[0]
-    for row, length in enumerate(store.raw.lengths):
-        store.raw.keys[row, :, length:] = store.raw.values[row, :, length:] = torch.nan
+    for row, length in enumerate(store.window.lengths):
+        store.window.keys[row, :, length:] = store.window.values[row, :, length:] = torch.nan
     unused = set(range(store.pool.capacity)) - {b for row in store.table.rows for b in row.blocks}
     for plane in (store.pool.index, store.pool.payload):
         plane[list(unused)] = 255
@@ -158,11 +158,11 @@ def test_memory_that_holds_no_token_is_not_read(preset, budget):
 def test_attending_changes_nothing_that_is_held(new):
     store = filled(small_config(budget=5))
     store.reserve(0, 60)
-    before = store.memory(), store.length(0), store.pool.index.clone(), store.raw.held()[0].clone()
+    before = store.memory(), store.length(0), store.pool.index.clone(), store.window.held()[0].clone()
     attend(store, *reversed_tokens(store, new), None, 0.125)
     assert (store.memory(), store.length(0)) == before[:2]
     assert torch.equal(store.pool.index, before[2])
-    assert torch.equal(store.raw.held()[0], before[3])
+    assert torch.equal(store.window.held()[0], before[3])
 
 
 def test_values_keep_their_own_scale():

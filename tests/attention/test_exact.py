@@ -13,8 +13,8 @@ from selfindex.attention.exact import FEW_QUERIES, exact_part
 from selfindex.attention.shared import Shared
 from selfindex.backends import reference
 from selfindex.backends.operators import dense_attend
-from selfindex.backends.partial import attend_raw
-from selfindex.store.raw import RawTokens
+from selfindex.backends.partial import attend_exact
+from selfindex.store.window import Window
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 LONG = FEW_QUERIES + 1
@@ -39,41 +39,41 @@ def way(request, monkeypatch):
 
 def held_tokens(lengths, heads=2, dim=64, dtype=torch.float32):
     """Full-precision tokens of rows of these lengths; what no token was written to is NaN."""
-    raw = RawTokens(torch.empty(len(lengths), heads, 0, dim, dtype=dtype))
-    raw.reserve(max(lengths) + 3)
-    raw.keys.fill_(torch.nan)
-    raw.values.fill_(torch.nan)
+    window = Window(torch.empty(len(lengths), heads, 0, dim, dtype=dtype))
+    window.reserve(max(lengths) + 3)
+    window.keys.fill_(torch.nan)
+    window.values.fill_(torch.nan)
     for b, n in enumerate(lengths):
         tokens = [gaussian(heads, n, dim, seed=10 * b + i, dtype=dtype) for i in (7, 8)]
-        raw.put(slice(b, b + 1), 0, *tokens)
-    return raw
+        window.put(slice(b, b + 1), 0, *tokens)
+    return window
 
 
-def new_tokens(raw, new, groups=2, size=1.0):
+def new_tokens(window, new, groups=2, size=1.0):
     """(query, keys, values)."""
-    batch, heads, _, dim = raw.keys.shape
+    batch, heads, _, dim = window.keys.shape
     shapes = (heads * groups, heads, heads)
     return tuple(
-        (size * gaussian(batch, n, new, dim, seed=i)).to(raw.keys.dtype) for i, n in enumerate(shapes)
+        (size * gaussian(batch, n, new, dim, seed=i)).to(window.keys.dtype) for i, n in enumerate(shapes)
     )
 
 
-def with_mask(raw, query, keys, values, valid, scaling):
+def with_mask(window, query, keys, values, valid, scaling):
     """The same by the definition: everything held, and of the new tokens the earlier ones and itself."""
-    new, width = query.shape[2], raw.width
+    new, width = query.shape[2], window.width
     visible = torch.zeros(query.shape[0], new, width + new, dtype=torch.bool)
-    for b, length in enumerate(raw.lengths):
+    for b, length in enumerate(window.lengths):
         real = torch.ones(new, dtype=torch.bool) if valid is None else valid[b]
         visible[b, :, :length] = True
         visible[b, :, width:] = torch.ones(new, new, dtype=torch.bool).tril() & real
-    old = [x[:, :, :width].nan_to_num(0) for x in (raw.keys, raw.values)]
+    old = [x[:, :, :width].nan_to_num(0) for x in (window.keys, window.values)]
     joined = [torch.cat(x, 2) for x in zip(old, (keys, values), strict=True)]
-    return attend_raw(query, *joined, visible[:, None, None], scaling)
+    return attend_exact(query, *joined, visible[:, None, None], scaling)
 
 
-def check(raw, tokens, valid=None, scaling=0.125):
-    output, lse = exact_part(raw, *tokens, valid, scaling, Shared())
-    wanted, wanted_lse = with_mask(raw, *tokens, valid, scaling)
+def check(window, tokens, valid=None, scaling=0.125):
+    output, lse = exact_part(window, *tokens, valid, scaling, Shared())
+    wanted, wanted_lse = with_mask(window, *tokens, valid, scaling)
     assert output.shape == wanted.shape
     assert lse.dtype == torch.float32
     assert output.isfinite().all()
@@ -102,9 +102,9 @@ def padding(batch, new):
 @pytest.mark.parametrize("lengths", [[0, 0, 0, 0], [100] * 4, [70, 33, 5, 0]], ids=str)
 @pytest.mark.parametrize("padded", [False, True])
 def test_rows_of_any_length_with_any_padding(way, new, lengths, padded):
-    raw = held_tokens(lengths)
+    window = held_tokens(lengths)
     valid = padding(4, new) if padded and new > 1 else None
-    check(raw, new_tokens(raw, new), valid)
+    check(window, new_tokens(window, new), valid)
 
 
 @pytest.mark.parametrize("way", WAYS, indirect=True)
@@ -113,25 +113,25 @@ def test_rows_of_any_length_with_any_padding(way, new, lengths, padded):
 @pytest.mark.parametrize(("heads", "groups"), [(2, 3), (1, 4), (3, 1)], ids=["gqa", "mqa", "mha"])
 @pytest.mark.parametrize("new", [3, LONG])
 def test_dtypes_head_dims_and_groups(way, dtype, dim, heads, groups, new):
-    raw = held_tokens([60], heads, dim, dtype)
-    check(raw, new_tokens(raw, new, groups), scaling=0.7 * dim**-0.5)
+    window = held_tokens([60], heads, dim, dtype)
+    check(window, new_tokens(window, new, groups), scaling=0.7 * dim**-0.5)
 
 
 @pytest.mark.parametrize("way", WAYS, indirect=True)
 def test_more_held_tokens_than_new_ones(way):
-    raw = held_tokens([700, 500])
-    check(raw, new_tokens(raw, LONG))
+    window = held_tokens([700, 500])
+    check(window, new_tokens(window, LONG))
 
 
 @pytest.mark.parametrize("way", WAYS, indirect=True)
 @pytest.mark.parametrize("new", [5, LONG])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_huge_logits(way, new, dtype):
-    raw = held_tokens([40], dtype=dtype)
-    tokens = new_tokens(raw, new, size=40.0)
-    assert with_mask(raw, *tokens, None, 1.0)[1].max() > 1e4
-    output, lse = exact_part(raw, *tokens, None, 1.0, Shared())
-    wanted, wanted_lse = with_mask(raw, *tokens, None, 1.0)
+    window = held_tokens([40], dtype=dtype)
+    tokens = new_tokens(window, new, size=40.0)
+    assert with_mask(window, *tokens, None, 1.0)[1].max() > 1e4
+    output, lse = exact_part(window, *tokens, None, 1.0, Shared())
+    wanted, wanted_lse = with_mask(window, *tokens, None, 1.0)
     torch.testing.assert_close(lse, wanted_lse, atol=0.1, rtol=1e-4)
     # Weights of bfloat16 are rounded to 8 bits; values are as large as the keys here.
     torch.testing.assert_close(output.float(), wanted, atol=40 * TOLERANCE[dtype], rtol=TOLERANCE[dtype])
@@ -139,22 +139,22 @@ def test_huge_logits(way, new, dtype):
 
 @pytest.mark.parametrize("way", WAYS, indirect=True)
 def test_a_row_of_padding_only_has_no_part(way):
-    raw = held_tokens([0, 9])
+    window = held_tokens([0, 9])
     valid = torch.ones(2, LONG, dtype=torch.bool)
     valid[0] = False
-    output, lse = check(raw, new_tokens(raw, LONG), valid)
+    output, lse = check(window, new_tokens(window, LONG), valid)
     assert not output[0].any()
     assert (lse[0] == -torch.inf).all()
 
 
 def test_the_choice_of_a_kernel_is_that_of_sdpa(monkeypatch):
-    raw, calls, in_blocks = held_tokens([30]), [], kernels.attend_blocks
+    window, calls, in_blocks = held_tokens([30]), [], kernels.attend_blocks
     monkeypatch.setattr(kernels, "attend_blocks", lambda *a: calls.append(1) or in_blocks(*a))
-    check(raw, new_tokens(raw, LONG))
+    check(window, new_tokens(window, LONG))
     assert not calls
     for n, other in enumerate((SDPBackend.MATH, SDPBackend.EFFICIENT_ATTENTION)):  # none of a CPU's
         with sdpa_kernel(other):
-            check(raw, new_tokens(raw, LONG))
+            check(window, new_tokens(window, LONG))
         assert len(calls) == n + 1
 
 
@@ -165,19 +165,19 @@ def test_without_pytorchs_private_operators_it_goes_on_in_blocks(gone, monkeypat
     else:
         renamed = {key: (name + "_renamed", further) for key, (name, further) in kernels.KERNELS.items()}
         monkeypatch.setattr(kernels, "KERNELS", renamed)
-    raw = held_tokens([30, 20])
+    window = held_tokens([30, 20])
     for new in (4, LONG):
-        check(raw, new_tokens(raw, new))
+        check(window, new_tokens(window, new))
 
 
 @pytest.mark.parametrize("way", WAYS, indirect=True)
 @pytest.mark.parametrize("padded", [False, True])
 def test_memory_is_linear(way, padded):
-    raw, new = held_tokens([90, 70, 0]), 2048
-    tokens = new_tokens(raw, new, groups=1)
+    window, new = held_tokens([90, 70, 0]), 2048
+    tokens = new_tokens(window, new, groups=1)
     valid = padding(3, new) if padded else None
     with LargestTensor() as largest:
-        exact_part(raw, *tokens, valid, 0.125, Shared())
+        exact_part(window, *tokens, valid, 0.125, Shared())
     assert largest.bytes <= tokens[0].nbytes * (new + 90) // new
 
 
@@ -230,14 +230,14 @@ def test_padding_is_told_apart_in_a_pass(monkeypatch):
     """What is made once in a pass is that of the same lengths, number of tokens, dtype and padding."""
     shared, made, bias = Shared(), [], exact._bias
     monkeypatch.setattr(exact, "_bias", lambda *a: made.append(1) or bias(*a))
-    raw = held_tokens([6, 6, 6])
-    tokens = new_tokens(raw, 4)
+    window = held_tokens([6, 6, 6])
+    tokens = new_tokens(window, 4)
     for _ in range(3):
-        exact_part(raw, *tokens, None, 0.125, shared)
+        exact_part(window, *tokens, None, 0.125, shared)
     assert len(made) == 1
     for other in (padding(3, 4), padding(3, 4).flip(0)):
-        got = exact_part(raw, *tokens, other, 0.125, shared)[0].transpose(1, 2)[other]
-        wanted = with_mask(raw, *tokens, other, 0.125)[0].transpose(1, 2)[other]
+        got = exact_part(window, *tokens, other, 0.125, shared)[0].transpose(1, 2)[other]
+        wanted = with_mask(window, *tokens, other, 0.125)[0].transpose(1, 2)[other]
         torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
     exact_part(held_tokens([6, 5, 6]), *tokens, None, 0.125, shared)
     assert len(made) == 4

@@ -28,7 +28,7 @@ def test_layers_share_a_plan(rows, monkeypatch):
 
     monkeypatch.setattr(module.ops, "window_attend", recorded)
     for _ in range(20):
-        held = cache.compressed_layers[0].store.raw.lengths
+        held = cache.compressed_layers[0].store.window.lengths
         mask = torch.cat((mask, torch.ones(rows, 1, dtype=torch.long)), 1)
         positions = mask.cumsum(1)[:, -1:] - 1
         forward(ours, prompt(1, rows), cache, mask, position_ids=positions)
@@ -69,8 +69,8 @@ def test_a_step_takes_its_tokens_one_behind_the_other():
         wanted = attend(one, q, k, v, None, 0.125)[0]
         one.commit(one.plan_step(1))
         torch.testing.assert_close(got[:, :, t : t + 1], wanted, atol=1e-5, rtol=1e-5)
-    assert one.raw.lengths == many.raw.lengths
-    assert torch.equal(one.raw.held()[0], many.raw.held()[0])
+    assert one.window.lengths == many.window.lengths
+    assert torch.equal(one.window.held()[0], many.window.held()[0])
 
 
 def test_few_new_tokens_select_for_themselves_unless_told_to_read_everything():

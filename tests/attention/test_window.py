@@ -21,17 +21,17 @@ def test_a_step_in_two_operators_equals_attend_and_append(with_sink):
         query, store.pool.index, store.pool.payload, table, counts, budgets, 5, store.constants, 0.125,
         store.format.name,
     )  # fmt: skip
-    held = store.raw.width
-    store.raw.reserve(held + 5)
-    store.raw.keys[:, :, held:] = torch.nan  # memory nobody wrote
-    store.raw.values[:, :, held:] = torch.nan
-    lengths = torch.tensor(store.raw.lengths, dtype=torch.int32)
+    held = store.window.width
+    store.window.reserve(held + 5)
+    store.window.keys[:, :, held:] = torch.nan  # memory nobody wrote
+    store.window.values[:, :, held:] = torch.nan
+    lengths = torch.tensor(store.window.lengths, dtype=torch.int32)
     got = ops.window_attend(
-        query, keys, values, store.raw.keys, store.raw.values, lengths, *part, sink, 0.125
+        query, keys, values, store.window.keys, store.window.values, lengths, *part, sink, 0.125
     )
     torch.testing.assert_close(got, wanted.transpose(1, 2), atol=1e-5, rtol=1e-5)
-    assert torch.equal(store.raw.keys[:, :, held], keys[:, :, 0])
-    assert torch.equal(store.raw.values[:, :, held], values[:, :, 0])
+    assert torch.equal(store.window.keys[:, :, held], keys[:, :, 0])
+    assert torch.equal(store.window.values[:, :, held], values[:, :, 0])
 
 
 def test_rows_of_different_length_without_an_encoded_part():

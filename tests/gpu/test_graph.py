@@ -39,7 +39,7 @@ def test_replayed_steps_agree_with_single_steps(family, length, dtype, budget, t
         assert error < tolerance, (i, float(error))
     assert (single.replay.steps, replayed.replay.steps) == (0, 300)
     a, b = (cache.compressed_layers[-1].store for cache in caches)
-    assert a.raw.lengths == b.raw.lengths
+    assert a.window.lengths == b.window.lengths
     assert a.table.rows == b.table.rows
     assert replayed.get_seq_length() == single.get_seq_length() == length + 300
 

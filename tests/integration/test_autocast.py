@@ -9,7 +9,7 @@ from tiny_models import forward, pair, prompt
 from transformers import DynamicCache
 
 from selfindex import InputError
-from selfindex.store.raw import RawTokens
+from selfindex.store.window import Window
 
 PARTS = (50, 1, 30, 1, 1)
 
@@ -82,7 +82,7 @@ def test_a_model_narrower_than_what_is_held_needs_autocast():
 
 
 def test_what_is_held_becomes_as_wide_as_what_comes():
-    raw = RawTokens(torch.empty(1, 2, 0, 64, dtype=torch.bfloat16))
+    raw = Window(torch.empty(1, 2, 0, 64, dtype=torch.bfloat16))
     one, two = torch.randn(1, 2, 1, 64), torch.randn(1, 2, 1, 64)
     raw.append_step(*raw.fitted(one.bfloat16(), one.bfloat16()))
     raw.append_step(*raw.fitted(two, two.bfloat16()))

@@ -90,7 +90,7 @@ def test_a_person_can_read_what_a_cache_is(preset):
         repr(cache.layers[1])
         == f"SelfIndexLayer(1, rows=1, tokens=60, encoded={encoded}, {size / 2:.2f} MiB)"
     )
-    cache.guard.torn = True
+    cache.guard.interrupted = True
     assert "tokens=60" in str(cache)
     cache.reset()
     assert repr(cache) == f"{start}empty)"

@@ -86,7 +86,7 @@ def check_whole(cache, dense, ids):
         store = layer.store
         assert layer.columns == ids.shape[1]
         assert [store.length(b) for b in range(store.batch)] == [len(row) for row in rows_of(cache, ids)]
-        assert store.raw.keys.shape == store.raw.values.shape
+        assert store.window.keys.shape == store.window.values.shape
         held = [block for row in store.table.rows for block in row.blocks]
         assert store.pool.used == len(set(held))
         assert all(store.pool._references[block] == held.count(block) for block in set(held))
@@ -147,7 +147,7 @@ def test_a_fault_anywhere(backend, kind, action, preset):
         if not injected.happened:
             check_whole(cache, dense, outcome)
             break
-        if cache.guard.torn:
+        if cache.guard.interrupted:
             for call in (lambda c: c.crop(-1), lambda c: c.batch_repeat_interleave(2), copy.deepcopy):
                 with pytest.raises(StateError, match=r"cut short.*reset"):
                     call(cache)

@@ -121,6 +121,6 @@ def test_forks_in_threads():
 
 def test_a_torn_cache_has_no_forks():
     _, cache = prefix()
-    cache.guard.torn = True
+    cache.guard.interrupted = True
     with pytest.raises(StateError, match="reset"):
         cache.fork()

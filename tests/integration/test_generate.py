@@ -210,10 +210,13 @@ def test_drafts_after_a_prompt_of_the_paper_preset(tokens):
     store, sequence = cache.layers[0].store, got[:, :-1]
     assert cache.get_seq_length() == store.length(0) == sequence.shape[1]
     # What is kept in full precision behind the pinned tokens is the end of what was accepted.
-    exact, held = DynamicCache(config=dense.config), store.raw.lengths[0]
+    exact, held = DynamicCache(config=dense.config), store.window.lengths[0]
     forward(dense, sequence, exact)
     torch.testing.assert_close(
-        store.raw.keys[:, :, 4:held], exact.layers[0].keys[:, :, 4 + store.encoded(0) :], atol=1e-4, rtol=1e-4
+        store.window.keys[:, :, 4:held],
+        exact.layers[0].keys[:, :, 4 + store.encoded(0) :],
+        atol=1e-4,
+        rtol=1e-4,
     )
     step = prompt(1, seed=3)
     wanted = forward(dense, step, decoded_cache(cache, dense))

@@ -108,10 +108,10 @@ def test_a_step_that_fills_a_page_has_read_its_tokens_too(llama):
     cache = small_cache(llama[1], budget=9)
     forward(llama[1], prompt(67), cache)
     held = cache.compressed_layers[0].store
-    assert (held.encoded(0), held.raw.lengths[0]) == (48, 19)
+    assert (held.encoded(0), held.window.lengths[0]) == (48, 19)
     forward(llama[1], prompt(1), cache)
     # Eight of the tokens it attended to in full precision are encoded now.
-    assert (held.encoded(0), held.raw.lengths[0]) == (56, 12)
+    assert (held.encoded(0), held.window.lengths[0]) == (56, 12)
     assert cache.report().layers[0].read == 9 + 20
 
 

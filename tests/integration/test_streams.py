@@ -19,7 +19,7 @@ def check_memory(cache):
         assert used == sum(len(row.blocks) for row in store.table.rows)
         assert store.pool.capacity <= used + used // 16 + 1
         assert store.memory().index + store.memory().payload == used * page
-        assert store.raw.capacity <= config.sinks + config.recent + config.page_size + 32
+        assert store.window.capacity <= config.sinks + config.recent + config.page_size + 32
 
 
 @pytest.mark.parametrize("preset", ["balanced", "paper"])

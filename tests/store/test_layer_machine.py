@@ -96,7 +96,7 @@ class Tokens(RuleBasedStateMachine):
 
     @invariant()
     def window(self):
-        config, raw = self.config, self.store.raw
+        config, raw = self.config, self.store.window
         for b in range(self.batch):
             assert raw.lengths[b] <= config.sinks + config.recent + config.page_size - 1
             if self.store.encoded(b):
@@ -105,14 +105,14 @@ class Tokens(RuleBasedStateMachine):
     @invariant()
     def tokens(self):
         for b, row in enumerate(self.rows):
-            held, encoded = self.store.raw.lengths[b], self.store.encoded(b)
+            held, encoded = self.store.window.lengths[b], self.store.encoded(b)
             keys = torch.stack([k for k, _ in row], 1) if row else torch.empty(HEADS, 0, DIM)
             values = torch.stack([v for _, v in row], 1) if row else torch.empty(HEADS, 0, DIM)
             sinks = min(self.config.sinks, held)
             places = [*range(sinks), *range(sinks + encoded, len(row))]
             # Sinks and recent tokens are the tokens themselves.
-            assert torch.equal(self.store.raw.keys[b, :, :held].cpu(), keys[:, places].to(self.dtype))
-            assert torch.equal(self.store.raw.values[b, :, :held].cpu(), values[:, places].to(self.dtype))
+            assert torch.equal(self.store.window.keys[b, :, :held].cpu(), keys[:, places].to(self.dtype))
+            assert torch.equal(self.store.window.values[b, :, :held].cpu(), values[:, places].to(self.dtype))
             got_keys, got_values = decoded_pages(self.store, b)
             assert got_keys.shape == (HEADS, encoded, DIM)
             middle = slice(sinks, sinks + encoded)

@@ -70,10 +70,10 @@ def test_eight_thousand_tokens_of_128_channels_take_at_most_a_fifth_of_fp16(head
 def test_growing_token_by_token_moves_each_token_a_bounded_number_of_times():
     store, copied = new_store(small_config()), 0
     for _ in range(600):
-        raw, pool = store.raw.keys.data_ptr(), store.pool.index.data_ptr()
-        held, pages = sum(store.raw.lengths), store.pool.used
+        raw, pool = store.window.keys.data_ptr(), store.pool.index.data_ptr()
+        held, pages = sum(store.window.lengths), store.pool.used
         fill(store, 1)
-        copied += held * (store.raw.keys.data_ptr() != raw)
+        copied += held * (store.window.keys.data_ptr() != raw)
         copied += 8 * pages * (store.pool.index.data_ptr() != pool)
     # The window is written anew once a page; the pool grows by a sixteenth.
     assert copied < 24 * 600

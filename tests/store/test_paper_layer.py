@@ -20,13 +20,13 @@ def prompt_of(store, tokens, seed=0):
 def test_prompt_is_encoded_but_for_the_pinned_tokens(tokens):
     store = new_store(paper_config())
     keys, values = prompt_of(store, tokens)
-    assert (store.length(0), store.encoded(0), store.raw.lengths[0]) == (tokens, tokens - 4, 4)
+    assert (store.length(0), store.encoded(0), store.window.lengths[0]) == (tokens, tokens - 4, 4)
     for head in range(2):
         # Every token is either pinned, exactly, or encoded, in order.
-        full = store.raw.keys[0, head, :4]
+        full = store.window.keys[0, head, :4]
         pinned = [(keys[0, head] == k).all(-1).nonzero().item() for k in full]
         assert pinned == sorted(pinned)
-        assert torch.equal(store.raw.values[0, head, :4], values[0, head, pinned])
+        assert torch.equal(store.window.values[0, head, :4], values[0, head, pinned])
         rest = [t for t in range(tokens) if t not in pinned]
         if tokens > 12:
             assert relative_error(decoded_pages(store, 0)[0][head], keys[0, head, rest]) < 0.45
@@ -37,8 +37,8 @@ def test_prompt_is_encoded_but_for_the_pinned_tokens(tokens):
 def test_a_prompt_no_longer_than_the_pinned_tokens_stays_as_it_is(tokens):
     store = new_store(paper_config())
     keys, _ = prompt_of(store, tokens)
-    assert (store.encoded(0), store.raw.lengths[0]) == (0, tokens)
-    assert torch.equal(store.raw.keys[:, :, :tokens], keys)
+    assert (store.encoded(0), store.window.lengths[0]) == (0, tokens)
+    assert torch.equal(store.window.keys[:, :, :tokens], keys)
     # The first page that has to be encoded later fixes the statistics.
     fill(store, *[1] * 12)
     assert store.encoded(0) == (tokens + 12 - 4) // 8 * 8
@@ -107,12 +107,13 @@ def test_what_may_be_drafts_is_not_part_of_the_prompt(before):
     encoded = max(0, before - 4)
     assert (store.length(0), store.encoded(0)) == (tokens, encoded)
     assert torch.equal(
-        store.raw.keys[:, :, 4 if encoded else 0 : tokens - encoded], keys[:, :, before if encoded else 0 :]
+        store.window.keys[:, :, 4 if encoded else 0 : tokens - encoded],
+        keys[:, :, before if encoded else 0 :],
     )
     if encoded:
         assert torch.equal(store.constants[0], prompt_statistics(keys[0, :, :before]))
         for head in range(2):
-            pinned = [(keys[0, head] == k).all(-1).nonzero().item() for k in store.raw.keys[0, head, :4]]
+            pinned = [(keys[0, head] == k).all(-1).nonzero().item() for k in store.window.keys[0, head, :4]]
             assert max(pinned) < before
             rest = [t for t in range(before) if t not in pinned]
             assert relative_error(decoded_pages(store, 0)[0][head], keys[0, head, rest]) < 0.45

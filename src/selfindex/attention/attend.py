@@ -51,13 +51,13 @@ def attend(
     sparse = any(encoded) and new <= store.config.sparse_queries and budgets != encoded
     read = budgets if sparse else encoded
     if is_step(store, query, valid):
-        store.reserve(0, store.raw.width + new)
+        store.reserve(0, store.window.width + new)
         output = attend_step(store, query, keys, values, plans(store, new), scaling, sink_logit)
         return output.transpose(1, 2), read
-    raw = exact_part(store.raw, query, keys, values, valid, scaling, plans)
+    window = exact_part(store.window, query, keys, values, valid, scaling, plans)
     outputs = []
     # Blocks of queries: attention to encoded tokens and merging work in float32.
-    for q, *exact in zip(*(x.split(BLOCK, 2) for x in (query, *raw)), strict=True):
+    for q, *exact in zip(*(x.split(BLOCK, 2) for x in (query, *window)), strict=True):
         parts = [(exact[0], exact[1])]
         if any(encoded):
             part = _sparse_part(store, q, budgets, scaling) if sparse else _dense_part(store, q, scaling)

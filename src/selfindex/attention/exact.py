@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..backends.partial import join_parts
-from ..store.raw import RawTokens
+from ..store.window import Window
 from .kernels import attend_masked, attend_plain
 from .shared import Shared
 
@@ -16,7 +16,7 @@ FEW_QUERIES = 256
 
 
 def exact_part(
-    raw: RawTokens,
+    window: Window,
     query: Tensor,
     keys: Tensor,
     values: Tensor,
@@ -35,16 +35,16 @@ def exact_part(
         (output [B, Hq, T, d] in float32 or the query's dtype, log-sum-exp float32 [B, Hq, T]).
         Queries of padding get numbers without a meaning, but finite ones.
     """
-    lengths = raw.lengths
+    lengths = window.lengths
     if query.shape[2] <= FEW_QUERIES:
-        held_k, held_v, _ = raw.held()
+        held_k, held_v, _ = window.held()
         key = "bias", query.device, query.dtype, tuple(lengths), query.shape[2], id(valid)
         # The entry keeps `valid`, so that no other tensor gets its id.
         bias, _ = shared.once(key, lambda: (_bias(lengths, query, valid), valid))
         new_k, new_v = torch.cat((held_k, keys), 2), torch.cat((held_v, values), 2)
         return attend_masked(query, new_k, new_v, bias, scaling)
     if valid is None and len(set(lengths)) == 1:
-        held = raw.keys[:, :, : lengths[0]], raw.values[:, :, : lengths[0]]
+        held = window.keys[:, :, : lengths[0]], window.values[:, :, : lengths[0]]
         return _causal(*held, query, keys, values, scaling)
     # Without its padding a row needs no mask.
     output = torch.zeros_like(query)
@@ -53,7 +53,7 @@ def exact_part(
         real = slice(None) if valid is None or bool(valid[b].all()) else valid[b].nonzero().flatten()
         q, k, v = (x[b : b + 1][:, :, real] for x in (query, keys, values))
         if q.shape[2]:
-            held = raw.keys[b : b + 1, :, :length], raw.values[b : b + 1, :, :length]
+            held = window.keys[b : b + 1, :, :length], window.values[b : b + 1, :, :length]
             part = _causal(*held, q, k, v, scaling)
             output[b][:, real], lse[b][:, real] = part[0][0], part[1][0]
     return output, lse

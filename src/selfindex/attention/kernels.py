@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from ..backends.partial import attend_raw, join_parts
+from ..backends.partial import attend_exact, join_parts
 
 BLOCK = 512
 """Queries and keys at a time where no kernel serves: bounds the logits held at once."""
@@ -70,7 +70,7 @@ def attend_masked(
         kernel = _kernel(query, keys, values, scaling, bias=bias)
         if kernel is not None:
             return kernel(query)
-    return attend_raw(query, keys, values, bias[:, :, None] == 0, scaling)
+    return attend_exact(query, keys, values, bias[:, :, None] == 0, scaling)
 
 
 def attend_blocks(
@@ -85,7 +85,7 @@ def attend_blocks(
         for s in range(0, t + 1 if causal else keys.shape[2], BLOCK):
             k, v = keys[:, :, s : s + BLOCK], values[:, :, s : s + BLOCK]
             visible = diagonal if causal and s == t else torch.ones_like(diagonal[:1])
-            part = attend_raw(q, k, v, visible[: q.shape[2], : k.shape[2]][None, None, None], scaling)
+            part = attend_exact(q, k, v, visible[: q.shape[2], : k.shape[2]][None, None, None], scaling)
             joined = part if joined is None else join_parts(joined, part)
         assert joined is not None
         parts.append(joined)

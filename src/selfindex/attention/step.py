@@ -73,10 +73,10 @@ class StepPlans(Shared):
         """The plan of a step of `new` tokens in a layer; its tensors are not to be written to."""
         if self.fixed is not None:
             return self.fixed
-        budgets, device = budgets_of(store, new), store.raw.keys.device
+        budgets, device = budgets_of(store, new), store.window.keys.device
         encoded = [store.encoded(b) for b in range(store.batch)]
         everything = new > store.config.sparse_queries or budgets == encoded
-        lengths = [[n + t for n in store.raw.lengths] for t in range(new)]
+        lengths = [[n + t for n in store.window.lengths] for t in range(new)]
 
         def make() -> StepPlan:
             rows = torch.tensor([*lengths, budgets], dtype=torch.int32, device=device)
@@ -100,7 +100,7 @@ class FixedPlan(StepPlan):
 
     def __init__(self, store: LayerStore, new: int, hidden: Mapping[Any, Tensor]) -> None:
         with torch.inference_mode(False):
-            rows = torch.zeros(new + 2, store.batch, dtype=torch.int32, device=store.raw.keys.device)
+            rows = torch.zeros(new + 2, store.batch, dtype=torch.int32, device=store.window.keys.device)
         width = most_of_a_budget(store.config, store.table.padded()[0].shape[1])
         super().__init__(rows[:new], rows[new], width, everything=False)
         self._rows = rows
@@ -111,7 +111,7 @@ class FixedPlan(StepPlan):
     def update(self, store: LayerStore, columns: int) -> None:
         """Plan the next step, from what a layer holds now, in so many columns."""
         new = len(self.lengths)
-        lengths = ([n + t for n in store.raw.lengths] for t in range(new))
+        lengths = ([n + t for n in store.window.lengths] for t in range(new))
         numbers = [*lengths, budgets_of(store, new), [columns] * store.batch]
         self._rows.copy_(torch.tensor(numbers, dtype=torch.int32))
 
@@ -145,7 +145,7 @@ def attend_step(
             part = ops.dense_attend(*pools, *rest)
         else:
             part = ops.sparse_decode(*pools, plan.budgets, plan.width, *rest)
-    held = store.raw.keys, store.raw.values
+    held = store.window.keys, store.window.values
     if query.shape[2] == 1:
         return ops.window_attend(query, keys, values, *held, plan.lengths[0], *part, sink_logit, scaling)
     outputs = []

@@ -59,7 +59,7 @@ def merge_parts(parts: list[tuple[Tensor, Tensor]], sink_logit: Tensor | None = 
     )
 
 
-def attend_raw(
+def attend_exact(
     query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor]:
     """Exact attention over full-precision tokens; holds T K logits of every query head.

@@ -157,8 +157,8 @@ class PageFormat:
             rows = records[..., : tokens * section.stride].unflatten(-1, (tokens, section.stride))
             return rows[..., section.offset : section.offset + section.shape[1]]
         size = math.prod(section.shape) * section.dtype.itemsize
-        raw = records[..., section.offset : section.offset + size]
-        typed = raw if section.dtype == torch.uint8 else raw.view(section.dtype)
+        content = records[..., section.offset : section.offset + size]
+        typed = content if section.dtype == torch.uint8 else content.view(section.dtype)
         return typed.squeeze(-1) if section.shape == () else typed.unflatten(-1, section.shape)
 
     def count(self, data: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class RowChange:
-    """What one row's tokens become: (keys, values) [H, n, d] to encode and to keep raw."""
+    """What one row's tokens become: (keys, values) [H, n, d] to encode and to keep in the window."""
 
     encode: tuple[Tensor, Tensor]
     keep: tuple[Tensor, Tensor]
@@ -61,13 +61,13 @@ class Change:
 
     Attributes:
         pages: index and payload planes, and the rows that get them with the tokens of each page.
-        raw: rows, a first token, and the keys and values that rows hold from there on.
+        window: rows, a first token, and the keys and values that rows hold from there on.
         step: keys and values [B, H, 1, d] that every row appends.
         advanced: tokens that a decode step has written behind those of every row, which hold them now.
     """
 
     statistics: Statistics | None = None
     pages: tuple[tuple[Tensor, Tensor, list[tuple[int, list[int]]]], ...] = ()
-    raw: tuple[tuple[slice, int, Tensor, Tensor], ...] = ()
+    window: tuple[tuple[slice, int, Tensor, Tensor], ...] = ()
     step: tuple[Tensor, Tensor] | None = None
     advanced: int = 0

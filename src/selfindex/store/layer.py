@@ -19,8 +19,8 @@ from ..errors import InputError, StateError
 from .change import Change, RowChange, Statistics
 from .memory import Memory
 from .pool import BlockPool
-from .raw import RawTokens
 from .table import BlockTable
+from .window import Window
 
 OBSERVED_QUERIES = 32
 """Last prompt queries that vote for the paper preset's full-precision tokens."""
@@ -71,7 +71,7 @@ class LayerStore:
         )
         self.pool = BlockPool(self.format, like.device, config.offloading)
         self.table = BlockTable(like.shape[0], self.pool)
-        self.raw = RawTokens(like)
+        self.window = Window(like)
         constants = None
         if balance is not None:
             if balance.shape != (like.shape[1], like.shape[3]):
@@ -99,7 +99,7 @@ class LayerStore:
 
     def length(self, row: int) -> int:
         """Tokens of a row, encoded or not."""
-        return self.encoded(row) + self.raw.lengths[row]
+        return self.encoded(row) + self.window.lengths[row]
 
     def append(
         self, keys: Tensor, values: Tensor, query: Tensor, valid: Tensor | None, scaling: float
@@ -132,8 +132,8 @@ class LayerStore:
         """
         config, statistics = self.config, self.statistics
         statistics = self._observe(statistics, query, valid)
-        if keys.shape[2] == 1 and valid is None and self.raw.width + 1 < self.window_limit:
-            self.raw.reserve(self.raw.width + 1)
+        if keys.shape[2] == 1 and valid is None and self.window.width + 1 < self.window_limit:
+            self.window.reserve(self.window.width + 1)
             return Change(statistics, step=(keys, values))
         rows = []
         for b in range(self.batch):
@@ -158,20 +158,20 @@ class LayerStore:
             for row, counts in owners:
                 self.table.append(row, blocks[: len(counts)], counts)
                 blocks = blocks[len(counts) :]
-        for rows, start, keys, values in change.raw:
-            self.raw.put(rows, start, keys, values)
+        for rows, start, keys, values in change.window:
+            self.window.put(rows, start, keys, values)
         if change.step is not None:
-            self.raw.append_step(*change.step)
+            self.window.append_step(*change.step)
         if change.advanced:
-            self.raw.lengths = [n + change.advanced for n in self.raw.lengths]
+            self.window.lengths = [n + change.advanced for n in self.window.lengths]
         if change.statistics is not None:
             self.statistics = change.statistics
 
     @_outside_inference_mode
-    def reserve(self, pages: int, raw_tokens: int) -> None:
-        """Make room for `pages` more pages and `raw_tokens` full-precision tokens a row in all."""
+    def reserve(self, pages: int, window_tokens: int) -> None:
+        """Make room for `pages` more pages and `window_tokens` full-precision tokens a row in all."""
         self.pool.reserve(pages)
-        self.raw.reserve(raw_tokens)
+        self.window.reserve(window_tokens)
 
     @property
     def window_limit(self) -> int:
@@ -185,34 +185,36 @@ class LayerStore:
         Raises:
             InputError: as `plan`.
         """
-        if self.raw.width + new < self.window_limit:
+        if self.window.width + new < self.window_limit:
             return Change(advanced=new)
         if (
-            len(set(self.raw.lengths)) == 1
+            len(set(self.window.lengths)) == 1
             and self.config.preset == "balanced"
             and self.constants is not None
         ):
             return self._plan_equal_rows(new, check)
-        none = self.raw.keys[0, :, :0]
+        none = self.window.keys[0, :, :0]
         rows = [self._plan_window(b, none, none, new) for b in range(self.batch)]
         return self._encode_rows(rows, self.statistics, check)
 
     def _plan_equal_rows(self, new: int, check: Callable[[Tensor, Tensor], None]) -> Change:
         """All rows at once: what `_plan_window` and `_encode_rows` do one by one."""
-        config, raw, held = self.config, self.raw, self.raw.lengths[0] + new
+        config, window, held = self.config, self.window, self.window.lengths[0] + new
         first, pages = config.sinks, max(0, held - config.sinks - config.recent) // config.page_size
         last = first + pages * config.page_size
         keys, values = (
             x[:, :, first:last].unflatten(2, (pages, -1)).transpose(1, 2).flatten(0, 1)
-            for x in (raw.keys, raw.values)
+            for x in (window.keys, window.values)
         )
         check(keys, values)
-        full = torch.full((self.batch * pages,), config.page_size, dtype=torch.int32, device=raw.keys.device)
+        full = torch.full(
+            (self.batch * pages,), config.page_size, dtype=torch.int32, device=window.keys.device
+        )
         planes = ops.encode(keys, values, full, cast(Tensor, self.constants), self.format.name)
         self.pool.reserve(self.batch * pages)
         owners = [(b, [config.page_size] * pages) for b in range(self.batch)]
-        kept = [x[:, :, last:held].clone() for x in (raw.keys, raw.values)]
-        return Change(pages=((*planes, owners),), raw=((slice(None), first, kept[0], kept[1]),))
+        kept = [x[:, :, last:held].clone() for x in (window.keys, window.values)]
+        return Change(pages=((*planes, owners),), window=((slice(None), first, kept[0], kept[1]),))
 
     def _encode_rows(
         self, rows: list[RowChange], statistics: Statistics, check: Callable[[Tensor, Tensor], None]
@@ -229,18 +231,18 @@ class LayerStore:
                 pages.append((*self._encode(*row.encode, own), [(b, counts)]))
         # What can run out of memory comes before anything is written.
         self.pool.reserve(sum(index.shape[0] for index, _, _ in pages))
-        self.raw.reserve(max(row.keep[0].shape[1] for row in rows))
-        raw = tuple((slice(b, b + 1), 0, row.keep[0], row.keep[1]) for b, row in enumerate(rows))
-        return Change(statistics, tuple(pages), raw)
+        self.window.reserve(max(row.keep[0].shape[1] for row in rows))
+        window = tuple((slice(b, b + 1), 0, row.keep[0], row.keep[1]) for b, row in enumerate(rows))
+        return Change(statistics, tuple(pages), window)
 
     def _plan_window(self, row: int, new_k: Tensor, new_v: Tensor, written: int = 0) -> RowChange:
         """Whole pages leave the front of the window, right behind the sinks.
 
         `written` tokens behind those of the row belong to it, before the new ones.
         """
-        config, held = self.config, self.raw.lengths[row] + written
-        k = torch.cat((self.raw.keys[row, :, :held], new_k), 1)
-        v = torch.cat((self.raw.values[row, :, :held], new_v), 1)
+        config, held = self.config, self.window.lengths[row] + written
+        k = torch.cat((self.window.keys[row, :, :held], new_k), 1)
+        v = torch.cat((self.window.values[row, :, :held], new_v), 1)
         beyond = max(0, k.shape[1] - config.sinks - config.recent)
         first, last = config.sinks, config.sinks + beyond // config.page_size * config.page_size
         kept = [torch.cat((x[:, :first], x[:, last:]), 1) for x in (k, v)]
@@ -344,23 +346,23 @@ class LayerStore:
         self.check_crop(lengths)
         sinks = self.config.sinks
         for b, keep in enumerate(lengths):
-            encoded, held = self.encoded(b), self.raw.lengths[b]
+            encoded, held = self.encoded(b), self.window.lengths[b]
             recent = held - sinks if encoded else held
             surplus = max(0, encoded + held - keep)
             if surplus <= recent:
-                self.raw.lengths[b] = held - surplus
+                self.window.lengths[b] = held - surplus
             else:
                 self.table.crop(b, max(0, keep - sinks))
-                self.raw.lengths[b] = min(sinks, keep)
+                self.window.lengths[b] = min(sinks, keep)
             if keep == 0:
                 self.statistics = self.statistics.emptied(b)
 
     @_outside_inference_mode
     def select_rows(self, rows: Tensor) -> None:
         """Make row i a copy of old row rows[i], int64 on any device; pages are shared."""
-        rows = rows.to(self.raw.keys.device)
+        rows = rows.to(self.window.keys.device)
         order = rows.tolist()
-        self.raw.select(rows)
+        self.window.select(rows)
         self.table.select(order)
         self.statistics = self.statistics.selected(order, shared=self.config.preset == "balanced")
 
@@ -370,7 +372,7 @@ class LayerStore:
         new = copy.copy(self)
         new.table = self.table.copied(share)
         new.pool = new.table.pool
-        new.raw = copy.deepcopy(self.raw)
+        new.window = copy.deepcopy(self.window)
         # Replayed steps add to this one in its place.
         own = self.statistics.query_square.clone()
         new.statistics = replace(self.statistics, query_square=own)
@@ -378,20 +380,20 @@ class LayerStore:
 
     def memory(self) -> Memory:
         """Bytes this layer holds; pages that it shares with forks count in each of them."""
-        pool, raw = self.pool, self.raw
-        token = 2 * raw.keys.shape[1] * raw.keys.shape[3] * raw.keys.element_size()
+        pool, window = self.pool, self.window
+        token = 2 * window.keys.shape[1] * window.keys.shape[3] * window.keys.element_size()
         tables = sum(t.nbytes for t in self.table.padded())
         constants = 0 if self.constants is None else self.constants.nbytes
         pages, free = len({b for row in self.table.rows for b in row.blocks}), pool.capacity - pool.used
         index, payload = pages * pool.index.shape[1], pages * pool.payload.shape[1]
-        full = sum(raw.lengths) * token
+        full = sum(window.lengths) * token
         unused = free * (pool.index.shape[1] + pool.payload.shape[1])
         return Memory(
             index=index,
             payload=payload,
             full_precision=full,
             statistics=constants + tables + self.statistics.query_square.nbytes,
-            slack=unused + raw.keys.nbytes + raw.values.nbytes - full,
+            slack=unused + window.keys.nbytes + window.values.nbytes - full,
             recent=0 if pool.recent is None else pool.recent.nbytes,
             host=(pages + free) * pool.payload.shape[1] if pool.offloading else 0,
         )

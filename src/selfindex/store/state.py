@@ -22,15 +22,15 @@ def export(store: LayerStore) -> tuple[dict[str, Tensor], dict[str, Any]]:
     used = sorted({block for row in store.table.rows for block in row.blocks})
     place = {block: i for i, block in enumerate(used)}
     index, payload = store.pool.read(used, torch.device("cpu"))
-    width = store.raw.width
+    width = store.window.width
     tensors = {
         "index": index,
         "payload": payload,
-        "keys": store.raw.keys[:, :, :width],
-        "values": store.raw.values[:, :, :width],
+        "keys": store.window.keys[:, :, :width],
+        "values": store.window.values[:, :, :width],
         "query_square": store.statistics.query_square,
     }
-    for b, held in enumerate(store.raw.lengths):
+    for b, held in enumerate(store.window.lengths):
         if held < width:
             # Memory nobody wrote: not to be found in a file.
             for name in ("keys", "values"):
@@ -41,7 +41,7 @@ def export(store: LayerStore) -> tuple[dict[str, Tensor], dict[str, Any]]:
     numbers = {
         "format": store.format.name,
         "rows": [{"blocks": [place[x] for x in r.blocks], "counts": r.counts} for r in store.table.rows],
-        "lengths": store.raw.lengths,
+        "lengths": store.window.lengths,
         "queries_seen": store.statistics.queries_seen,
         "prompt_tokens": store.statistics.prompt_tokens,
         "has_constants": store.statistics.has_constants,
@@ -72,7 +72,7 @@ def restore(config: SelfIndexConfig, tensors: dict[str, Tensor], numbers: dict[s
             store.table.append(b, own, list(row["counts"]))
         store.pool.release(blocks)
         for b, held in enumerate(numbers["lengths"]):
-            store.raw.put(slice(b, b + 1), 0, keys[b, :, :held], tensors["values"][b, :, :held])
+            store.window.put(slice(b, b + 1), 0, keys[b, :, :held], tensors["values"][b, :, :held])
         store.statistics = Statistics(
             tensors["constants"].clone() if "constants" in tensors else None,
             tensors["query_square"].clone(),

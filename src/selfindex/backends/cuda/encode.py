@@ -1,4 +1,4 @@
-"""`encode` on a GPU: one launch, one pass over the raw pages."""
+"""`encode` on a GPU: one launch, one pass over the pages of keys and values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`encode`: raw pages into planes of a pool."""
+"""`encode`: pages of keys and values into planes of a pool."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _fake_encode(
 def encode(
     keys: Tensor, values: Tensor, counts: Tensor, constants: Tensor, format: str
 ) -> tuple[Tensor, Tensor]:
-    """Encode raw pages; see `Codec.encode`.
+    """Encode pages of keys and values; see `Codec.encode`.
 
     Returns:
         (index, payload) planes, uint8 [n, bytes] each.

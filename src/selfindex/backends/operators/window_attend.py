@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..partial import attend_raw, merge_parts
+from ..partial import attend_exact, merge_parts
 from .define import define
 
 
@@ -43,8 +43,8 @@ def window_attend(
     values[rows, :, at] = new_values[:, :, 0]
     real = torch.arange(keys.shape[2], device=query.device) <= at[:, None]  # [B, room]
     held = values.masked_fill(~real[:, None, :, None], 0)  # what nobody wrote may be NaN
-    raw = attend_raw(query, keys, held, real[:, None, None, None], scaling)
-    return merge_parts([(part, part_lse), raw], sink_logit).to(query.dtype).transpose(1, 2).contiguous()
+    window = attend_exact(query, keys, held, real[:, None, None, None], scaling)
+    return merge_parts([(part, part_lse), window], sink_logit).to(query.dtype).transpose(1, 2).contiguous()
 
 
 operator = define(window_attend, _fake_step, ("keys", "values"))

@@ -15,15 +15,15 @@ class Guard:
     """Refuses a cache to a second thread, and after a change that an exception cut short.
 
     Whatever can fail for a reason (memory, bad input) is worked out before `change` begins. An
-    exception inside it, or an interrupt at any instruction, leaves `torn` set.
+    exception inside it, or an interrupt at any instruction, leaves `interrupted` set.
 
     Attributes:
-        torn: a change began and did not end; only `restart` gets out of this.
+        interrupted: a change began and did not end; only `restart` gets out of this.
         stream: the CUDA stream that a cache with forks runs on; None if it has none.
     """
 
     def __init__(self) -> None:
-        self.torn = False
+        self.interrupted = False
         self.stream: int | None = None
         self._lock = threading.RLock()
 
@@ -40,11 +40,11 @@ class Guard:
         """Run a block that reads the cache.
 
         Raises:
-            StateError: another thread is in such a block, or the cache is torn.
+            StateError: another thread is in such a block, or the cache is interrupted.
         """
         self._enter()
         try:
-            if self.torn:
+            if self.interrupted:
                 raise StateError(
                     "a change of this cache was cut short by an exception or an interrupt, and its layers "
                     "may no longer agree; call cache.reset() and fill it again"
@@ -62,18 +62,18 @@ class Guard:
     def change(self) -> Iterator[None]:
         """Run a block that must run to its end. Raises as `use`."""
         with self.use():
-            self.torn = True
+            self.interrupted = True
             yield
-            self.torn = False
+            self.interrupted = False
 
     @contextmanager
     def restart(self) -> Iterator[None]:
-        """Run a block that empties the cache, torn or not; one that is cut short can be repeated."""
+        """Run a block that empties the cache, interrupted or not; one that is cut short can be repeated."""
         self._enter()
         try:
-            self.torn = True
+            self.interrupted = True
             yield
-            self.torn = False
+            self.interrupted = False
         finally:
             self._lock.release()
 

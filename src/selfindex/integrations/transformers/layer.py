@@ -146,7 +146,7 @@ class SelfIndexLayer(CacheLayerMixin):
         if self._plans.fixed is not None:
             return NewKeys(self, keys, values)
         with self._cache.guard.use():
-            held = self.store.raw.keys if self.store is not None and self.columns else None
+            held = self.store.window.keys if self.store is not None and self.columns else None
             check_new_tokens(keys, values, held)
             self._cache.check_order(self, keys.shape[2], compiled)
             self._check_state(keys.shape[2])
@@ -215,11 +215,11 @@ class SelfIndexLayer(CacheLayerMixin):
                 # Prefill is the model's own attention on its own tensors.
                 output, self.read = dense(query, keys, values, mask)[0], [0] * store.batch
             elif dense is not None and exact and keys.shape[2] <= MASKED_CHUNK:
-                held_k, held_v, _ = store.raw.held()
+                held_k, held_v, _ = store.window.held()
                 output = dense(query, torch.cat((held_k, keys), 2), torch.cat((held_v, values), 2), mask)[0]
                 self.read = [0] * store.batch
             with full_precision(keys.device):
-                keys, values = store.raw.fitted(keys, values)
+                keys, values = store.window.fitted(keys, values)
                 step = output is None and is_step(store, query, valid)
                 if output is None:
                     output, self.read = attend(

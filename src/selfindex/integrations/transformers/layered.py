@@ -194,7 +194,7 @@ class LayeredCache(Cache):
         """Which new columns hold tokens, bool [B, T] or None for all; read once per forward pass."""
         if layer is self._compressed[0] and layer.store is not None:
             self.plans.begin()
-            batch, past, device = layer.store.batch, layer.columns, layer.store.raw.keys.device
+            batch, past, device = layer.store.batch, layer.columns, layer.store.window.keys.device
             self._step, kept = new_columns(mask, self.columns, past, new, batch)
             if kept is not None:
                 self._hide(kept.to(device))

@@ -93,7 +93,9 @@ class _PrepareInputs(_StandIn):
         for name in CACHE_ARGUMENTS:
             cache = given.get(name)
             if _is_ours(cache) and inputs.get(name) is None:
-                # Models whose rotary factors change at a length compute all keys anew from there on.
+                # Models whose rotary factors change at a length compute all keys anew from there on, and
+                # need all tokens for it: transformers 5.17 would hand on the last one.
+                inputs = own(*args, **(given | {name: None, "next_sequence_length": None}))
                 cache.reset()
                 inputs[name] = cache
         return inputs

@@ -269,7 +269,7 @@ def _store_places(stores: list[LayerStore]) -> list[int]:
     """Of the compressed layers."""
     found: list[int] = []
     for store in stores:
-        tensors = (store.pool.index, store.pool.payload, store.raw.keys, store.raw.values)
+        tensors = (store.pool.index, store.pool.payload, store.window.keys, store.window.values)
         found += [x.data_ptr() for x in (*tensors, store.table.padded()[0], store.statistics.query_square)]
         if store.constants is not None:
             found.append(store.constants.data_ptr())
@@ -291,7 +291,7 @@ def _is_step(cache: LayeredCache, ids: Tensor) -> bool:
         layer.observer is None
         and layer.columns == columns
         and layer.store is not None
-        and layer.store.raw.lengths == first.raw.lengths
+        and layer.store.window.lengths == first.window.lengths
         and layer.store.table.pages == first.table.pages
         and (layer.store.constants is None) == (first.constants is None)
         for layer in cache.compressed_layers
@@ -316,7 +316,7 @@ def _why_not(cache: LayeredCache, model: PreTrainedModel, given: dict[str, Any])
         return "the model has layers of another kind, whose cache changes its shape at every step"
     if windows and cache.config.compile:
         return "compile=True does not know sliding-window layers"
-    devices = [*(store.raw.keys.device for store in _stores(cache)), *(layer.device for layer in windows)]
+    devices = [*(store.window.keys.device for store in _stores(cache)), *(layer.device for layer in windows)]
     if len(set(devices)) > 1:
         return "the model's layers are on several devices"
     if torch.distributed.is_available() and torch.distributed.is_initialized():

@@ -9,7 +9,7 @@ STEP = 32
 """Capacity grows in multiples of this many tokens."""
 
 
-class RawTokens:
+class Window:
     """Keys and values in the model's dtype, each row packed from the left.
 
     Attributes:
