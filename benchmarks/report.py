@@ -271,10 +271,9 @@ def generate_section(results: list[dict[str, Any]]) -> list[str]:
     titles = ("model", "batch x length", "dynamic", "selfindex", "ratio", "static", "compiled")
     lines += head(*titles, "first token, dynamic", "first token, selfindex")
     for each in (each for result in results for each in result["results"]):
-        ms = {way: each[way]["ms"] for way in titles if each.get(way)}
-        times = [
-            f"{ms[way]:.1f}" if way in ms else "" for way in ("dynamic", "selfindex", "static", "compiled")
-        ]
+        ways = ("dynamic", "selfindex", "static", "compiled")
+        ms = {way: each[way]["ms"] for way in ways if each.get(way)}
+        times = [f"{ms[way]:.1f}" if way in ms else "" for way in ways]
         ratio = f"{ms['dynamic'] / ms['selfindex']:.1f}" if {"dynamic", "selfindex"} <= ms.keys() else ""
         first = [f"{each[way]['first_s']:.3f}" if each.get(way) else "" for way in ("dynamic", "selfindex")]
         size_of = f"{each['batch']} x {size(each['length'])}"

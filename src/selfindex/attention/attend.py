@@ -46,14 +46,16 @@ def attend(
         (output [B, Hq, T, d] in the query's dtype, encoded tokens read per row).
     """
     plans, new = plans or StepPlans(), query.shape[2]
+    if is_step(store, query, valid):
+        if store.window.width + new > store.window.capacity:
+            store.reserve(0, store.window.width + new)
+        plan = plans(store, new)
+        output = attend_step(store, query, keys, values, plan, scaling, sink_logit)
+        return output.transpose(1, 2), plan.read
     encoded = [store.encoded(b) for b in range(store.batch)]
     budgets = budgets_of(store, new)
     sparse = any(encoded) and new <= store.config.sparse_queries and budgets != encoded
     read = budgets if sparse else encoded
-    if is_step(store, query, valid):
-        store.reserve(0, store.window.width + new)
-        output = attend_step(store, query, keys, values, plans(store, new), scaling, sink_logit)
-        return output.transpose(1, 2), read
     window = exact_part(store.window, query, keys, values, valid, scaling, plans)
     outputs = []
     # Blocks of queries: attention to encoded tokens and merging work in float32.

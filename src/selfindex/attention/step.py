@@ -29,12 +29,14 @@ class StepPlan:
         budgets: int32 [B], encoded tokens a row reads.
         width: most that a budget can be.
         everything: rows read all encoded tokens, which needs no selection.
+        read: encoded tokens that every row reads, as Python knows it.
     """
 
     lengths: Tensor
     budgets: Tensor
     width: int
     everything: bool
+    read: list[int] = field(default_factory=list)
     _nothing: dict[torch.Size, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def nothing(self, query: Tensor) -> tuple[Tensor, Tensor]:
@@ -73,16 +75,18 @@ class StepPlans(Shared):
         """The plan of a step of `new` tokens in a layer; its tensors are not to be written to."""
         if self.fixed is not None:
             return self.fixed
-        budgets, device = budgets_of(store, new), store.window.keys.device
+        device, lengths = store.window.keys.device, store.window.lengths
         encoded = [store.encoded(b) for b in range(store.batch)]
-        everything = new > store.config.sparse_queries or budgets == encoded
-        lengths = [[n + t for n in store.window.lengths] for t in range(new)]
 
         def make() -> StepPlan:
-            rows = torch.tensor([*lengths, budgets], dtype=torch.int32, device=device)
-            return StepPlan(rows[:-1], rows[-1], max(1, *budgets), everything)
+            budgets = budgets_of(store, new)
+            everything = new > store.config.sparse_queries or budgets == encoded
+            numbers = [*([n + t for n in lengths] for t in range(new)), budgets]
+            rows = torch.tensor(numbers, dtype=torch.int32, device=device)
+            read = encoded if everything else budgets
+            return StepPlan(rows[:-1], rows[-1], max(1, *budgets), everything, read)
 
-        return self.once((device, everything, str(lengths), tuple(budgets)), make)
+        return self.once((device, new, tuple(encoded), tuple(lengths)), make)
 
 
 class FixedPlan(StepPlan):

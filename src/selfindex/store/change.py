@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
+
+from ..errors import InputError
 
 
 @dataclass(frozen=True)
@@ -71,3 +74,17 @@ class Change:
     window: tuple[tuple[slice, int, Tensor, Tensor], ...] = ()
     step: tuple[Tensor, Tensor] | None = None
     advanced: int = 0
+
+    @property
+    def writes(self) -> bool:
+        """Whether anything is written to tensors."""
+        return bool(self.pages or self.window or self.step is not None)
+
+
+def check_finite(keys: Tensor, values: Tensor) -> None:
+    """Raise InputError unless all numbers are finite; waits for the device."""
+    if not bool(torch.isfinite(keys).all() & torch.isfinite(values).all()):
+        raise InputError(
+            "keys or values hold NaN or infinity; they cannot be encoded. Check the model's "
+            "dtype (fp16 overflows in some models; use bf16) and its inputs"
+        )

@@ -16,7 +16,7 @@ from ..codec import PageFormat, measure_balance
 from ..codec.paper import choose_pinned, prompt_statistics
 from ..config import SelfIndexConfig
 from ..errors import InputError, StateError
-from .change import Change, RowChange, Statistics
+from .change import Change, RowChange, Statistics, check_finite
 from .memory import Memory
 from .pool import BlockPool
 from .table import BlockTable
@@ -28,15 +28,6 @@ OBSERVED_QUERIES = 32
 
 LONGEST_DRAFT = 128
 """Last tokens of a paper preset's first chunk that do not count as its prompt where drafts may follow it."""
-
-
-def check_finite(keys: Tensor, values: Tensor) -> None:
-    """Raise InputError unless all numbers are finite; waits for the device."""
-    if not bool(torch.isfinite(keys).all() & torch.isfinite(values).all()):
-        raise InputError(
-            "keys or values hold NaN or infinity; they cannot be encoded. Check the model's "
-            "dtype (fp16 overflows in some models; use bf16) and its inputs"
-        )
 
 
 def _outside_inference_mode(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -150,9 +141,17 @@ class LayerStore:
                 rows.append(self._plan_window(b, new_k, new_v))
         return self._encode_rows(rows, statistics, check)
 
-    @_outside_inference_mode
     def commit(self, change: Change) -> None:
         """Store what `plan` worked out. Writes in place: nothing here depends on what is written."""
+        if change.writes:
+            self._write(change)
+        if change.advanced:
+            self.window.lengths = [n + change.advanced for n in self.window.lengths]
+        if change.statistics is not None:
+            self.statistics = change.statistics
+
+    @_outside_inference_mode
+    def _write(self, change: Change) -> None:
         for index, payload, owners in change.pages:
             blocks = self.pool.add(index, payload)
             for row, counts in owners:
@@ -162,10 +161,6 @@ class LayerStore:
             self.window.put(rows, start, keys, values)
         if change.step is not None:
             self.window.append_step(*change.step)
-        if change.advanced:
-            self.window.lengths = [n + change.advanced for n in self.window.lengths]
-        if change.statistics is not None:
-            self.statistics = change.statistics
 
     @_outside_inference_mode
     def reserve(self, pages: int, window_tokens: int) -> None:
@@ -178,7 +173,6 @@ class LayerStore:
         """Full-precision tokens of a row at which a page of them is encoded."""
         return self.config.sinks + self.config.recent + self.config.page_size
 
-    @_outside_inference_mode
     def plan_step(self, new: int, check: Callable[[Tensor, Tensor], None] = check_finite) -> Change:
         """Work out how to take over `new` tokens a row that a decode step has written behind those held.
 
@@ -187,11 +181,12 @@ class LayerStore:
         """
         if self.window.width + new < self.window_limit:
             return Change(advanced=new)
-        if (
-            len(set(self.window.lengths)) == 1
-            and self.config.preset == "balanced"
-            and self.constants is not None
-        ):
+        return self._plan_overflow(new, check)
+
+    @_outside_inference_mode
+    def _plan_overflow(self, new: int, check: Callable[[Tensor, Tensor], None]) -> Change:
+        equal = len(set(self.window.lengths)) == 1
+        if equal and self.config.preset == "balanced" and self.constants is not None:
             return self._plan_equal_rows(new, check)
         none = self.window.keys[0, :, :0]
         rows = [self._plan_window(b, none, none, new) for b in range(self.batch)]
