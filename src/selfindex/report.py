@@ -130,9 +130,10 @@ class Report:
             f"{rows if len(first.row_tokens) > 1 else ''}, {first.encoded} encoded"
         )
         own = sum(layer.own_dtype_bytes for layer in layers)
+        factor = f"{self.ratio:.2f}x smaller" if self.ratio >= 1 else f"{1 / self.ratio:.2f}x larger"
         wider = f", {own / MIB:.2f} as {first.dtype}" * (own != self.dense_bytes)
         yield (
-            f"memory   {memory.total / MIB:.2f} MiB, {self.ratio:.2f}x smaller than 16 bit "
+            f"memory   {memory.total / MIB:.2f} MiB, {factor} than 16 bit "
             f"({self.dense_bytes / MIB:.2f} MiB{wider})"
         )
         yield (

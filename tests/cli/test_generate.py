@@ -19,7 +19,7 @@ def test_prints_text_and_report(invoke, folder):
     output = generate(invoke, folder, LONG).output
     assert "8 new ones" in output
     assert "self-indexing KV cache (balanced)" in output
-    assert "smaller than 16 bit" in output
+    assert "than 16 bit" in output
 
 
 def test_paper_preset_and_token_budget(invoke, folder):

