@@ -3,7 +3,8 @@ import torch
 from pages import relative_error
 from stores import decoded_pages, fill, held_tokens, new_store, random_tokens, small_config
 
-from selfindex import InputError
+from selfindex import InputError, SelfIndexConfig
+from selfindex.store.state import export, restore
 
 
 def test_nothing_is_encoded_until_a_page_has_left_the_window():
@@ -161,3 +162,12 @@ def test_selected_rows_share_pages_until_they_part():
     fill(store, 8)
     assert store.pool.used > used
     assert store.table.rows[0].blocks[-1] != store.table.rows[1].blocks[-1]
+
+
+def test_what_a_crop_leaves_can_be_written_and_read():
+    store = new_store(SelfIndexConfig(page_size=8, recent=8, dense_below=0))  # the preset chooses the sinks
+    fill(store, 60)
+    store.crop([3 + store.config.sinks])
+    assert [type(n) for n in store.window.lengths] == [int]
+    again = restore(store.config, *export(store))
+    assert again.length(0) == store.length(0) == 3 + store.config.sinks

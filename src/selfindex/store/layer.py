@@ -339,7 +339,7 @@ class LayerStore:
             StateError: the paper preset would have to cut inside its prompt.
         """
         self.check_crop(lengths)
-        sinks = self.config.sinks
+        sinks = int(self.config.sinks)  # a number that the preset chose is of a type of its own
         for b, keep in enumerate(lengths):
             encoded, held = self.encoded(b), self.window.lengths[b]
             recent = held - sinks if encoded else held
