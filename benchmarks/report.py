@@ -284,9 +284,10 @@ def generate_section(results: list[dict[str, Any]]) -> list[str]:
 def chunk_section(result: dict[str, Any]) -> list[str]:
     """New tokens that attend to each other in a later turn."""
     found, shape = result["environment"], result["shape"]
-    lines = ["## A long chunk after the first"]
+    machine = found["gpu"] or f"{found['threads']} CPU threads"
+    lines = [f"## A long chunk after the first, {machine}"]
     lines += paragraph(
-        f"`{found['command']}`, {found['date']}, {found['gpu']}, torch {found['torch']}. The exact part",
+        f"`{found['command']}`, {found['date']}, {machine}, torch {found['torch']}. The exact part",
         f"of a chunk ({shape['query_heads']} / {shape['kv_heads']} heads of {shape['head_dim']},",
         f"{shape['held']} held tokens) against the faster of two ways to have SDPA compute the same:",
         "milliseconds and memory.",
@@ -381,7 +382,7 @@ def main() -> None:
     lines += end_section(load("end_to_end-h100.json"))
     lines += compiled_section(load("end_to_end-compiled-h100.json"))
     lines += encode_section(load("encode-h100.json"))
-    lines += chunk_section(load("chunk-h200.json"))
+    lines += chunk_section(load("chunk-h200.json")) + chunk_section(load("chunk-cpu.json"))
     if (RESULTS / "offload-h100.json").exists():
         lines += offload_section(load("offload-h100.json"))
     lines += cpu_section(load("cpu_decode.json"))

@@ -29,9 +29,10 @@ for part in "${parts[@]}"; do
         [ $status -eq 0 ] || failed=1
       done ;;
     benchmark)
-      for name in decode_attention encode end_to_end; do
+      for name in decode_attention encode end_to_end generate; do
         "$python" "benchmarks/$name.py" --output "$out/$name.json" || failed=1
       done
+      "$python" benchmarks/chunk.py --device cuda --output "$out/chunk.json" || failed=1
       "$python" benchmarks/end_to_end.py --lengths 8192 131072 --layers 8 --compile 8192 131072 --skip-largest \
         --output "$out/end_to_end-compiled.json" || failed=1 ;;
     *)

@@ -50,7 +50,7 @@ def main():
     assert stores[0][0].encoded(0) == stores[1][0].encoded(0) > 0
     error = float((got - wanted).norm() / wanted.norm())
     agree = float((got.argmax(-1) == wanted.argmax(-1)).float().mean())
-    # The project's own loop, which replays a graph on a GPU.
+    # Processes that work together do not record graphs.
     options = OPTIONS | {"budget": 1.0}
     texts = [
         selfindex.generate(model, ids[:, :PROMPT], max_new_tokens=30, eos_token_id=[], **options)
