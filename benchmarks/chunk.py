@@ -168,7 +168,8 @@ def main() -> None:
     if options.output:
         shape = {"query_heads": options.kv_heads * options.groups, "kv_heads": options.kv_heads}
         result = {
-            "environment": describe(command_line("python", *sys.argv)) | {"threads": options.threads},
+            "environment": describe("python benchmarks/" + command_line(*sys.argv))
+            | {"threads": options.threads},
             "shape": shape | {"head_dim": options.dim, "held": options.held},
             "target_ratio": TARGET,
             "results": rows,
