@@ -84,7 +84,7 @@ def ways(model: Any, length: int, dtype: torch.dtype, steps: int) -> dict[str, C
         layer = ours.compressed_layers[i]
         layer.lazy_initialization(keys, values)
         layer.store.append(keys, values, query, None, dim**-0.5)
-        layer.columns = length
+        layer.positions = length
         dynamic.update(keys, values, i)
         grouped.append(InPlace(keys, values, rows=False))
         rows.append(InPlace(keys, values, rows=True))

@@ -88,7 +88,7 @@ def filled_cache(model: Any, batch: int, length: int, **options: Any) -> selfind
             source = torch.randint(index.shape[0], (pages,), device="cuda")
             store.table.append(b, store.pool.add(index[source], payload[source]), [config.page_size] * pages)
             store.window.put(slice(b, b + 1), 0, like[b], like[b])
-        layer.columns = length
+        layer.positions = length
     return cache
 
 

@@ -105,7 +105,7 @@ class Soak:
         self.say(self.live[-1], mask)
 
     def say(self, entry: list[Any], fresh: Tensor) -> None:
-        """Feed random tokens in the columns of `fresh` [B, new]."""
+        """Feed random tokens in the positions of `fresh` [B, new]."""
         cache, key, ids, mask = entry
         new = prompt(fresh.shape[1], len(fresh), self.random.randrange(1 << 30))
         entry[2], entry[3] = torch.cat((ids, new), 1), torch.cat((mask, fresh), 1)

@@ -26,17 +26,17 @@ def full_cache(model, **options):
 
 
 def decoded_cache(cache, model):
-    """DynamicCache for the untouched `model` with the tokens of `cache`, in their columns."""
+    """DynamicCache for the untouched `model` with the tokens of `cache`, in their positions."""
     dense = DynamicCache(config=model.config)
     for i, layer in enumerate(cache.layers):
         if layer not in cache.compressed_layers:
             dense.layers[i] = copy.deepcopy(layer)
             continue
         store, rows = layer.store, range(layer.store.batch)
-        shape = (store.batch, store.format.kv_heads, layer.columns, store.format.head_dim)
+        shape = (store.batch, store.format.kv_heads, layer.positions, store.format.head_dim)
         full = [torch.zeros(shape), torch.zeros(shape)]
         for b in rows:
-            real = slice(None) if cache.columns is None else cache.columns[b].cpu()
+            real = slice(None) if cache.positions is None else cache.positions[b].cpu()
             for target, tokens in zip(full, held_tokens(store, b), strict=True):
                 target[b][:, real] = tokens
         # A block's linear-attention state, in models whose layers have both.

@@ -45,9 +45,9 @@ def test_a_mask_that_hides_stored_tokens(used, refuses):
     refuses(lambda: forward(used[1], prompt(1), used[2], mask), StateError, "differs from earlier steps")
 
 
-@pytest.mark.parametrize("columns", [1, 59, 64])
-def test_a_mask_of_another_length(used, refuses, columns):
-    mask = torch.ones(1, columns, dtype=torch.long)
+@pytest.mark.parametrize("positions", [1, 59, 64])
+def test_a_mask_of_another_length(used, refuses, positions):
+    mask = torch.ones(1, positions, dtype=torch.long)
     mask[0, 0] = 0
     refuses(lambda: forward(used[1], prompt(1), used[2], mask), (InputError, StateError), "attention_mask")
 
@@ -148,7 +148,7 @@ def test_what_padding_sees_in_a_four_dimensional_mask(padding, side, additive):
         mask = torch.where(mask, 0.0, additive)
     positions = (real.cumsum(1) - 1).clamp(min=0)
     forward(ours, ids, cache, mask, position_ids=positions)
-    assert torch.equal(cache.columns, real)
+    assert torch.equal(cache.positions, real)
     check_tokens(cache, dense, ids[real])
 
 
@@ -164,9 +164,9 @@ def test_tokens_of_the_first_chunk_may_see_later_ones(attention, prefix):
     wanted = forward(dense, prompt(40, 2), ours_too, given)
     assert torch.equal(forward(ours, prompt(40, 2), cache, given)[0], wanted[0])
     assert [cache.layers[1].store.length(b) for b in range(2)] == [40, 37]
-    columns = torch.cat((mask[:, 0, -1], torch.ones(2, 1, dtype=torch.bool)), 1).long()
-    wanted = forward(dense, prompt(1, 2), decoded_cache(cache, dense), columns)
-    torch.testing.assert_close(forward(ours, prompt(1, 2), cache, columns), wanted, atol=2e-4, rtol=2e-4)
+    positions = torch.cat((mask[:, 0, -1], torch.ones(2, 1, dtype=torch.bool)), 1).long()
+    wanted = forward(dense, prompt(1, 2), decoded_cache(cache, dense), positions)
+    torch.testing.assert_close(forward(ours, prompt(1, 2), cache, positions), wanted, atol=2e-4, rtol=2e-4)
 
 
 def test_packed_sequences_that_only_flash_attention_hears_of(used, refuses):

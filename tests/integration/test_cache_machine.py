@@ -31,7 +31,7 @@ def grown(tokens):
 
 
 class CacheMachine(RuleBasedStateMachine):
-    """The model of a row is its token ids and which of its columns hold tokens."""
+    """The model of a row is its token ids and which of its positions hold tokens."""
 
     @initialize(batch=st.integers(1, 3))
     def start(self, batch):
@@ -66,9 +66,9 @@ class CacheMachine(RuleBasedStateMachine):
 
     @rule(remove=st.integers(0, 30), positive=st.booleans())
     def crop(self, remove, positive):
-        columns = self.ids.shape[1]
+        positions = self.ids.shape[1]
         remove = grown(remove)
-        keep = max(0, columns - remove)
+        keep = max(0, positions - remove)
         self.cache.crop(keep if positive and keep else -remove)
         self.ids, self.mask = self.ids[:, :keep], self.mask[:, :keep]
 

@@ -314,7 +314,7 @@ def test_a_copy_of_a_cache_goes_its_own_way():
     assert (one.get_seq_length(), other.get_seq_length()) == (91, 61)
 
 
-def test_sequence_length_counts_columns():
+def test_sequence_length_counts_positions():
     _, ours = pair("llama")
     cache = small_cache(ours)
     assert cache.get_seq_length() == 0

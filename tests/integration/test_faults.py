@@ -75,8 +75,8 @@ def loop(ours, cache, ids):
 
 def rows_of(cache, ids):
     """Token ids of every row of a whole cache, without padding."""
-    columns = cache.columns
-    return [row if columns is None else row[columns[b].cpu()] for b, row in enumerate(ids)]
+    positions = cache.positions
+    return [row if positions is None else row[positions[b].cpu()] for b, row in enumerate(ids)]
 
 
 def check_whole(cache, dense, ids):
@@ -84,7 +84,7 @@ def check_whole(cache, dense, ids):
     assert cache.get_seq_length() == ids.shape[1]
     for layer in cache.compressed_layers:
         store = layer.store
-        assert layer.columns == ids.shape[1]
+        assert layer.positions == ids.shape[1]
         assert [store.length(b) for b in range(store.batch)] == [len(row) for row in rows_of(cache, ids)]
         assert store.window.keys.shape == store.window.values.shape
         held = [block for row in store.table.rows for block in row.blocks]
@@ -111,8 +111,8 @@ def check_one_of(cache, dense, outcomes, new=None):
 def going_on_is_right_or_refused(ours, dense, cache, outcomes):
     cache = copy.deepcopy(cache)
     new, options = prompt(1, batch=cache.compressed_layers[0].store.batch, seed=3), {}
-    if cache.columns is not None:
-        mask = torch.cat((cache.columns.cpu().long(), torch.ones_like(new)), 1)
+    if cache.positions is not None:
+        mask = torch.cat((cache.positions.cpu().long(), torch.ones_like(new)), 1)
         options = {"mask": mask, "position_ids": mask.sum(1, keepdim=True) - 1}
     try:
         forward(ours, new, cache, **options)
@@ -156,7 +156,7 @@ def test_a_fault_anywhere(backend, kind, action, preset):
             check_whole(cache, dense, ids)
         else:
             going_on_is_right_or_refused(ours, dense, cache, [ids, outcome])
-            cache.crop(min(x.columns for x in cache.compressed_layers))
+            cache.crop(min(x.positions for x in cache.compressed_layers))
             check_one_of(cache, dense, [ids, outcome])
         number += STRIDE
     assert number > 0

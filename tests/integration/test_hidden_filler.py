@@ -30,7 +30,7 @@ def test_equals_the_dense_model_while_nothing_is_encoded(family, filler):
     assert torch.equal(got, wanted)
     lengths = [layer.store.length(1) for layer in cache.compressed_layers]
     assert lengths == [cache.get_seq_length() - filler] * len(lengths)
-    assert torch.equal(cache.columns[:, : mask.shape[1]], mask.bool())
+    assert torch.equal(cache.positions[:, : mask.shape[1]], mask.bool())
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_other_changes_of_the_mask_are_refused(change):
     cache.crop(60)
     check_tokens(cache, dense, ids[0])
     check_tokens(cache, dense, ids[1, :55], 1)
-    assert torch.equal(cache.columns, before.bool())
+    assert torch.equal(cache.positions, before.bool())
 
 
 def test_filler_inside_the_prompt_of_the_paper_preset():

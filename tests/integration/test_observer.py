@@ -43,10 +43,10 @@ def test_it_sees_what_the_layer_attends_to_and_returns(backend):
         assert seen.layer is layer
         held = (
             held_tokens(layer.store, 0)
-            if layer.columns
+            if layer.positions
             else [x[0, :, :0].float().cpu() for x in new_of(seen)]
         )
-        found.append((seen, attention(seen, held), layer.columns))
+        found.append((seen, attention(seen, held), layer.positions))
 
     layer.observer = observe
     projection = ours.model.layers[1].self_attn.o_proj
@@ -55,13 +55,13 @@ def test_it_sees_what_the_layer_attends_to_and_returns(backend):
     for i, new in enumerate(lengths):
         forward(ours, prompt(new, seed=i), cache)
     hook.remove()
-    assert [columns for *_, columns in found] == [sum(lengths[:i]) for i in range(len(lengths))]
+    assert [positions for *_, positions in found] == [sum(lengths[:i]) for i in range(len(lengths))]
     for (seen, wanted, _), given in zip(found, projected, strict=True):
         assert torch.equal(seen.output.flatten(2), given)
         torch.testing.assert_close(seen.output[0].float().cpu(), wanted, atol=2e-3, rtol=2e-3)
     assert found[0][0].read == [0]
     assert found[2][0].read == found[3][0].read == [6 * backends.current.page_size]
-    assert layer.columns == sum(lengths)
+    assert layer.positions == sum(lengths)
     backend.check_ran("encode", "window_attend", "dense_attend")
 
 

@@ -18,13 +18,13 @@ def models(request):
     return dense, ours
 
 
-def masks(kind, columns):
+def masks(kind, positions):
     mask = torch.ones(2, 30, dtype=torch.long)
     if kind == "left":
         mask[1, :11] = 0
     if kind == "right":
         mask[1, 20:] = 0
-    return torch.cat((mask, torch.ones(2, columns - 30, dtype=torch.long)), 1)
+    return torch.cat((mask, torch.ones(2, positions - 30, dtype=torch.long)), 1)
 
 
 @pytest.mark.parametrize("kind", ["none", "full", "left", "right"])
@@ -43,10 +43,10 @@ def test_with_another_cache(models, kind, cache):
     dense, ours = models
     options = {"max_cache_len": 64} if cache is StaticCache else {}
     one, other = (cache(config=dense.config, **options) for _ in range(2))
-    columns = 0
+    positions = 0
     for new in (30, 1, 5, 1):
-        columns += new
-        mask = None if kind == "none" else masks(kind, columns)
+        positions += new
+        mask = None if kind == "none" else masks(kind, positions)
         ids = prompt(new, 2, seed=new)
         got, wanted = forward(ours, ids, one, mask), forward(dense, ids, other, mask)
         real = torch.ones(2, new).bool() if mask is None else mask[:, -new:].bool()

@@ -253,15 +253,17 @@ def test_what_a_new_token_sees(first, new):
         hidden[1, (first - 4) % slots] = first - 4
     places, mask = ring_mask(torch.tensor(first), new, window, hidden, torch.float32)
     held = dict.fromkeys(range(slots))
-    for column in range(first + new):
-        held[column % slots] = column
-    assert places.tolist() == [column % slots for column in range(first, first + new)]
+    for position in range(first + new):
+        held[position % slots] = position
+    assert places.tolist() == [position % slots for position in range(first, first + new)]
     for row in range(2):
-        for t, column in enumerate(range(first, first + new)):
+        for t, position in enumerate(range(first, first + new)):
             seen = sorted(held[slot] for slot in (mask[row, 0, t] == 0).nonzero().flatten().tolist())
-            wanted = [c for c in range(max(0, column - window + 1), column + 1) if row == 0 or c != first - 4]
+            wanted = [
+                c for c in range(max(0, position - window + 1), position + 1) if row == 0 or c != first - 4
+            ]
             if first <= 4:
-                wanted = list(range(max(0, column - window + 1), column + 1))
+                wanted = list(range(max(0, position - window + 1), position + 1))
             assert seen == wanted
 
 

@@ -99,7 +99,7 @@ def test_what_cannot_be_saved(tmp_path):
     with pytest.raises(StateError, match="empty"):
         small_cache(ours).save(ours, tmp_path / "prefix")
     stopped = filled(ours)
-    stopped.compressed_layers[0].columns += 1
+    stopped.compressed_layers[0].positions += 1
     with pytest.raises(StateError, match="interrupted"):
         stopped.save(ours, tmp_path / "prefix")
     with pytest.raises(StateError, match="another model"):

@@ -115,7 +115,7 @@ def test_a_step_that_skipped_a_layer_is_noticed(family):
     _, ours = families.pair(family)
     cache = small_cache(ours)
     forward(ours, prompt(40), cache)
-    cache.compressed_layers[0].columns += 1
+    cache.compressed_layers[0].positions += 1
     with pytest.raises(StateError, match="interrupted or layers were called out of order"):
         forward(ours, prompt(1), cache)
 

@@ -97,9 +97,9 @@ class FixedPlan(StepPlan):
         new: tokens a row, T.
 
     Attributes:
-        columns: tokens, padding included, that the model is told it has seen.
-        first: int32 [], column of the first new token.
-        hidden: columns that nothing sees in sliding-window layers.
+        positions: tokens, padding included, that the model is told it has seen.
+        first: int32 [], position of the first new token.
+        hidden: positions that nothing sees in sliding-window layers.
     """
 
     def __init__(self, store: LayerStore, new: int, hidden: Mapping[Any, Tensor]) -> None:
@@ -108,15 +108,15 @@ class FixedPlan(StepPlan):
         width = most_of_a_budget(store.config, store.table.padded()[0].shape[1])
         super().__init__(rows[:new], rows[new], width, everything=False)
         self._rows = rows
-        self.columns = 0
+        self.positions = 0
         self.first = rows[new + 1, 0]
         self.hidden = hidden
 
-    def update(self, store: LayerStore, columns: int) -> None:
-        """Plan the next step, from what a layer holds now, in so many columns."""
+    def update(self, store: LayerStore, positions: int) -> None:
+        """Plan the next step, from what a layer holds now, in so many positions."""
         new = len(self.lengths)
         lengths = ([n + t for n in store.window.lengths] for t in range(new))
-        numbers = [*lengths, budgets_of(store, new), [columns] * store.batch]
+        numbers = [*lengths, budgets_of(store, new), [positions] * store.batch]
         self._rows.copy_(torch.tensor(numbers, dtype=torch.int32))
 
 

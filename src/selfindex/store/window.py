@@ -72,9 +72,9 @@ class Window:
             self.values[:, :, at : at + 1] = values
         else:
             rows = torch.arange(len(self.lengths), device=keys.device)
-            columns = torch.tensor(self.lengths, device=keys.device)
-            self.keys[rows, :, columns] = keys[:, :, 0]
-            self.values[rows, :, columns] = values[:, :, 0]
+            positions = torch.tensor(self.lengths, device=keys.device)
+            self.keys[rows, :, positions] = keys[:, :, 0]
+            self.values[rows, :, positions] = values[:, :, 0]
         self.lengths = [n + 1 for n in self.lengths]
 
     def select(self, rows: Tensor) -> None:
@@ -93,8 +93,8 @@ class Window:
         width = self.width
         keys, values, real = self.keys[:, :, :width], self.values[:, :, :width], None
         if any(n != width for n in self.lengths):
-            columns = torch.arange(width, device=keys.device)
-            real = columns < torch.tensor(self.lengths, device=keys.device)[:, None]
+            positions = torch.arange(width, device=keys.device)
+            real = positions < torch.tensor(self.lengths, device=keys.device)[:, None]
             # Memory nobody wrote may hold NaN, which neither -inf nor a weight of 0 removes.
             keys, values = (x.masked_fill(~real[:, None, :, None], 0) for x in (keys, values))
         return keys, values, real

@@ -31,7 +31,7 @@ def window_attend(
 
     Args:
         query: [B, Hq, 1, d]; new_keys, new_values: [B, H, 1, d].
-        keys, values: [B, H, room, d], written at column `lengths[b]`.
+        keys, values: [B, H, room, d], written at position `lengths[b]`.
         lengths: int32 [B], full-precision tokens held before this step, below `room`.
         part, part_lse: float32 [B, Hq, 1, d] and [B, Hq, 1], attention over the encoded tokens.
         sink_logit: [Hq] or None, see `merge_parts`.

@@ -69,9 +69,9 @@ class SelfIndexCache(LayeredCache):
 
     def __repr__(self) -> str:
         config, batch, held = self.config, self._batch(), "empty"
-        if batch is not None and self._compressed[0].columns:
+        if batch is not None and self._compressed[0].positions:
             size = self.report().memory.total / 2**20
-            held = f"rows={batch}, tokens={self._compressed[0].columns}, {size:.2f} MiB"
+            held = f"rows={batch}, tokens={self._compressed[0].positions}, {size:.2f} MiB"
         return (
             f"{type(self).__name__}(preset={config.preset!r}, budget={config.budget}, "
             f"{len(self._compressed)} of {len(self.layers)} layers compressed, {held})"

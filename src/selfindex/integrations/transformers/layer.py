@@ -37,7 +37,7 @@ class Whole(Protocol):
     state: ModelState
     guard: Guard
     finite: FiniteCheck
-    columns: Tensor | None
+    positions: Tensor | None
 
     @property
     def compressed_layers(self) -> list[SelfIndexLayer]: ...
@@ -50,9 +50,9 @@ class Whole(Protocol):
 
     def end_pass(self) -> None: ...
 
-    def step_columns(self, layer: SelfIndexLayer, mask: Tensor | None, new: int) -> Tensor | None: ...
+    def step_positions(self, layer: SelfIndexLayer, mask: Tensor | None, new: int) -> Tensor | None: ...
 
-    def keep_columns(self, layer: SelfIndexLayer) -> None: ...
+    def keep_positions(self, layer: SelfIndexLayer) -> None: ...
 
 
 class SelfIndexLayer(CacheLayerMixin):
@@ -70,7 +70,7 @@ class SelfIndexLayer(CacheLayerMixin):
         self._balance = balance
         self._plans = cache.plans
         self.store: LayerStore | None = None
-        self.columns = 0
+        self.positions = 0
         self.unread: list[int] = []
         """Per row, how many of the tokens it holds the last step left out; [] if no step ran on them."""
         self._read: list[int] = []
@@ -89,11 +89,11 @@ class SelfIndexLayer(CacheLayerMixin):
         self.handle = register_layer(self)  # a copy is another layer
 
     def __repr__(self) -> str:
-        if self.store is None or not self.columns:
+        if self.store is None or not self.positions:
             return f"{type(self).__name__}({self.layer_idx}, empty)"
         encoded = sum(self.store.encoded(b) for b in range(self.store.batch))
         return (
-            f"{type(self).__name__}({self.layer_idx}, rows={self.store.batch}, tokens={self.columns}, "
+            f"{type(self).__name__}({self.layer_idx}, rows={self.store.batch}, tokens={self.positions}, "
             f"encoded={encoded}, {self.store.memory().total / 2**20:.2f} MiB)"
         )
 
@@ -103,7 +103,7 @@ class SelfIndexLayer(CacheLayerMixin):
     @property
     def is_initialized(self) -> bool:
         """Whether tokens are held."""
-        return self.columns > 0
+        return self.positions > 0
 
     @is_initialized.setter
     def is_initialized(self, value: bool) -> None:
@@ -146,7 +146,7 @@ class SelfIndexLayer(CacheLayerMixin):
         if self._plans.fixed is not None:
             return NewKeys(self, keys, values)
         with self._cache.guard.use():
-            held = self.store.window.keys if self.store is not None and self.columns else None
+            held = self.store.window.keys if self.store is not None and self.positions else None
             check_new_tokens(keys, values, held)
             self._cache.check_order(self, keys.shape[2], compiled)
             self._check_state(keys.shape[2])
@@ -154,7 +154,7 @@ class SelfIndexLayer(CacheLayerMixin):
                 self._cache.begin_pass()
             if keys.shape[2] > 1:
                 self._cache.finite.note(self.layer_idx, keys, values)
-            if not self.columns:
+            if not self.positions:
                 # Also after a first step that failed.
                 dtype = torch.promote_types(keys.dtype, values.dtype)
                 self.lazy_initialization(keys.to(dtype), values)
@@ -164,7 +164,7 @@ class SelfIndexLayer(CacheLayerMixin):
     def _check_state(self, new: int) -> None:
         """Once a step: refuse a model that is in another state than when the cache was filled."""
         if self is self._cache.compressed_layers[0]:
-            if self.columns:
+            if self.positions:
                 self._cache.state.check(thorough=new > 1)
             else:
                 self._cache.state.remember()
@@ -205,13 +205,13 @@ class SelfIndexLayer(CacheLayerMixin):
                 )
             keys, values, store = new.new_keys, new.new_values, self.store
             check_query(query, keys)
-            valid = cache.step_columns(self, mask, keys.shape[2])
+            valid = cache.step_positions(self, mask, keys.shape[2])
             if valid is not None:
                 valid = valid.to(keys.device)  # with device_map, layers are on several devices
             encoded = any(store.encoded(b) for b in range(store.batch))
             output = None
-            exact = not encoded and cache.columns is None and valid is None
-            if dense is not None and self.columns == 0:
+            exact = not encoded and cache.positions is None and valid is None
+            if dense is not None and self.positions == 0:
                 # Prefill is the model's own attention on its own tensors.
                 output, self.read = dense(query, keys, values, mask)[0], [0] * store.batch
             elif dense is not None and exact and keys.shape[2] <= MASKED_CHUNK:
@@ -258,12 +258,12 @@ class SelfIndexLayer(CacheLayerMixin):
         self.take(change, keys.shape[2])
 
     def take(self, change: Change, new: int) -> None:
-        """Store what was worked out for `new` columns."""
+        """Store what was worked out for `new` positions."""
         assert self.store is not None
         with self._cache.guard.change():
             self.store.commit(change)
-            self.columns += new
-            self._cache.keep_columns(self)
+            self.positions += new
+            self._cache.keep_positions(self)
         self._pending = None
 
     def activate_past_recording(self) -> None:
@@ -273,11 +273,11 @@ class SelfIndexLayer(CacheLayerMixin):
     def get_seq_length(self) -> int:
         """Columns seen so far, padding included, as transformers counts."""
         fixed = self._plans.fixed
-        return self.columns if fixed is None else fixed.columns
+        return self.positions if fixed is None else fixed.positions
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         # Models ask before their layers run: here nothing has been computed yet.
-        if self.columns and not torch.compiler.is_compiling() and self._plans.fixed is None:
+        if self.positions and not torch.compiler.is_compiling() and self._plans.fixed is None:
             self._check_state(query_length)
         return self.get_seq_length() + query_length, 0
 
@@ -285,7 +285,7 @@ class SelfIndexLayer(CacheLayerMixin):
         return -1
 
     def reset(self) -> None:
-        self.store, self._pending, self.columns, self.read = None, None, 0, []
+        self.store, self._pending, self.positions, self.read = None, None, 0, []
         self.record_past = False
 
     def offload(self) -> None:

@@ -1,4 +1,4 @@
-"""The layers of a cache, and what happens in all of them at once: steps in order, columns, crop, rows."""
+"""The layers of a cache, and what happens in all of them at once: steps in order, positions, crop, rows."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from .adapters import ModelState
 from .finite import FiniteCheck
 from .guard import Guard
 from .layer import LinearAndSelfIndexLayer, SelfIndexLayer
-from .masks import new_columns
+from .masks import new_positions
 from .window import SlidingWindowLayer
 
 
-def _with_padding(columns: Tensor | None) -> Tensor | None:
-    """`SelfIndexCache.columns` after some were dropped: None if no padding is left."""
-    return None if columns is None or bool(columns.all()) else columns
+def _with_padding(positions: Tensor | None) -> Tensor | None:
+    """`SelfIndexCache.positions` after some were dropped: None if no padding is left."""
+    return None if positions is None or bool(positions.all()) else positions
 
 
 def _integer(what: str, value: Any) -> int:
@@ -72,7 +72,7 @@ def _check_sliding_crop(layer: Any, keep: int) -> None:
 
 
 class LayeredCache(Cache):
-    """Layers that hold the same columns of the same rows; `SelfIndexCache` is one.
+    """Layers that hold the same positions of the same rows; `SelfIndexCache` is one.
 
     Args:
         model: the model whose passes fill it.
@@ -116,10 +116,10 @@ class LayeredCache(Cache):
         self.state = ModelState(model)
         self._before: tuple[int, list[Statistics | None]] = 0, []
         """Columns and statistics of the layers before the latest pass."""
-        self.columns: Tensor | None = None
-        """bool [B, columns] of real tokens; None while there was no padding."""
+        self.positions: Tensor | None = None
+        """bool [B, positions] of real tokens; None while there was no padding."""
         self._step: Tensor | None = None
-        self._next_columns: Tensor | None = None
+        self._next_positions: Tensor | None = None
         self.guard = Guard()
 
     @property
@@ -147,12 +147,12 @@ class LayeredCache(Cache):
         position = self._compressed.index(layer)
         before = self._compressed[position - 1]
         layers = cast(list[Any], self.layers)
-        between = [(x, layer.columns + new) for x in layers[: layer.layer_idx]]
+        between = [(x, layer.positions + new) for x in layers[: layer.layer_idx]]
         if position:
             between = between[before.layer_idx :]
         else:
             # The step before this one has to have come to its end.
-            between += [(x, layer.columns) for x in layers[before.layer_idx :]]
+            between += [(x, layer.positions) for x in layers[before.layer_idx :]]
         for other, expected in between:
             if other is layer or (compressed_only and other not in self._compressed):
                 continue
@@ -160,9 +160,9 @@ class LayeredCache(Cache):
                 continue  # a linear-attention state does not know how many tokens it has seen
             held = other.get_seq_length()
             if held != expected:
-                common = min(x.columns for x in self._compressed)
+                common = min(x.positions for x in self._compressed)
                 raise StateError(
-                    f"layer {layer.layer_idx} got {new} tokens on top of {layer.columns}, while layer "
+                    f"layer {layer.layer_idx} got {new} tokens on top of {layer.positions}, while layer "
                     f"{layers.index(other)} holds {held}: a forward pass was interrupted or layers were "
                     f"called out of order. cache.crop({common}) returns to the last complete step, "
                     "cache.reset() empties the cache"
@@ -172,7 +172,7 @@ class LayeredCache(Cache):
         """The first layer is handed the tokens of a pass."""
         self.finite.begin()
         stores = [layer.store for layer in self._compressed]
-        self._before = self._compressed[0].columns, [None if x is None else x.statistics for x in stores]
+        self._before = self._compressed[0].positions, [None if x is None else x.statistics for x in stores]
 
     def end_pass(self) -> None:
         """The last layer has taken the tokens of a pass: look at them, and take them back if they are bad.
@@ -184,34 +184,36 @@ class LayeredCache(Cache):
             self.finite.check()
         except InputError:
             keep, statistics = self._before
-            self.crop(keep - self._compressed[-1].columns)
+            self.crop(keep - self._compressed[-1].positions)
             for layer, before in zip(self._compressed, statistics, strict=True):
                 if layer.store is not None and before is not None:
                     layer.store.statistics = before
             raise
 
-    def step_columns(self, layer: SelfIndexLayer, mask: Tensor | None, new: int) -> Tensor | None:
-        """Which new columns hold tokens, bool [B, T] or None for all; read once per forward pass."""
+    def step_positions(self, layer: SelfIndexLayer, mask: Tensor | None, new: int) -> Tensor | None:
+        """Which new positions hold tokens, bool [B, T] or None for all; read once per forward pass."""
         if layer is self._compressed[0] and layer.store is not None:
             self.plans.begin()
-            batch, past, device = layer.store.batch, layer.columns, layer.store.window.keys.device
-            self._step, kept = new_columns(mask, self.columns, past, new, batch)
+            batch, past, device = layer.store.batch, layer.positions, layer.store.window.keys.device
+            self._step, kept = new_positions(mask, self.positions, past, new, batch)
             if kept is not None:
                 self._hide(kept.to(device))
-            self._next_columns = None
-            if self._step is not None or self.columns is not None:
+            self._next_positions = None
+            if self._step is not None or self.positions is not None:
                 ones = torch.ones(batch, past + new, dtype=torch.bool, device=device)
-                old = ones[:, :past] if self.columns is None else self.columns
-                self._next_columns = torch.cat((old, ones[:, past:] if self._step is None else self._step), 1)
+                old = ones[:, :past] if self.positions is None else self.positions
+                self._next_positions = torch.cat(
+                    (old, ones[:, past:] if self._step is None else self._step), 1
+                )
         return self._step
 
     def _hide(self, kept: Tensor) -> None:
-        """Let go of the last tokens of rows, such as filler after their end; their columns stay, as padding.
+        """Let go of the last tokens of rows, such as filler after their end; positions stay, as padding.
 
         In all layers, so that they agree even if the pass that brought the mask fails.
 
         Args:
-            kept: bool [B, columns] of the tokens that stay.
+            kept: bool [B, positions] of the tokens that stay.
         """
         lengths = kept.sum(1).tolist()
         stores = [layer.store for layer in self._compressed if layer.store is not None]
@@ -220,18 +222,18 @@ class LayeredCache(Cache):
         with self.guard.change():
             for store in stores:
                 store.crop(lengths)
-            self.columns = kept
+            self.positions = kept
 
-    def keep_columns(self, layer: SelfIndexLayer) -> None:
-        """Take over what `step_columns` read, now that the first layer holds the tokens."""
+    def keep_positions(self, layer: SelfIndexLayer) -> None:
+        """Take over what `step_positions` read, now that the first layer holds the tokens."""
         if layer is self._compressed[0]:
-            self.columns = self._next_columns
+            self.positions = self._next_positions
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the latest tokens.
 
         Args:
-            tokens_to_remove: an integer, or a tensor of one. Negative: this many columns from the end of
+            tokens_to_remove: an integer, or a tensor of one. Negative: this many positions from the end of
                 every row, as transformers calls it; all of them empty the cache. Positive: keep this many,
                 as in transformers before 5.18, which since refuses it; as many as there are, or more,
                 keep all. 0 only returns from a step that was cut short to the last complete one.
@@ -241,7 +243,7 @@ class LayeredCache(Cache):
             StateError: the paper preset would have to cut inside its prompt.
         """
         amount = _integer("crop takes", tokens_to_remove)
-        common = min(layer.columns for layer in self._compressed)
+        common = min(layer.positions for layer in self._compressed)
         keep = max(0, min(amount if amount > 0 else common + amount, common))
         with self.guard.use():
             if keep == 0:
@@ -250,16 +252,16 @@ class LayeredCache(Cache):
                 self._crop(keep)
 
     def _crop(self, keep: int) -> None:
-        columns = None if self.columns is None else self.columns[:, :keep]
+        positions = None if self.positions is None else self.positions[:, :keep]
         stores = [layer.store for layer in self._compressed if layer.store is not None]
-        lengths: list[int] = [keep] * stores[0].batch if columns is None else columns.sum(1).tolist()
+        lengths: list[int] = [keep] * stores[0].batch if positions is None else positions.sum(1).tolist()
         # Refuse before anything is changed.
         for store in stores:
             store.check_crop(lengths)
         windows, states = self._windows(), self._states()
         for layer in windows:
             _check_sliding_crop(layer, keep)
-        removes = any(compressed.columns > keep for compressed in self._compressed)
+        removes = any(compressed.positions > keep for compressed in self._compressed)
         # What a state has seen is not known; a step that was cut short may have reached it.
         drop = max(x.get_seq_length() for x in (*self._compressed, *windows)) - keep
         if drop:
@@ -278,8 +280,8 @@ class LayeredCache(Cache):
                     compressed.store.crop(lengths)
                 if removes:
                     compressed.read = []
-                compressed.columns, compressed._pending = keep, None
-            self.columns = _with_padding(columns)
+                compressed.positions, compressed._pending = keep, None
+            self.positions = _with_padding(positions)
 
     def _windows(self) -> list[Any]:
         """Attention layers of transformers' own kind that hold something."""
@@ -303,7 +305,7 @@ class LayeredCache(Cache):
             for layer in cast(list[Any], self.layers):
                 # Otherwise transformers 5.17 keeps their old tokens, as zeros.
                 layer.is_initialized = False
-            self.columns = self._step = self._next_columns = None
+            self.positions = self._step = self._next_positions = None
             self.guard.stream = None
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
@@ -367,5 +369,5 @@ class LayeredCache(Cache):
                     compressed.store.select_rows(rows)
                     compressed.select_read(rows.tolist())
                 compressed._pending = None
-            if self.columns is not None:
-                self.columns = _with_padding(self.columns[rows.to(self.columns.device)])
+            if self.positions is not None:
+                self.positions = _with_padding(self.positions[rows.to(self.positions.device)])

@@ -18,7 +18,7 @@ HIDDEN = -1e4
 def compact_mask(base: str, **kwargs: Any) -> Tensor | None:
     """Mask function registered with transformers: keeps plain causal masks two-dimensional.
 
-    Returns None (causal without padding, where dense kernels need no mask either), bool [B, columns]
+    Returns None (causal without padding, where dense kernels need no mask either), bool [B, positions]
     (causal, False for padding), or, for any other pattern such as a sliding window or a static
     cache, what the mask function of `base` returns.
 
@@ -80,17 +80,17 @@ NOT_CAUSAL = (
 )
 
 
-def new_columns(
+def new_positions(
     mask: Any, known: Tensor | None, past: int, new: int, batch: int
 ) -> tuple[Tensor | None, Tensor | None]:
-    """What a mask says of the new columns and of earlier ones, checked against what earlier steps said.
+    """What a mask says of the new positions and of earlier ones, checked against what earlier steps said.
 
     Args:
         mask: None, bool [B, past + new], or a 4-D mask (bool, or additive floats) that is causal. In the
             first chunk of a sequence, tokens may see later ones too: image blocks, prefix-LM.
-        known: bool [B, past] of earlier columns, None if all hold tokens.
+        known: bool [B, past] of earlier positions, None if all hold tokens.
     Returns:
-        which new columns hold tokens, bool [B, new], None if all do; and which earlier columns go on
+        which new positions hold tokens, bool [B, new], None if all do; and which earlier positions go on
         doing so, bool [B, past], None if nothing changes. What goes is the end of its row.
 
     Raises:
@@ -116,9 +116,9 @@ def new_columns(
             f"attention_mask covers {mask.shape[-1]} tokens of {mask.shape[0]} rows; the cache holds {past} "
             f"and {new} are new, in {batch} rows"
         )
-    columns = mask.bool() if mask.ndim == 2 else _columns_of(mask, past, new)
-    columns = columns.expand(batch, -1)
-    now, fresh = columns[:, :past], columns[:, past:]
+    positions = mask.bool() if mask.ndim == 2 else _positions_of(mask, past, new)
+    positions = positions.expand(batch, -1)
+    now, fresh = positions[:, :past], positions[:, past:]
     before = torch.ones_like(now) if known is None else known.to(now.device)
     if mask.ndim == 4:
         # A row without a new token has no query to say what it sees.
@@ -132,8 +132,8 @@ def new_columns(
     return None if bool(fresh.all()) else fresh, now if bool(hidden.any()) else None
 
 
-def _columns_of(mask: Tensor, past: int, new: int) -> Tensor:
-    """Columns with tokens, bool [rows, past + new], of a 4-D mask as `new_columns` takes it."""
+def _positions_of(mask: Tensor, past: int, new: int) -> Tensor:
+    """Columns with tokens, bool [rows, past + new], of a 4-D mask as `new_positions` takes it."""
     if mask.shape[1:3] != (1, new):
         raise InputError(
             f"attention_mask has shape {tuple(mask.shape)}; expected [batch, 1, {new}, {past + new}]"
@@ -152,22 +152,22 @@ def _columns_of(mask: Tensor, past: int, new: int) -> Tensor:
     everything = seen.all(-1, keepdim=True)
     everything[:, -1] = False
     told = seen & ~everything
-    columns = told.any(1)
-    fits = _fits(seen, columns, past)
+    positions = told.any(1)
+    fits = _fits(seen, positions, past)
     if not bool(fits.all()):
         # Padding whose queries see themselves and nothing else: nobody else sees it.
         lonely = told.sum(-1) == 1
         lonely[:, -1] = False
         told.diagonal(past, 1, 2).logical_and_(~lonely)
-        columns = torch.where(fits[:, None], columns, told.any(1))
-        if not bool(_fits(seen, columns, past).all()):
+        positions = torch.where(fits[:, None], positions, told.any(1))
+        if not bool(_fits(seen, positions, past).all()):
             raise InputError(NOT_CAUSAL)
-    return columns
+    return positions
 
 
-def _fits(seen: Tensor, columns: Tensor, past: int) -> Tensor:
+def _fits(seen: Tensor, positions: Tensor, past: int) -> Tensor:
     """Rows in which every token sees all tokens before it and, but for the first chunk, no others."""
-    causal = torch.ones(seen.shape[1:], dtype=torch.bool, device=seen.device).tril(past) & columns[:, None]
+    causal = torch.ones(seen.shape[1:], dtype=torch.bool, device=seen.device).tril(past) & positions[:, None]
     wrong = causal & ~seen if past == 0 else causal ^ seen
-    wrong |= seen & ~columns[:, None]
-    return ~(wrong & columns[:, past:, None]).flatten(1).any(1)
+    wrong |= seen & ~positions[:, None]
+    return ~(wrong & positions[:, past:, None]).flatten(1).any(1)

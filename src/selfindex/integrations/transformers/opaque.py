@@ -20,7 +20,7 @@ from .new_keys import NewKeys
 class Layer(Protocol):
     """What the operator asks of a `SelfIndexLayer`."""
 
-    columns: int
+    positions: int
     handle: Tensor
 
     def accept(self, keys: Tensor, values: Tensor, compiled: bool) -> NewKeys: ...
@@ -57,7 +57,7 @@ def run_layer(
     dense: Callable[..., tuple[Tensor, Any]],
 ) -> Tensor:
     """`SelfIndexLayer.attend` while a graph is traced; prompts go through the model's own attention in it."""
-    prompt = layer.columns == 0
+    prompt = layer.positions == 0
     if prompt:
         output = dense(query, new.new_keys, new.new_values, mask)[0].contiguous()
     else:

@@ -188,8 +188,8 @@ class Replay:
     ) -> str | None:
         """Record a step, or say why it cannot be."""
         plan, stores = recording.plan, _stores(cache)
-        plan.columns = cache.get_seq_length()
-        plan.update(stores[0], plan.columns)
+        plan.positions = cache.get_seq_length()
+        plan.update(stores[0], plan.positions)
         # The runs below write the new tokens where the step itself will; only this adds up.
         squares = [store.statistics.query_square.clone() for store in stores]
 
@@ -241,9 +241,9 @@ class Replay:
         numbers = [layer.layer_idx for layer in cache.compressed_layers]
         changes = [store.plan_step(new, cache.finite.of(i)) for store, i in zip(stores, numbers, strict=True)]
         cache.finite.check()
-        columns = cache.columns
-        if columns is not None:
-            columns = torch.cat((columns, columns.new_ones(rows, new)), 1)
+        positions = cache.positions
+        if positions is not None:
+            positions = torch.cat((positions, positions.new_ones(rows, new)), 1)
         with cache.guard.change():
             for layer, store, change in zip(cache.compressed_layers, stores, changes, strict=True):
                 if observed:
@@ -251,8 +251,8 @@ class Replay:
                     store.statistics = replace(store.statistics, queries_seen=seen)
                 layer.read = read
                 store.commit(change)
-                layer.columns += new
-            cache.columns = columns
+                layer.positions += new
+            cache.positions = positions
             self._windows.advance(cache, new)
         self.steps += 1
 
@@ -280,8 +280,12 @@ def _store_places(stores: list[LayerStore]) -> list[int]:
 
 def _is_step(cache: LayeredCache, ids: Tensor) -> bool:
     """Whether these are new tokens of a step that nobody observes; all layers hold the same before it."""
-    first, new, columns = cache.compressed_layers[0].store, ids.shape[1], cache.compressed_layers[0].columns
-    if first is None or not columns or torch.is_grad_enabled() or first.batch != ids.shape[0]:
+    first, new, positions = (
+        cache.compressed_layers[0].store,
+        ids.shape[1],
+        cache.compressed_layers[0].positions,
+    )
+    if first is None or not positions or torch.is_grad_enabled() or first.batch != ids.shape[0]:
         return False
     if not 1 <= new <= min(MOST_STEP_TOKENS, cache.config.sparse_queries):
         return False
@@ -289,7 +293,7 @@ def _is_step(cache: LayeredCache, ids: Tensor) -> bool:
         return False
     return all(
         layer.observer is None
-        and layer.columns == columns
+        and layer.positions == positions
         and layer.store is not None
         and layer.store.window.lengths == first.window.lengths
         and layer.store.table.pages == first.table.pages
@@ -297,7 +301,7 @@ def _is_step(cache: LayeredCache, ids: Tensor) -> bool:
         for layer in cache.compressed_layers
     ) and all(
         layer.is_initialized
-        and layer.cumulative_length == columns
+        and layer.cumulative_length == positions
         and layer.batch == first.batch
         and layer.takes(new)
         for layer in window_layers(cache)
@@ -332,7 +336,7 @@ def _why_not(cache: LayeredCache, model: PreTrainedModel, given: dict[str, Any])
 
 def _mask_fits(cache: LayeredCache, mask: Any, new: int) -> bool:
     """Whether a mask says of the tokens held what the cache knows, and that all new ones are real."""
-    known, past = cache.columns, cache.get_seq_length()
+    known, past = cache.positions, cache.get_seq_length()
     if mask is None:
         return known is None
     if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[1] != past + new:
@@ -360,12 +364,12 @@ def _depends_on_python(run: Callable[[], None], recording: _Recording) -> bool:
     """Whether logits change with the number of tokens that Python sees, which a graph keeps as it was."""
     run()
     one = {name: x.float().clone() for name, x in recording.outputs.items()}
-    columns = recording.plan.columns
-    recording.plan.columns = columns // 2
+    positions = recording.plan.positions
+    recording.plan.positions = positions // 2
     try:
         run()
     finally:
-        recording.plan.columns = columns
+        recording.plan.positions = positions
     return any(
         bool((recording.outputs[name].float() - x).norm() > DEPENDENCE * x.norm()) for name, x in one.items()
     )

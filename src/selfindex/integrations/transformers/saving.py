@@ -37,7 +37,7 @@ def save(cache: LayeredCache, model: PreTrainedModel, path: str | Path) -> None:
             "a cache with sliding-window or linear-attention layers cannot be saved: their content is not "
             "part of the format"
         )
-    if len({layer.columns for layer in cache.compressed_layers}) != 1:
+    if len({layer.positions for layer in cache.compressed_layers}) != 1:
         raise StateError(
             "a forward pass was interrupted; cache.crop(...) to the last complete step, then save"
         )
@@ -45,16 +45,16 @@ def save(cache: LayeredCache, model: PreTrainedModel, path: str | Path) -> None:
     tensors: dict[str, Tensor] = {}
     layers = []
     for layer in cache.compressed_layers:
-        if layer.store is None or not layer.columns:
+        if layer.store is None or not layer.positions:
             raise StateError("the cache is empty; fill it with a forward pass before saving it")
         found, numbers = export(layer.store)
         # Cloned: safetensors refuses tensors that share memory.
         tensors |= {
             f"layers.{layer.layer_idx}.{name}": x.cpu().contiguous().clone() for name, x in found.items()
         }
-        layers.append({"layer": layer.layer_idx, "columns": layer.columns} | numbers)
-    if cache.columns is not None:
-        tensors["columns"] = cache.columns.cpu().contiguous().clone()
+        layers.append({"layer": layer.layer_idx, "columns": layer.positions} | numbers)
+    if cache.positions is not None:
+        tensors["columns"] = cache.positions.cpu().contiguous().clone()
     # A profile's balance is in the constants; its file need not exist where this one is read.
     options = dataclasses.asdict(cache.config) | {"profile": None}
     header = json.dumps(
@@ -85,8 +85,8 @@ def _fill(
     found = [numbers.get("layer") for numbers in header["layers"]]
     if found != wanted or any(type(i) is not int for i in found):
         raise FormatError(f"it holds layers {found}, the model has {wanted}")
-    columns = tensors.pop("columns", None)
-    width = _width(columns, header["layers"])
+    positions = tensors.pop("columns", None)
+    width = _width(positions, header["layers"])
     stores = []
     for numbers in header["layers"]:
         start, device = f"layers.{numbers['layer']}.", _device(model, numbers["layer"])
@@ -94,16 +94,16 @@ def _fill(
         # Pages go straight to where the pool keeps them.
         own = {n: x if n in ("index", "payload") else x.to(device) for n, x in own.items()}
         store = restore(cache.config, own, numbers)
-        tokens = [width] * store.batch if columns is None else columns.sum(1).tolist()
+        tokens = [width] * store.batch if positions is None else positions.sum(1).tolist()
         if [store.length(b) for b in range(store.batch)] != tokens:
-            raise FormatError(f"the tokens of layer {numbers['layer']} do not fit its columns")
+            raise FormatError(f"the tokens of layer {numbers['layer']} do not fit its positions")
         stores.append(store)
     if tensors or len({store.batch for store in stores}) != 1:
         raise FormatError(f"its layers differ in rows, or it holds more than layers: {sorted(tensors)}")
     for layer, store in zip(cache.compressed_layers, stores, strict=True):
-        layer.store, layer.columns = store, width
-    if columns is not None:
-        cache.columns = columns.to(_device(model, wanted[0]))
+        layer.store, layer.positions = store, width
+    if positions is not None:
+        cache.positions = positions.to(_device(model, wanted[0]))
     cache.state.remember()
 
 
@@ -115,7 +115,7 @@ def _device(model: PreTrainedModel, layer: int) -> torch.device:
     return model.device
 
 
-def _width(columns: Tensor | None, layers: list[Any]) -> int:
+def _width(positions: Tensor | None, layers: list[Any]) -> int:
     """Columns that every layer holds.
 
     Raises:
@@ -124,9 +124,9 @@ def _width(columns: Tensor | None, layers: list[Any]) -> int:
     counts = [numbers.get("columns") for numbers in layers]
     first = counts[0]
     if any(type(n) is not int or n < 1 or n != first for n in counts):
-        raise FormatError(f"its layers hold {counts} columns")
-    if columns is not None and (columns.dtype, columns.shape[1:]) != (torch.bool, (first,)):
-        raise FormatError(f"its padding is {columns.dtype} {tuple(columns.shape)}, for {first} columns")
+        raise FormatError(f"its layers hold {counts} positions")
+    if positions is not None and (positions.dtype, positions.shape[1:]) != (torch.bool, (first,)):
+        raise FormatError(f"its padding is {positions.dtype} {tuple(positions.shape)}, for {first} positions")
     return int(first)
 
 

@@ -1,8 +1,8 @@
 """Sliding-window layers, which this cache does not compress, in steps of fixed shape.
 
 transformers' layer is another tensor of another length after every step, which a CUDA graph cannot
-follow. In such steps the window is a ring: the token of column c stands in slot c % slots, and a mask
-made of the number of columns says what it sees. Softmax does not care about the order of keys.
+follow. In such steps the window is a ring: the token of position c stands in slot c % slots, and a mask
+made of the number of positions says what it sees. Softmax does not care about the order of keys.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class SlidingWindowLayer(DynamicSlidingWindowLayer):
         self._values: Tensor | None = None
         self._ring: tuple[Tensor, Tensor] | None = None
         self._in_ring = False
-        self._end = self._held = 0  # of the ring: columns so far, and how many of them it holds
+        self._end = self._held = 0  # of the ring: positions so far, and how many of them it holds
         self._plans = plans
         super().__init__(sliding_window)
 
@@ -56,7 +56,7 @@ class SlidingWindowLayer(DynamicSlidingWindowLayer):
 
     @property
     def keys(self) -> Any:
-        """[B, H, columns, d] as transformers' layer holds them, or None; a change is taken over."""
+        """[B, H, positions, d] as transformers' layer holds them, or None; a change is taken over."""
         self._leave_ring()
         return self._keys
 
@@ -95,7 +95,7 @@ class SlidingWindowLayer(DynamicSlidingWindowLayer):
         return self.sliding_window, self.device
 
     def takes(self, new: int) -> bool:
-        """Whether the ring has room for `new` columns; with `record_past`, nothing may be dropped."""
+        """Whether the ring has room for `new` positions; with `record_past`, nothing may be dropped."""
         return not self.record_past or self.held + new <= slots_of(self.sliding_window)
 
     def update(
@@ -110,7 +110,7 @@ class SlidingWindowLayer(DynamicSlidingWindowLayer):
     def attend(self, query: Tensor, new: NewKeys, dense: Callable[..., tuple[Tensor, Any]]) -> Tensor:
         """Put new tokens into the ring and attend to it, with the model's own attention.
 
-        A step may run more than once before `advance`: it writes where the columns say.
+        A step may run more than once before `advance`: it writes where the positions say.
 
         Args:
             query: [B, Hq, T, d].
@@ -119,14 +119,14 @@ class SlidingWindowLayer(DynamicSlidingWindowLayer):
             [B, T, Hq, d].
         """
         plan, ring = cast(FixedPlan, self._plans.fixed), cast(tuple[Tensor, Tensor], self._ring)
-        columns, mask = self._plans.once(
+        positions, mask = self._plans.once(
             ("window", self.window, query.dtype),
             lambda: ring_mask(
                 plan.first, query.shape[2], self.sliding_window, plan.hidden[self.window], query.dtype
             ),
         )
         for held, tokens in zip(ring, (new.new_keys, new.new_values), strict=True):
-            held.index_copy_(2, columns, tokens)
+            held.index_copy_(2, positions, tokens)
         return dense(query, *ring, mask)[0]
 
     def fill_ring(self) -> None:
@@ -152,7 +152,7 @@ class SlidingWindowLayer(DynamicSlidingWindowLayer):
         return [x.data_ptr() for x in self._ring or ()]
 
     def advance(self, new: int) -> None:
-        """Hold the `new` columns that a step of fixed shape has put into the ring."""
+        """Hold the `new` positions that a step of fixed shape has put into the ring."""
         self._keys = self._values = None
         self._end += new
         self._held += new
@@ -161,9 +161,9 @@ class SlidingWindowLayer(DynamicSlidingWindowLayer):
         self.cumulative_length += new
 
     def _slots(self) -> Tensor:
-        """Slots of the columns that the ring holds, oldest first."""
-        columns = torch.arange(self._end - self._held, self._end, device=self.device)
-        return columns % slots_of(self.sliding_window)
+        """Slots of the positions that the ring holds, oldest first."""
+        positions = torch.arange(self._end - self._held, self._end, device=self.device)
+        return positions % slots_of(self.sliding_window)
 
     def _leave_ring(self) -> None:
         """Hold `keys` and `values` outside of the ring, where anybody may change them."""
@@ -183,7 +183,7 @@ class SlidingWindowLayer(DynamicSlidingWindowLayer):
     def get_seq_length(self) -> int:
         """Columns seen so far."""
         fixed = self._plans.fixed
-        return self.cumulative_length if fixed is None else fixed.columns
+        return self.cumulative_length if fixed is None else fixed.positions
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """As transformers' layer; in a step of fixed shape no keys, and the size of the window."""
@@ -203,18 +203,18 @@ def ring_mask(
     """Where the new tokens of a step stand in a ring, and what they see there.
 
     Args:
-        first: int32 [], column of the first of them; on the device, as all that follows from it.
+        first: int32 [], position of the first of them; on the device, as all that follows from it.
         new: how many there are, T.
-        hidden: int32 [B, slots], columns that hold padding, see `Windows`.
+        hidden: int32 [B, slots], positions that hold padding, see `Windows`.
     Returns:
         slots int64 [T], and a mask of `dtype`, [B, 1, T, slots]: 0 for what is seen, else the least number.
     """
     slots = hidden.shape[1]
-    columns = first + torch.arange(new, device=first.device)
+    positions = first + torch.arange(new, device=first.device)
     last = first + (new - 1)
     # What a slot holds once the new tokens are there; below 0 for nothing.
     inside = last - (last - torch.arange(slots, device=first.device)) % slots
-    seen = (inside >= 0) & (inside <= columns[:, None]) & (inside > columns[:, None] - window)
+    seen = (inside >= 0) & (inside <= positions[:, None]) & (inside > positions[:, None] - window)
     seen = seen & (inside != hidden)[:, None]
     mask = torch.zeros(seen.shape, dtype=dtype, device=first.device)
-    return columns % slots, mask.masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
+    return positions % slots, mask.masked_fill_(~seen, torch.finfo(dtype).min)[:, None]

@@ -13,7 +13,7 @@ class Windows:
     """The sliding-window layers of a cache in steps of fixed shape.
 
     Attributes:
-        hidden: for each window, int32 [B, slots]: in the slot of a column with padding its number, else
+        hidden: for each window, int32 [B, slots]: in the slot of a position with padding its number, else
             -1. New tokens are real, so that a step has nothing to write here.
     """
 
@@ -27,14 +27,14 @@ class Windows:
         self._known = None
 
     def fill(self, cache: LayeredCache) -> None:
-        """Bring rings and hidden columns up to date."""
+        """Bring rings and hidden positions up to date."""
         layers = window_layers(cache)
         for layer in layers:
             layer.fill_ring()
-        batch, columns = cache.compressed_layers[0].store.batch, cache.columns  # type: ignore[union-attr]
+        batch, positions = cache.compressed_layers[0].store.batch, cache.positions  # type: ignore[union-attr]
         windows = {layer.window for layer in layers}
         fresh = any(window not in self.hidden or len(self.hidden[window]) != batch for window in windows)
-        if columns is self._known and not fresh:
+        if positions is self._known and not fresh:
             return
         for size, device in windows:
             slots = slots_of(size)
@@ -42,13 +42,13 @@ class Windows:
                 with torch.inference_mode(False):
                     self.hidden[size, device] = torch.empty(batch, slots, dtype=torch.int32, device=device)
             hidden = self.hidden[size, device].fill_(-1)
-            if columns is not None:
-                end = columns.shape[1]
+            if positions is not None:
+                end = positions.shape[1]
                 begin = max(0, end - slots)
                 last = torch.arange(begin, end, device=device)
-                padding = torch.where(columns[:, begin:].to(device), -1, last)
+                padding = torch.where(positions[:, begin:].to(device), -1, last)
                 hidden.index_copy_(1, last % slots, padding.int())
-        self._known = columns
+        self._known = positions
 
     def places(self, cache: LayeredCache) -> list[int]:
         """Addresses that a graph of a step reads and writes."""
@@ -56,10 +56,10 @@ class Windows:
         return [*rings, *(x.data_ptr() for x in self.hidden.values())]
 
     def advance(self, cache: LayeredCache, new: int) -> None:
-        """Have the layers hold the `new` columns of a step, after `cache.columns` has them."""
+        """Have the layers hold the `new` positions of a step, after `cache.positions` has them."""
         for layer in window_layers(cache):
             layer.advance(new)
-        self._known = cache.columns
+        self._known = cache.positions
 
 
 def window_layers(cache: LayeredCache) -> list[SlidingWindowLayer]:
