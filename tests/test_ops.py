@@ -7,6 +7,7 @@ from pages import encode, gaussian, page_format
 from selfindex.backends import ops
 
 PRESETS = ("balanced", "paper")
+NAMES = sorted(name for name, found in vars(ops).items() if isinstance(found, torch._ops.OpOverload))
 CHECKS = ("test_schema", "test_faketensor", "test_autograd_registration")
 
 
@@ -25,35 +26,46 @@ def arguments(request):
     slots = ops.select(scores, budgets, 7)
     full = torch.full((4,), 16, dtype=torch.int32)
     tail = (constants, 0.125, fmt.name)
+    blocks, paged = torch.tensor([2, -1, 0, 1], dtype=torch.int32), gaussian(4, 2, 8, 128, seed=10)
+    starts, lengths = torch.tensor([3, 0], dtype=torch.int32), torch.tensor([9, -1], dtype=torch.int32)
+    rest = gaussian(2, 4, 1, 64, seed=7), gaussian(2, 4, 1, seed=8), gaussian(4, seed=9), 0.125
+    new = [gaussian(2, heads, 1, 64, seed=5) for heads in (4, 2, 2)]
     return {
         "encode": (keys, values, full, constants[:1], fmt.name),
+        "encode_into": (keys, values, full, blocks, index, payload, constants[:1], fmt.name),
+        "encode_paged": (
+            paged,
+            table,
+            budgets - budgets,
+            counts[:, 1],
+            blocks[:2],
+            index,
+            payload,
+            constants,
+            fmt.name,
+        ),
+        "paged_window_attend": (*new, paged, table, starts, lengths, 2, *rest),
         "score": (query, index, table, counts, *tail),
         "select": (scores, budgets, 7),
         "sparse_attend": (query, index, payload, table, slots, *tail),
         "dense_attend": (query, index, payload, table, counts, *tail),
         "sparse_decode": (query, index, payload, table, counts, budgets, 7, *tail),
         "window_attend": (
-            *(gaussian(2, heads, 1, 64, seed=5) for heads in (4, 2, 2)),
+            *new,
             *(gaussian(2, 2, 6, 64, seed=6) for _ in range(2)),
             torch.tensor([3, 5], dtype=torch.int32),
-            gaussian(2, 4, 1, 64, seed=7),
-            gaussian(2, 4, 1, seed=8),
-            gaussian(4, seed=9),
-            0.125,
+            *rest,
         ),
     }
 
 
-@pytest.mark.parametrize(
-    "name", ["encode", "score", "select", "sparse_attend", "dense_attend", "sparse_decode", "window_attend"]
-)
+@pytest.mark.parametrize("name", NAMES)
 def test_schema_and_fake_kernel(arguments, name):
     torch.library.opcheck(getattr(ops, name), arguments[name], test_utils=CHECKS)
 
 
 def test_every_operator_is_checked(arguments):
-    names = {name for name in vars(ops) if isinstance(getattr(ops, name), torch._ops.OpOverload)}
-    assert names == set(arguments)
+    assert set(NAMES) == set(arguments)
 
 
 def test_sparse_decode_is_score_select_attend(arguments):

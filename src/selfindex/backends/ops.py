@@ -8,6 +8,9 @@ from . import cpu, cuda
 from .operators.define import register_kernel
 from .operators.dense_attend import operator as dense_attend
 from .operators.encode import operator as encode
+from .operators.encode_into import operator as encode_into
+from .operators.encode_paged import operator as encode_paged
+from .operators.paged_window_attend import operator as paged_window_attend
 from .operators.score import operator as score
 from .operators.select import operator as select
 from .operators.sparse_attend import operator as sparse_attend
@@ -17,6 +20,9 @@ from .operators.window_attend import operator as window_attend
 __all__ = [
     "dense_attend",
     "encode",
+    "encode_into",
+    "encode_paged",
+    "paged_window_attend",
     "register_kernel",
     "score",
     "select",

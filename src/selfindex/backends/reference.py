@@ -2,6 +2,9 @@
 
 from .operators.dense_attend import dense_attend
 from .operators.encode import encode
+from .operators.encode_into import encode_into
+from .operators.encode_paged import encode_paged
+from .operators.paged_window_attend import paged_window_attend
 from .operators.score import score
 from .operators.select import select
 from .operators.sparse_attend import sparse_attend
@@ -11,6 +14,9 @@ from .operators.window_attend import window_attend
 __all__ = [
     "dense_attend",
     "encode",
+    "encode_into",
+    "encode_paged",
+    "paged_window_attend",
     "score",
     "select",
     "sparse_attend",

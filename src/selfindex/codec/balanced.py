@@ -57,7 +57,9 @@ class BalancedCodec:
         index = torch.zeros(n, fmt.index_bytes, dtype=torch.uint8, device=device)
         payload = torch.zeros(n, fmt.payload_bytes, dtype=torch.uint8, device=device)
 
-        balanced = keys.float() * constants[:, :, None, :]
+        # Whatever is past the count, NaN as well.
+        keys, values = (torch.where(live, x.float(), 0.0) for x in (keys, values))
+        balanced = keys * constants[:, :, None, :]
         rotated = (balanced @ rotation(fmt.head_dim, KEY_SEED, device).T) * live
         mean = rotated.sum(2) / valid.sum(-1).clamp(min=1)[:, None, None]  # [n, H, d]
         step = mean.abs().amax(-1) / 127
@@ -74,7 +76,7 @@ class BalancedCodec:
         fmt.count(index).copy_(counts)
         self._put(payload, fmt.payload, magnitudes=packing.pack_crumbs(codes * live))
 
-        spun = (values.float() @ rotation(fmt.head_dim, VALUE_SEED, device).T) * live
+        spun = (values @ rotation(fmt.head_dim, VALUE_SEED, device).T) * live
         magnitudes = MAGNITUDES_8 if fmt.value_bits == 3 else MAGNITUDES_4
         codes, levels = _quantise(spun, magnitudes)
         # Values: the unbiased scale, since attention averages many of them.

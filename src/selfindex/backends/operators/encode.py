@@ -25,12 +25,17 @@ def encode(
 ) -> tuple[Tensor, Tensor]:
     """Encode pages of keys and values; see `Codec.encode`.
 
+    Args:
+        keys, values: [n, H, P, d]; what is past a page's tokens is not looked at.
+        counts: int32 [n], tokens of each page, from the first.
+        constants: float32 [1 or n, H, ...], see `Codec`.
     Returns:
         (index, payload) planes, uint8 [n, bytes] each.
     """
     codec = codec_for(format)
-    parts = zip(*(x.split(ENCODE_PAGES) for x in (keys, values, counts)), strict=True)
-    planes = [codec.encode(k, v, c, constants) for k, v, c in parts]
+    own = constants.expand(keys.shape[0], -1, -1) if constants.shape[0] == 1 else constants
+    parts = zip(*(x.split(ENCODE_PAGES) for x in (keys, values, counts, own)), strict=True)
+    planes = [codec.encode(*part) for part in parts]
     return torch.cat([index for index, _ in planes]), torch.cat([payload for _, payload in planes])
 
 
