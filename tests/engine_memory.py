@@ -49,3 +49,13 @@ def window(keys, values, lengths, block=16, seed=0, columns=None):
             token = torch.cat((keys[b, :, p], values[b, :, p]), -1)
             memory[own[p // block], :heads, p % block] = token
     return memory[:, :heads], table.to(keys.device)
+
+
+def check_pools(pools, wanted, blocks):
+    """Pools hold these pages in these blocks, and elsewhere what `empty_pools` put there."""
+    for pool, planes in zip(pools, wanted, strict=True):
+        expected = torch.full_like(pool, 0x5A)
+        for block, page in zip(blocks, planes, strict=True):
+            if block >= 0:
+                expected[block] = page
+        assert torch.equal(pool, expected)

@@ -11,7 +11,11 @@ from selfindex.backends.cuda import register as register_cuda
 from selfindex.backends.cuda.launch import KernelsUnavailable
 from selfindex.backends.fallback import announce, observed, with_fallback
 
-MODULES = {"encode": encode, "sparse_decode": decode, "dense_attend": dense, "window_attend": window}
+MODULES = {
+    **dict.fromkeys(("encode", "encode_into", "encode_paged"), encode),
+    **{"sparse_decode": decode, "dense_attend": dense},
+    **dict.fromkeys(("window_attend", "paged_window_attend"), window),
+}
 HOMES = MODULES | {"sparse_decode": offloaded}
 
 
@@ -38,7 +42,8 @@ def test_the_cuda_operators_are_wired(name, arguments, monkeypatch):  # noqa: F8
         return "kernel"
 
     monkeypatch.setattr(HOMES[name], name, kernel)
-    monkeypatch.setattr(MODULES[name], "supported", lambda *chosen: True)
+    judge = "paged_supported" if name == "paged_window_attend" else "supported"
+    monkeypatch.setattr(MODULES[name], judge, lambda *chosen: True)
     monkeypatch.setattr(reference, name, lambda *received: "reference")
     recorder = Recorder()
     register_cuda(recorder)
@@ -50,7 +55,7 @@ def test_the_cuda_operators_are_wired(name, arguments, monkeypatch):  # noqa: F8
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert run(*given) == "reference", "said once"
-    monkeypatch.setattr(MODULES[name], "supported", lambda *chosen: False)
+    monkeypatch.setattr(MODULES[name], judge, lambda *chosen: False)
     assert run(*given) == "reference"
     assert len(calls) == 3
 

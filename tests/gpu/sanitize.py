@@ -8,8 +8,11 @@ import torch
 sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 from caches import make_cache, tokens
+from engine_memory import empty_pools, pools
+from paged_window import given
 
 from selfindex.backends import ops
+from selfindex.backends.cuda import window
 from selfindex.backends.cuda.decode import select_keys
 from selfindex.backends.cuda.recent import Recent
 from selfindex.store.host import HostRows
@@ -23,6 +26,8 @@ for dim, groups, bits, lengths in (
     cache = make_cache(lengths, dim, 1, groups, bits, short=(1,))
     arguments = cache.decode_arguments([n // 4 for n in tokens(cache)])
     ops.sparse_decode(*arguments)
+    strided = pools(cache.fmt, cache.index, cache.payload, 16)
+    ops.sparse_decode(arguments[0], *strided, *arguments[3:])
     rows = HostRows(cache.fmt.payload_bytes, torch.device("cuda"))  # the same from host memory
     rows.grow(len(cache.payload))
     rows.write(list(range(len(cache.payload))), cache.payload)
@@ -32,14 +37,27 @@ for dim, groups, bits, lengths in (
     for queries in (1, 40):  # the narrow and the wide kernel
         many = cache.query.expand(-1, -1, queries, -1)
         ops.dense_attend(many, *arguments[1:5], *arguments[7:])
+        ops.dense_attend(many, *strided, *arguments[3:5], *arguments[7:])
     keys = torch.randn(2, 1, 128, dim, device="cuda", dtype=torch.bfloat16)
     counts = torch.tensor([128, 70], dtype=torch.int32, device="cuda")
     ops.encode(keys, keys, counts, cache.constants, cache.fmt.name)
+    owned = empty_pools(cache.fmt, 3, "cuda")
+    blocks = torch.tensor([2, -1], dtype=torch.int32, device="cuda")
+    ops.encode_into(keys, keys, counts, blocks, *owned, cache.constants, cache.fmt.name)
     batch, heads = cache.query.shape[:2]
     held, new = (torch.randn(batch, 1, n, dim, device="cuda", dtype=torch.bfloat16) for n in (70, 1))
     part = torch.randn(batch, heads, 1, dim, device="cuda"), torch.zeros(batch, heads, 1, device="cuda")
     filled = torch.tensor([69, 0][:batch], dtype=torch.int32, device="cuda")
     ops.window_attend(cache.query, new, new, held, held.clone(), filled, *part, None, 0.1)
+    step, _ = given(dim, 1, groups, torch.bfloat16, device="cuda")
+    memory, table, lengths = step[3], step[4], step[6]
+    first, page = torch.zeros_like(lengths), lengths.clamp(max=128)
+    blocks = torch.tensor([-1, 2, -1, 0, -1, 3], dtype=torch.int32, device="cuda")
+    owned = empty_pools(cache.fmt, 4, "cuda")
+    ops.encode_paged(memory, table, first, page, blocks, *owned, cache.constants, cache.fmt.name)
+    lengths[1] = -1
+    for window.PART in (24, 512):  # rows in several parts, in one
+        ops.paged_window_attend(*step)
 keys = torch.randint(1, 500, (2, 2048), device="cuda").to(torch.int16)
 clusters = (1, 8, 16) if torch.cuda.get_device_capability()[0] >= 9 else (1,)
 for cluster in clusters:

@@ -2,22 +2,12 @@
 
 import pytest
 import torch
-from engine_memory import empty_pools, window
+from engine_memory import check_pools, empty_pools, window
 from pages import PRESETS, constants_for, gaussian, page_format
 
 from selfindex.backends import reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-def check_pools(pools, wanted, blocks):
-    """Pools hold these pages in these blocks, and elsewhere what `empty_pools` put there."""
-    for pool, planes in zip(pools, wanted, strict=True):
-        expected = torch.full_like(pool, 0x5A)
-        for block, page in zip(blocks, planes, strict=True):
-            if block >= 0:
-                expected[block] = page
-        assert torch.equal(pool, expected)
 
 
 @pytest.mark.parametrize(("preset", "bits"), PRESETS)

@@ -35,6 +35,8 @@ RESERVED = 6 * 1024
 """Bytes of shared memory a block uses beside its dynamic shared memory, at most."""
 MOST_BLOCKS = 1 << 24
 """A block number and a page's count share 32 bits in the score kernel."""
+MOST_STRIDE = 1 << 32
+"""Bytes from one page to the next are an unsigned 32-bit number there."""
 LOG2_E = 1.4426950408889634
 
 
@@ -146,7 +148,27 @@ def plan(
     return min(found)[2]
 
 
-def supported(query: Tensor, index_pool: Tensor, block_table: Tensor, width: int, fmt: PageFormat) -> bool:
+def addressable(index_pool: Tensor, payload_pool: Tensor, fmt: PageFormat) -> bool:
+    """Whether the kernels can read and write pages of these pools: they begin at multiples of 16 bytes."""
+    return all(
+        pool.shape[1] == size
+        and pool.shape[0] <= MOST_BLOCKS
+        and pool.stride(1) == 1
+        and pool.stride(0) % 16 == 0
+        and pool.stride(0) < MOST_STRIDE
+        and pool.data_ptr() % 16 == 0
+        for pool, size in ((index_pool, fmt.index_bytes), (payload_pool, fmt.payload_bytes))
+    )
+
+
+def supported(
+    query: Tensor,
+    index_pool: Tensor,
+    payload_pool: Tensor,
+    block_table: Tensor,
+    width: int,
+    fmt: PageFormat,
+) -> bool:
     """Whether the kernels serve this call; the reference operator serves the others."""
     return (
         fmt.preset == "balanced"
@@ -156,8 +178,7 @@ def supported(query: Tensor, index_pool: Tensor, block_table: Tensor, width: int
         and query.shape[1] // fmt.kv_heads <= MAX_GROUPS
         and query.dtype in INPUT_TYPES
         and query.stride(3) == 1
-        and index_pool.is_contiguous()
-        and index_pool.shape[0] <= MOST_BLOCKS
+        and addressable(index_pool, payload_pool, fmt)
         and width > 0
         and min(block_table.shape) > 0
     )
@@ -263,7 +284,7 @@ class Decode:
             query,
             constants.contiguous(),
             index_pool,
-            payload_pool.contiguous(),
+            payload_pool,
             block_table.int().contiguous(),
             page_counts.int().contiguous(),
             budgets.to(device, torch.int32).contiguous(),
@@ -277,9 +298,9 @@ class Decode:
             balance=balance.data_ptr(),
             balance_row=balance.stride(0) if balance.shape[0] > 1 else 0,
             index=index.data_ptr(),
-            index_stride=fmt.index_bytes,
+            index_stride=index.stride(0),
             payload=payload.data_ptr(),
-            payload_stride=fmt.payload_bytes,
+            payload_stride=payload.stride(0),
             table=table.data_ptr(),
             counts=counts.data_ptr(),
             budgets=wanted.data_ptr(),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...codec import PageFormat
-from .decode import HEAD_DIMS, LOG2_E, PAGE_SIZE
+from .decode import HEAD_DIMS, LOG2_E, PAGE_SIZE, addressable
 from .launch import Kernel
 from .loader import INPUT_TYPES, load
 
@@ -41,7 +41,9 @@ class DenseParams(ctypes.Structure):
     )
 
 
-def supported(query: Tensor, index_pool: Tensor, block_table: Tensor, fmt: PageFormat) -> bool:
+def supported(
+    query: Tensor, index_pool: Tensor, payload_pool: Tensor, block_table: Tensor, fmt: PageFormat
+) -> bool:
     """Whether the kernels serve this call; the reference operator serves the others."""
     return (
         fmt.preset == "balanced"
@@ -49,7 +51,7 @@ def supported(query: Tensor, index_pool: Tensor, block_table: Tensor, fmt: PageF
         and fmt.head_dim in HEAD_DIMS
         and query.dtype in INPUT_TYPES
         and query.stride(3) == 1
-        and index_pool.is_contiguous()
+        and addressable(index_pool, payload_pool, fmt)
         and query.numel() > 0
         and block_table.shape[1] > 0
         and query.shape[0] * fmt.kv_heads < 1 << 16  # a grid's second dimension
@@ -138,7 +140,7 @@ def dense_attend(
     )
     output = query.new_empty(query.shape, dtype=torch.float32)
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
-    balance, payload = constants.contiguous(), payload_pool.contiguous()
+    balance = constants.contiguous()
     table, counts = block_table.int().contiguous(), page_counts.int().contiguous()
     params = DenseParams(
         query.data_ptr(),
@@ -146,9 +148,9 @@ def dense_attend(
         balance.data_ptr(),
         balance.stride(0) if balance.shape[0] > 1 else 0,
         index_pool.data_ptr(),
-        fmt.index_bytes,
-        payload.data_ptr(),
-        fmt.payload_bytes,
+        index_pool.stride(0),
+        payload_pool.data_ptr(),
+        payload_pool.stride(0),
         *(x.data_ptr() for x in (table, counts, parts, output, lse)),
         heads,
         groups,

@@ -28,22 +28,40 @@ def register(serve: Callable[[str, str, Callable[..., Any]], None]) -> None:
                 keys, values, PageFormat.parse(format)
             ),
         ),
+        "encode_into": (
+            encode.encode_into,
+            lambda keys, values, counts, blocks, *rest: encode.supported(
+                keys, values, PageFormat.parse(rest[-1]), rest[:2]
+            ),
+        ),
+        "encode_paged": (
+            encode.encode_paged,
+            lambda window, table, first, counts, blocks, *rest: encode.supported(
+                window, window, PageFormat.parse(rest[-1]), rest[:2]
+            ),
+        ),
         "sparse_decode": (
             offloaded.sparse_decode,
             lambda query, index, payload, table, counts, budgets, width, *rest: decode.supported(
-                query, index, table, width, PageFormat.parse(rest[-1])
+                query, index, payload, table, width, PageFormat.parse(rest[-1])
             ),
         ),
         "dense_attend": (
             dense.dense_attend,
             lambda query, index, payload, table, *rest: dense.supported(
-                query, index, table, PageFormat.parse(rest[-1])
+                query, index, payload, table, PageFormat.parse(rest[-1])
             ),
         ),
         "window_attend": (
             window.window_attend,
             lambda query, new_keys, new_values, keys, values, *rest: window.supported(
                 query, new_keys, new_values, keys, values
+            ),
+        ),
+        "paged_window_attend": (
+            window.paged_window_attend,
+            lambda query, new_keys, new_values, held, *rest: window.paged_supported(
+                query, new_keys, new_values, held
             ),
         ),
     }

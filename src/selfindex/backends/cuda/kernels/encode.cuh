@@ -5,15 +5,23 @@
 constexpr int ENCODE_WARPS = D == 256 ? 16 : 8, OWN = PAGE / ENCODE_WARPS;
 
 struct EncodeParams {
-  const void *keys, *values;                        // [n, H, PAGE, D], last dimension contiguous
+  const void *keys, *values;                        // [n, H, PAGE, D], last dimension contiguous; of paged ones, of token 0 of block 0
   i64 key_page, key_head, key_token;                // strides in elements
   i64 value_page, value_head, value_token;
   const int* counts;                                // [n]
   const float* balance;                             // [1 or n, H, D]
   i64 balance_row;
-  u8 *index, *payload;                              // [n, bytes]
-  i64 index_bytes, payload_bytes;
+  const int* blocks;                                // [n]: where a page goes, negative for nowhere; or null, one behind the other
+  u8 *index, *payload;                              // [N, strides]
+  i64 index_stride, payload_stride, index_bytes, payload_bytes;
   int heads;
+};
+
+// Tokens that lie in the blocks of a serving engine: position p of page n is in block table[n][p / block].
+struct PagedTokens {
+  const int* table;                                 // [n, columns], or fewer of every row
+  const int* first;                                 // [n]: position of a page's first token
+  int columns, block;
 };
 
 struct EncodeMemory {
@@ -65,12 +73,27 @@ __device__ __forceinline__ float store_scales(EncodeMemory& m, u8* to, int count
   return base;
 }
 
-extern "C" __global__ void __launch_bounds__(ENCODE_WARPS * 32, D == 256 || D == 96 ? 1 : 2) encode(const __grid_constant__ EncodeParams p) {
+// Where the tokens of a warp are, in elements from the first key and value.
+struct StridedSource {
+  const EncodeParams& p;
+  int n, h, first;
+
+  __device__ __forceinline__ i64 key(int i) const { return n * p.key_page + h * p.key_head + (first + i) * p.key_token; }
+  __device__ __forceinline__ i64 value(int i) const { return n * p.value_page + h * p.value_head + (first + i) * p.value_token; }
+};
+struct PagedSource {
+  i64 place;                                        // of the token of this lane
+
+  __device__ __forceinline__ i64 key(int i) const { return __shfl_sync(~0u, place, i); }
+  __device__ __forceinline__ i64 value(int i) const { return key(i); }
+};
+
+template <class Source>
+__device__ __forceinline__ void encode_page(const EncodeParams& p, const Source& source, int n, int h, int block, int count) {
   __shared__ EncodeMemory m;
-  const int tid = threadIdx.x, lane = tid & 31, w = tid >> 5, n = blockIdx.x / p.heads, h = blockIdx.x % p.heads;
-  const int count = max(0, min(p.counts[n], PAGE));
-  u8* index = p.index + n * p.index_bytes + (i64)h * INDEX_RECORD;
-  u8* payload = p.payload + n * p.payload_bytes + (i64)h * PAYLOAD_RECORD;
+  const int tid = threadIdx.x, lane = tid & 31, w = tid >> 5;
+  u8* index = p.index + block * p.index_stride + (i64)h * INDEX_RECORD;
+  u8* payload = p.payload + block * p.payload_stride + (i64)h * PAYLOAD_RECORD;
   float* line = m.line + w * (LINE > 1 ? LINE : 0);
   float x[OWN][R], factor[R];
 #pragma unroll
@@ -79,12 +102,12 @@ extern "C" __global__ void __launch_bounds__(ENCODE_WARPS * 32, D == 256 || D ==
   float sum[R];
 #pragma unroll
   for (int r = 0; r < R; r++) sum[r] = 0.f;
-  const i64 key_at = n * p.key_page + h * p.key_head, value_at = n * p.value_page + h * p.value_head;
 #pragma unroll
   for (int i = 0; i < OWN; i++) {
     const int t = w * OWN + i;
+    const i64 at = source.key(i) + lane;
 #pragma unroll
-    for (int r = 0; r < R; r++) x[i][r] = t < count ? load_input(p.keys, key_at + t * p.key_token + r * 32 + lane) * factor[r] : 0.f;
+    for (int r = 0; r < R; r++) x[i][r] = t < count ? load_input(p.keys, at + r * 32) * factor[r] : 0.f;
   }
 #pragma unroll
   for (int i = 0; i < OWN; i++) {
@@ -155,8 +178,9 @@ extern "C" __global__ void __launch_bounds__(ENCODE_WARPS * 32, D == 256 || D ==
 #pragma unroll
   for (int i = 0; i < OWN; i++) {
     const int t = w * OWN + i;
+    const i64 at = source.value(i) + lane;
 #pragma unroll
-    for (int r = 0; r < R; r++) x[i][r] = t < count ? load_input(p.values, value_at + t * p.value_token + r * 32 + lane) * factor[r] : 0.f;
+    for (int r = 0; r < R; r++) x[i][r] = t < count ? load_input(p.values, at + r * 32) * factor[r] : 0.f;
   }
 #pragma unroll
   for (int i = 0; i < OWN; i++) {
@@ -202,13 +226,34 @@ extern "C" __global__ void __launch_bounds__(ENCODE_WARPS * 32, D == 256 || D ==
     consts[0] = step;
     consts[1] = key_base;
     consts[2] = value_base;
-    if (h == 0) *(int*)(p.index + n * p.index_bytes + (i64)p.heads * INDEX_RECORD) = p.counts[n];
+    if (h == 0) *(int*)(index + (i64)p.heads * INDEX_RECORD) = p.counts[n];
   }
   // Padding is zero, so that equal tokens give equal bytes.
   if (tid < INDEX_RECORD - CONSTS - 12) index[CONSTS + 12 + tid] = 0;
   if (tid < PAYLOAD_RECORD - VALUE_SCALES - PAGE) payload[VALUE_SCALES + PAGE + tid] = 0;
   if (h == 0) {
-    for (i64 i = (i64)p.heads * INDEX_RECORD + 4 + tid; i < p.index_bytes; i += ENCODE_WARPS * 32) p.index[n * p.index_bytes + i] = 0;
-    for (i64 i = (i64)p.heads * PAYLOAD_RECORD + tid; i < p.payload_bytes; i += ENCODE_WARPS * 32) p.payload[n * p.payload_bytes + i] = 0;
+    for (i64 i = (i64)p.heads * INDEX_RECORD + 4 + tid; i < p.index_bytes; i += ENCODE_WARPS * 32) index[i] = 0;
+    for (i64 i = (i64)p.heads * PAYLOAD_RECORD + tid; i < p.payload_bytes; i += ENCODE_WARPS * 32) payload[i] = 0;
   }
+}
+
+constexpr int AT_A_TIME = D == 256 || D == 96 ? 1 : 2;   // blocks on a multiprocessor
+
+extern "C" __global__ void __launch_bounds__(ENCODE_WARPS * 32, AT_A_TIME) encode(const __grid_constant__ EncodeParams p) {
+  const int n = blockIdx.x / p.heads, h = blockIdx.x % p.heads, block = p.blocks ? p.blocks[n] : n;
+  if (block < 0) return;
+  encode_page(p, StridedSource{p, n, h, (int)threadIdx.x / 32 * OWN}, n, h, block, max(0, min(p.counts[n], PAGE)));
+}
+
+extern "C" __global__ void __launch_bounds__(ENCODE_WARPS * 32, AT_A_TIME) encode_paged(const __grid_constant__ EncodeParams p, const __grid_constant__ PagedTokens tokens) {
+  const int n = blockIdx.x / p.heads, h = blockIdx.x % p.heads, block = p.blocks[n];
+  if (block < 0) return;
+  const int count = max(0, min(p.counts[n], PAGE)), lane = threadIdx.x & 31, t = threadIdx.x / 32 * OWN + lane;
+  PagedSource source = {0};
+  if (lane < OWN && t < count) {
+    const int position = tokens.first[n] + t;
+    const i64 where = tokens.table[(i64)n * tokens.columns + position / tokens.block];
+    source.place = where * p.key_page + h * p.key_head + position % tokens.block * p.key_token;
+  }
+  encode_page(p, source, n, h, block, count);
 }
