@@ -42,7 +42,8 @@ class BlockPool:
         self.index = torch.empty(0, fmt.index_bytes, dtype=torch.uint8, device=device)
         self._host = HostRows(fmt.payload_bytes, device) if offloading else None
         self.payload = torch.empty(0, fmt.payload_bytes, dtype=torch.uint8, device=device)
-        self.recent: Recent | None = None
+        needed = offloading and device.type == "cuda" and Recent.serves(fmt)
+        self.recent = Recent(fmt, device) if needed else None
         self._references: list[int] = []
         self._free: list[int] = []
         self._released: deque[list[int]] = deque()
@@ -111,6 +112,13 @@ class BlockPool:
         if self._host is not None:
             return index, self._host.read(blocks, device)
         return index, self.payload[at].to(device)
+
+    def recent_tokens(self, selected: int) -> Tensor | None:
+        """What `sparse_decode` gets to keep recent tokens in, with room for steps of `selected` a KV head."""
+        if self.recent is None:
+            return None
+        self.recent.fit(selected, self.capacity * self.format.page_size)
+        return self.recent.tensor
 
     def references(self, block: int) -> int:
         """How many rows, of all tables over this pool, hold a block."""
@@ -195,8 +203,6 @@ class BlockPool:
         if self._host is not None:
             self._host.grow(capacity)
             capacity = self._host.capacity
-            if self.recent is None and self.index.is_cuda:
-                self.recent = Recent(self.format, self._host.data)
         index = self.index.new_empty(capacity, self.index.shape[1])
         index[:old] = self.index
         if self._host is not None:
