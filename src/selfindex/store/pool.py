@@ -300,12 +300,14 @@ class BlockPool:
             self._host.grow(capacity)
             capacity = self._host.capacity
         index = self.index.new_empty(capacity, self.index.shape[1])
-        index[:old] = self.index
         if self._host is not None:
             payload = self._host.data
         else:
             payload = self.payload.new_empty(capacity, self.payload.shape[1])
-            payload[:old] = self.payload
+        if old:
+            index[:old] = self.index
+            if self._host is None:
+                payload[:old] = self.payload
         return index, payload
 
     @staticmethod
