@@ -38,13 +38,20 @@ WINDOW = (
     (256, 16, 2, torch.float32),
     (96, 5, 2, torch.float16),
 )
-KERNELS = {"decode": 4, "offloaded": 2, "encode": 2, "dense": 3, "window": 4}
+KERNELS = {"decode": 4, "offloaded": 2, "encode": 2, "dense": 3, "window": 4, "balance": 2}
 # Everything for the architecture the kernels are tuned for, what differs most for the others.
-SHAPES = {"decode": DECODE, "offloaded": DECODE, "encode": ENCODE, "dense": DENSE, "window": WINDOW}
+SHAPES = {
+    "decode": DECODE,
+    "offloaded": DECODE,
+    "encode": ENCODE,
+    "dense": DENSE,
+    "window": WINDOW,
+    "balance": ENCODE,
+}
 CASES = [(90, module, case) for module, cases in SHAPES.items() for case in cases]
 for other in (80, 100):
     CASES += [(other, "decode", case) for case in DECODE[:3]]
-    for module in ("offloaded", "encode", "dense", "window"):
+    for module in ("offloaded", "encode", "dense", "window", "balance"):
         CASES += [(other, module, case) for case in SHAPES[module][:2]]
 
 

@@ -30,6 +30,7 @@ MODULES = {
     "encode": ("common", "rotate", "encode"),
     "dense": ("common", "rotate", "dense_rows", "dense", "dense_wgmma"),
     "window": ("common", "window"),
+    "balance": ("common", "balance"),
 }
 """Source files of each module, in order: they are compiled as one text."""
 
