@@ -36,7 +36,7 @@ def supported(query: Tensor, keys: Tensor) -> bool:
     """Whether the kernels serve this call; the reference operator serves the others."""
     return (
         keys.shape[3] in HEAD_DIMS
-        and query.dtype == keys.dtype
+        and query.dtype in INPUT_TYPES
         and keys.dtype in INPUT_TYPES
         and query.stride(3) == keys.stride(3) == 1
         and keys.shape[0] * keys.shape[2] > 0
@@ -50,6 +50,8 @@ def measure_balance(query: Tensor, keys: Tensor, query_square: Tensor, queries: 
         KernelsUnavailable: cuda-core is missing, or the GPU is too old.
     """
     (rows, heads, tokens, dim), device = keys.shape, keys.device
+    if query.dtype != keys.dtype:  # in mixed precision
+        query, keys = query.float(), keys.float()
     kernels = load("balance", device, dim, 1, 2, keys.dtype)
     before = query_square.float().contiguous()
     square, variance, balance = (torch.empty_like(before) for _ in range(3))
