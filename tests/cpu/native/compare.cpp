@@ -240,19 +240,26 @@ int main(int, char** arguments) {
             v = gauss();
           for (auto& v : sink)
             v = gauss();
+          std::vector<int64_t> places;  // backwards
+          for (int t = live; t-- > 0;)
+            places.push_back((int64_t)t * dim * sz);
           std::vector<uint8_t> o[2];
-          if (live < 40)
-            for (int i = 0; i < 2; i++) {
-              auto copy = raw;
-              o[i].assign(groups * dim * sz, 0);
-              k[i]->window({(Format)fmt, dim, groups, live, raw.data(), raw.data() + 5 * dim * sz,
-                            raw.data() + 6 * dim * sz, (int64_t)dim * sz, copy.data(),
-                            copy.data() + 40 * dim * sz, part.data(), lse.data(), sink.data(),
-                            o[i].data(), 0.125f, lg2.data()});
-            }
+          std::vector<float> wide[2];
+          for (int i = 0; i < 2; i++) {
+            std::vector<float> ws(groups * dim), top(groups), mass(groups);
+            o[i].assign(groups * dim * sz, 0);
+            k[i]->window({(Format)fmt, dim, groups, raw.data(), (int64_t)dim * sz, raw.data(),
+                          raw.data() + 40 * dim * sz, places.data(), live, 0.125f, lg2.data(), ws.data(),
+                          top.data(), mass.data()});
+            k[i]->window_merge({(Format)fmt, dim, groups, ws.data(), top.data(), mass.data(), part.data(),
+                                lse.data(), sink.data(), o[i].data()});
+            wide[i].assign(dim, 0);
+            k[i]->to_floats(raw.data(), (Format)fmt, dim, wide[i].data());
+          }
+          CHECK(wide[0] == wide[1], "to_floats");
           int od = 0;
           double worst = 0;
-          for (int j = 0; j < groups * dim && live < 40; j++) {
+          for (int j = 0; j < groups * dim; j++) {
             if (fmt == 0) {
               float a, b;
               memcpy(&a, &o[0][4 * j], 4);

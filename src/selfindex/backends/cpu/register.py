@@ -11,20 +11,23 @@ from typing import Any
 
 from .. import reference
 from ..fallback import with_fallback
-from . import operators
+from . import encode, operators, window
 from .loader import NativeDisabled, NativeUnavailable
 
-SERVED: dict[str, Callable[..., bool]] = {
-    "encode": operators.encode_supported,
-    "sparse_decode": operators.attention_supported,
-    "dense_attend": operators.attention_supported,
-    "window_attend": operators.window_supported,
+SERVED: dict[str, tuple[Callable[..., Any], Callable[..., bool]]] = {
+    "encode": (encode.encode, encode.encode_supported),
+    "encode_into": (encode.encode_into, encode.encode_into_supported),
+    "encode_paged": (encode.encode_paged, encode.encode_paged_supported),
+    "sparse_decode": (operators.sparse_decode, operators.attention_supported),
+    "dense_attend": (operators.dense_attend, operators.attention_supported),
+    "window_attend": (window.window_attend, window.window_supported),
+    "paged_window_attend": (window.paged_window_attend, window.paged_window_supported),
 }
 """Compiled operators, and whether they serve given arguments."""
 
 
 def register(serve: Callable[[str, str, Callable[..., Any]], None]) -> None:
     """Make these the CPU implementations of the operators: `serve(name, "cpu", function)`."""
-    for name, supported in SERVED.items():
-        fast, plain = getattr(operators, name), getattr(reference, name)
+    for name, (fast, supported) in SERVED.items():
+        plain = getattr(reference, name)
         serve(name, "cpu", with_fallback("CPU", fast, plain, supported, NativeUnavailable, (NativeDisabled,)))

@@ -35,17 +35,29 @@ struct EncodeRecord {
   float *scratch, *scales;                  // [tokens padded][dim] and [tokens padded]
 };
 
-// One KV head of a row in `window_attend`; the queries are `groups`, `query_stride` bytes apart.
+// Attention to the full-precision tokens of one KV head of a row; the queries are `groups`,
+// `query_stride` bytes apart.
 struct WindowHead {
   Format format;
-  int dim, groups, length;  // tokens before the new one
-  const uint8_t *query, *new_key, *new_value;
+  int dim, groups;
+  const uint8_t* query;
   int64_t query_stride;
-  uint8_t *keys, *values;   // [more than length][dim]
-  const float *part, *part_lse, *sink;  // [groups][dim], [groups], [groups] or null
-  uint8_t* output;          // [groups][dim]
+  const uint8_t *keys, *values;
+  const int64_t* tokens;  // [count], bytes from `keys` and `values` to each token
+  int count;
   float scaling;
-  float* logits;            // [4][length + 1]
+  float* logits;           // [4][count]
+  float *sums;             // [groups][dim], of the values, weighted by exp(logit - top)
+  float *top, *mass;       // [groups]
+};
+
+// Its output, merged with attention to encoded tokens and a learned sink.
+struct WindowMerge {
+  Format format;
+  int dim, groups;
+  const float *sums, *top, *mass;       // as above
+  const float *part, *part_lse, *sink;  // [groups][dim], [groups], [groups] or null
+  uint8_t* output;                      // [groups][dim]
 };
 
 // Channels padded to whole steps of the decoder. Padding channels hold arbitrary bytes.
@@ -100,8 +112,13 @@ struct Kernels {
 
   void (*encode)(const EncodeRecord& record);
 
-  // Stores the new token, attends, merges.
   void (*window)(const WindowHead& head);
+
+  // 0 where no part has a token.
+  void (*window_merge)(const WindowMerge& merge);
+
+  // n numbers of a format to float32; n is a multiple of 16.
+  void (*to_floats)(const uint8_t* from, Format format, int n, float* to);
 };
 
 // The named instruction set ("generic", "avx2", "avx512", "neon"), null where it cannot run here.

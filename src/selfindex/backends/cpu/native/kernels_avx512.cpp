@@ -82,8 +82,9 @@ struct Vec {
 }  // namespace
 
 extern const Kernels kernels;
-const Kernels kernels = {"avx512", lookup, to_logits, exponentiate, weigh,      maxima,     reaching,
-                         mean_dots, rotate, expand, level_dots, accumulate, widen,    encode,     window};
+const Kernels kernels = {"avx512", lookup, to_logits, exponentiate, weigh, maxima, reaching,
+                         mean_dots, rotate, expand, level_dots, accumulate, widen,
+                         encode, window, window_merge, to_floats};
 
 }  // namespace avx512
 }  // namespace selfindex

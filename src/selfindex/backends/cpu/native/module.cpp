@@ -1,4 +1,4 @@
-// The Python module. Tensors come as addresses, checked by selfindex/backends/cpu/native.py.
+// The Python module. Tensors come as addresses, checked by the Python files of selfindex/backends/cpu.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
@@ -69,8 +69,8 @@ Queries queries(uintptr_t query, int64_t groups, int64_t count, int threads, uin
 class Numbers {
  public:
   explicit Numbers(const std::vector<int64_t>& n) : n_(n) {}
-  ~Numbers() noexcept(false) {
-    if (next_ != n_.size() && !std::uncaught_exceptions()) throw std::invalid_argument("too many numbers");
+  void end() const {
+    if (next_ != n_.size()) throw std::invalid_argument("too many numbers");
   }
   int64_t take() { return n_.at(next_++); }
   int small() { return static_cast<int>(take()); }
@@ -87,50 +87,60 @@ class Numbers {
   size_t next_ = 0;
 };
 
-Pages pages(const Layout& layout, const std::vector<int64_t>& numbers) {
-  Numbers n(numbers);
+PagedTokens paged_tokens(Numbers& n) {
+  PagedTokens t{};
+  t.at = n.address<uint8_t>();
+  t.blocks = n.take();
+  t.block = n.take();
+  t.head = n.take();
+  t.token = n.take();
+  t.size = n.take();
+  t.table = n.address<const int32_t>();
+  t.columns = n.take();
+  return t;
+}
+
+Pages pages(const Layout& layout, Numbers& n) {
   Pages p{};
   p.layout = layout;
   p.format = static_cast<Format>(n.take());
   p.count = n.take();
-  p.keys = n.strided();
-  p.values = n.strided();
   p.counts = n.address<const int32_t>();
   p.key_factor = n.address<const float>();
   p.factor_stride = n.take();
   p.value_factor = n.address<const float>();
   p.order = n.small();
   p.block = n.address<const float>();
+  p.blocks = n.address<const int32_t>();
+  p.room = n.take();
   p.index = n.address<uint8_t>();
   p.payload = n.address<uint8_t>();
+  p.index_bytes = n.take();
+  p.payload_bytes = n.take();
   p.index_stride = n.take();
   p.payload_stride = n.take();
   p.threads = n.small();
   return p;
 }
 
-Window window(const std::vector<int64_t>& numbers, float scaling) {
-  Numbers n(numbers);
-  Window w{};
-  w.format = static_cast<Format>(n.take());
-  w.batch = n.take();
-  w.heads = n.take();
-  w.room = n.take();
-  w.groups = n.small();
-  w.dim = n.small();
-  w.query = n.strided();
-  w.new_keys = n.strided();
-  w.new_values = n.strided();
-  w.keys = n.address<uint8_t>();
-  w.values = n.address<uint8_t>();
-  w.lengths = n.address<const int32_t>();
-  w.part = n.address<const float>();
-  w.part_lse = n.address<const float>();
-  w.sink = n.address<const float>();
-  w.output = n.address<uint8_t>();
-  w.threads = n.small();
-  w.scaling = scaling;
-  return w;
+Step step(Numbers& n, float scaling) {
+  Step s{};
+  s.format = static_cast<Format>(n.take());
+  s.batch = n.take();
+  s.heads = n.take();
+  s.groups = n.small();
+  s.dim = n.small();
+  s.query = n.strided();
+  s.new_keys = n.strided();
+  s.new_values = n.strided();
+  s.lengths = n.address<const int32_t>();
+  s.part = n.address<const float>();
+  s.part_lse = n.address<const float>();
+  s.sink = n.address<const float>();
+  s.output = n.address<uint8_t>();
+  s.threads = n.small();
+  s.scaling = scaling;
+  return s;
 }
 
 }  // namespace
@@ -185,15 +195,44 @@ NB_MODULE(_native, m) {
   });
   m.def("encode", [](const std::string& name, const Layout& layout, const std::vector<int64_t>& numbers) {
     const Kernels& kernels = named(name);
-    const Pages given = pages(layout, numbers);
+    Numbers n(numbers);
+    const Strided keys = n.strided(), values = n.strided();
+    const Pages given = pages(layout, n);
+    n.end();
     nb::gil_scoped_release release;
-    encode(kernels, given);
+    encode(kernels, given, keys, values);
+  });
+  m.def("encode_paged", [](const std::string& name, const Layout& layout, const std::vector<int64_t>& numbers) {
+    const Kernels& kernels = named(name);
+    Numbers n(numbers);
+    const PagedTokens tokens = paged_tokens(n);
+    const int32_t* first = n.address<const int32_t>();
+    const Pages given = pages(layout, n);
+    n.end();
+    nb::gil_scoped_release release;
+    encode_paged(kernels, given, tokens, first);
   });
   m.def("window_attend", [](const std::string& name, const std::vector<int64_t>& numbers, float scaling) {
     const Kernels& kernels = named(name);
-    const Window given = window(numbers, scaling);
+    Numbers n(numbers);
+    uint8_t* keys = n.address<uint8_t>();
+    uint8_t* values = n.address<uint8_t>();
+    const int64_t room = n.take();
+    const Step given = step(n, scaling);
+    n.end();
     nb::gil_scoped_release release;
-    window_attend(kernels, given);
+    window_attend(kernels, given, keys, values, room);
+  });
+  m.def("paged_window_attend", [](const std::string& name, const std::vector<int64_t>& numbers, float scaling) {
+    const Kernels& kernels = named(name);
+    Numbers n(numbers);
+    const PagedTokens tokens = paged_tokens(n);
+    const int32_t* starts = n.address<const int32_t>();
+    const int64_t sinks = n.take();
+    const Step given = step(n, scaling);
+    n.end();
+    nb::gil_scoped_release release;
+    paged_window_attend(kernels, given, tokens, starts, sinks);
   });
   m.def("top_k", [](const std::string& name, uintptr_t scores, int64_t n, int64_t count, uintptr_t chosen) {
     SelectScratch scratch;

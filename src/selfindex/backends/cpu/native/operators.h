@@ -25,40 +25,70 @@ struct Strided {
   int64_t outer, head, token;
 };
 
+// Full-precision tokens in the blocks of an engine, [blocks][heads][size][2 dim]: keys and then values
+// of a token. Position p of a row is in block table[p / size], there at p % size. Strides in bytes.
+struct PagedTokens {
+  uint8_t* at;
+  int64_t blocks, block, head, token, size;
+  const int32_t* table;  // [batch][columns]
+  int64_t columns;
+
+  // Throws std::out_of_range where the table has no place for a position or names no block.
+  int64_t block_of(int64_t row, int64_t position) const;
+  // Bytes from `at` to the position, in KV head 0.
+  int64_t offset(int64_t row, int64_t position) const {
+    return block_of(row, position) * block + position % size * token;
+  }
+};
+
+// Where pages go, and what their tokens are multiplied by.
 struct Pages {
   Layout layout;
   Format format;
   int64_t count;
-  Strided keys, values;     // [count][heads][page][dim]
   const int32_t* counts;  // [count], tokens of each page
   const float* key_factor;  // [1 or count][heads][dim]
   int64_t factor_stride;
   const float* value_factor;  // [dim]
   int order;                  // see EncodeRecord
   const float* block;
-  uint8_t *index, *payload;  // zeros
-  int64_t index_stride, payload_stride;
+  const int32_t* blocks;  // [count], of the pools; a page whose block is negative is skipped
+  int64_t room;           // blocks of the pools
+  uint8_t *index, *payload;
+  int64_t index_bytes, payload_bytes, index_stride, payload_stride;
   int threads;
 };
 
-// Everything but the pages' counts.
-void encode(const Kernels& kernels, const Pages& pages);
+// keys, values [count][heads][page][dim]. Throws std::out_of_range, before anything is written, where
+// a block is not in the pools.
+void encode(const Kernels& kernels, const Pages& pages, const Strided& keys, const Strided& values);
 
-struct Window {
+// The page of row b holds its positions from first[b] on; also throws as `PagedTokens::block_of`.
+void encode_paged(const Kernels& kernels, const Pages& pages, const PagedTokens& tokens,
+                  const int32_t* first);
+
+// The end of a decode step.
+struct Step {
   Format format;
-  int64_t batch, heads, room;
+  int64_t batch, heads;
   int groups, dim;
-  Strided query;  // [batch][heads * groups][1][dim]
+  Strided query;                 // [batch][heads * groups][1][dim]
   Strided new_keys, new_values;  // [batch][heads][1][dim]
-  uint8_t *keys, *values;      // [batch][heads][room][dim]
-  const int32_t* lengths;      // [batch]
+  const int32_t* lengths;        // [batch]
   const float *part, *part_lse, *sink;  // [batch][heads * groups][dim] and [..], [heads * groups]
   uint8_t* output;                      // [batch][heads * groups][dim]
   float scaling;
   int threads;
 };
 
-// Throws std::out_of_range where a row has no room for its new token.
-void window_attend(const Kernels& kernels, const Window& window);
+// keys, values [batch][heads][room][dim]. Throws std::out_of_range, before anything is written, where
+// a row has no room for its new token.
+void window_attend(const Kernels& kernels, const Step& step, uint8_t* keys, uint8_t* values, int64_t room);
+
+// A row attends to its positions [0, min(sinks, starts[b])) and [starts[b], lengths[b]], of which those
+// in block 0 do not exist; one of negative length gives zeros. Throws std::out_of_range, before anything
+// is written, as `PagedTokens::block_of` and where a row starts behind its new token.
+void paged_window_attend(const Kernels& kernels, const Step& step, const PagedTokens& tokens,
+                         const int32_t* starts, int64_t sinks);
 
 }  // namespace selfindex
