@@ -42,15 +42,20 @@ class OffloadedDecode(Decode):
                 overlap = self.modern and not self.plan.scratch  # as attention after `decode`
                 self.kernels["fetch"](grid, 256, self._arguments, overlap=overlap)
             if "attend" in stages:
-                self.kernels["attend"]((self.splits, self.rows), 256, self._arguments, overlap=self.modern)
+                self.kernels["attend"](
+                    (self.splits, self.rows), self.attend_threads, self._arguments, overlap=self.modern
+                )
                 self._merge()
         return self.output, self.lse
 
 
 def prepared(*arguments: Any) -> Decode:
     """A call of `sparse_decode` on a GPU, wherever the payload plane is; arguments of the operator."""
-    recent = Recent.of(arguments[2])
-    return Decode(*arguments) if recent is None else OffloadedDecode(recent, *arguments)
+    recent, fmt = Recent.of(arguments[2]), PageFormat.parse(arguments[-1])
+    # Tokens of the paper preset are read where they are.
+    if recent is None or fmt.preset == "paper":
+        return Decode(*arguments)
+    return OffloadedDecode(recent, *arguments)
 
 
 def sparse_decode(*arguments: Any) -> tuple[Tensor, Tensor]:

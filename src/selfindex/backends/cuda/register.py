@@ -1,9 +1,8 @@
 """The kernels as implementations of the package's operators on CUDA tensors.
 
-Calls the kernels do not serve run the reference implementation on the same device: the paper
-preset, other page sizes and head dimensions, sparse attention of many new queries at once. So
-do all calls where the kernels are unavailable (no cuda-core, a GPU below compute capability 8.0, a
-driver or compiler that refuses),
+Calls the kernels do not serve run the reference implementation on the same device: other page sizes and
+head dimensions, sparse attention of many new queries at once. So do all calls where the kernels are
+unavailable (no cuda-core, a GPU below compute capability 8.0, a driver or compiler that refuses),
 announced once.
 """
 

@@ -10,8 +10,8 @@ constexpr int MERGE_WARPS = 4;
 struct DenseParams {
   const void* query;          // [B, H * groups, queries, D], strides in elements
   i64 query_row, query_head, query_token;
-  const float* balance;       // [1 or B, H, D]
-  i64 balance_row;
+  const float* constants;     // [1 or B, H, CONSTANTS]
+  i64 constants_row;
   const u8* index;            // [N, index_stride]
   i64 index_stride;
   const u8* payload;
@@ -74,7 +74,7 @@ template <int ROWS, int WARPS, class Put> __device__ __forceinline__ float load_
   const int lane = threadIdx.x & 31, w = threadIdx.x >> 5, b = blockIdx.y / p.heads, h = blockIdx.y % p.heads;
   float divisor[R], top = 1e-30f, x[R];
 #pragma unroll
-  for (int r = 0; r < R; r++) divisor[r] = sign_of(r * 32 + lane, 1) * rotation_gain() / p.balance[b * p.balance_row + h * D + r * 32 + lane];
+  for (int r = 0; r < R; r++) divisor[r] = sign_of(r * 32 + lane, 1) * rotation_gain() / p.constants[b * p.constants_row + h * D + r * 32 + lane];
   const auto load = [&](int row) {
     const int at = first + row, g = at / p.queries;
     const bool live = g < p.groups;
