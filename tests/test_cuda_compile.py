@@ -41,7 +41,7 @@ WINDOW = (
 KERNELS = {"decode": 4, "offloaded": 2, "encode": 2, "dense": 3, "window": 4}
 # Everything for the architecture the kernels are tuned for, what differs most for the others.
 SHAPES = {"decode": DECODE, "offloaded": DECODE, "encode": ENCODE, "dense": DENSE, "window": WINDOW}
-for name in ("decode", "encode"):
+for name in ("decode", "encode", "dense"):
     SHAPES[f"paper_{name}"] = tuple((*case[:2], 2, case[3]) for case in SHAPES[name])
     KERNELS[f"paper_{name}"] = KERNELS[name]
 CASES = [(90, module, case) for module, cases in SHAPES.items() for case in cases]

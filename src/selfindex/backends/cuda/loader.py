@@ -35,6 +35,7 @@ MODULES = {
     "encode": ("common", "rotate", "encode", "encode_balanced"),
     "paper_encode": ("paper", "common", "encode", "encode_paper"),
     "dense": ("common", "rotate", "dense_rows", "dense", "dense_wgmma"),
+    "paper_dense": ("paper", "common", "rotate", "dense_rows", "dense", "dense_wgmma"),
     "window": ("common", "window"),
 }
 """Source files of each module, in order: they are compiled as one text."""
