@@ -119,7 +119,7 @@ def test_pages_of_very_different_values(queries, bits):
 
 @pytest.mark.parametrize("queries", [1, 64])
 def test_tokens_of_very_different_values_and_keys_far_beyond_the_prompts(queries):
-    """The paper preset has scales and zero points in half precision, and decodes up to four times its range."""
+    """The paper preset has scales and zero points in half precision, decoded up to four times its range."""
     cache = make_cache([1000], preset="paper")
 
     def array(name):

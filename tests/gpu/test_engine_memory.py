@@ -236,12 +236,13 @@ def test_rows_of_padding_and_null_blocks_in_a_graph(with_sink):
     assert not got.any()
 
 
-def test_a_step_of_an_engine_in_one_graph():
+@pytest.mark.parametrize("preset", ["balanced", "paper"])
+def test_a_step_of_an_engine_in_one_graph(preset):
     """A page is encoded, all of them are selected from, the new token is stored: three operators."""
     arguments, held = given(128, 2, 4, torch.bfloat16, starts=[0] * 3, lengths=[200, 180, 140], device="cuda")
     query, _, _, memory, table, starts, *_ = arguments
-    fmt = page_format("balanced", 2, 2, 128, 128)
-    found, constants = empty_pools(fmt, 4, "cuda"), pages_of(128, 2, torch.bfloat16, 1)[2]
+    fmt = page_format(preset, 2, 2, 128, 128)
+    found, constants = empty_pools(fmt, 4, "cuda"), pages_of(fmt, torch.bfloat16, 1)[2]
     first, encoded = numbers(SINKS, SINKS, SINKS), numbers(-1, 2, -1)
     pages, counts = numbers(1, 2, 3)[:, None], numbers(0, 128 - SINKS, 0)[:, None]
     per_page, budgets = numbers(*[128 - SINKS] * 3), numbers(50, 50, 50)
