@@ -77,8 +77,8 @@ def attention(cache: Any, budget: int, keep: float) -> dict[str, float | None]:
     for layer, query in zip(cache.compressed_layers, inputs, strict=True):
         store = layer.store
         pools = store.pool.index, store.pool.payload
-        constants = store.constants, DIM**-0.5, store.format.name
-        calls.append(prepared(query, *pools, *store.table.tensors(), wanted, budget, *constants))
+        rest = store.constants, DIM**-0.5, store.format.name, store.pool.recent_tokens(budget)
+        calls.append(prepared(query, *pools, *store.table.tensors(), wanted, budget, *rest))
     for call in calls:
         call.run()
     torch.cuda.synchronize()

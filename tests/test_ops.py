@@ -85,6 +85,13 @@ def test_sparse_decode_is_score_select_attend(arguments):
         torch.testing.assert_close(one, other)
 
 
+def test_what_a_gpu_keeps_at_hand_changes_nothing_elsewhere(arguments):
+    kept = torch.zeros(100, dtype=torch.uint8)
+    got, wanted = (ops.sparse_decode(*arguments["sparse_decode"], *rest) for rest in ((kept,), ()))
+    assert all(map(torch.equal, got, wanted))
+    assert not kept.any()
+
+
 def test_attending_to_every_slot_is_dense_attention(arguments):
     query, index, payload, table, counts, *tail = arguments["dense_attend"]
     slots = torch.arange(32, dtype=torch.int32).expand(2, 2, 3, 32).clone()

@@ -35,9 +35,10 @@ for preset, dim, groups, bits, lengths in (
     rows = HostRows(cache.fmt.payload_bytes, torch.device("cuda"))  # the same from host memory
     rows.grow(len(cache.payload))
     rows.write(list(range(len(cache.payload))), cache.payload)
-    recent = Recent(cache.fmt, rows.data)
+    recent = Recent(cache.fmt, torch.device("cuda"))
+    recent.fit(200, 128 * len(rows.data))
     for _ in range(2):
-        ops.sparse_decode(*arguments[:2], rows.data, *arguments[3:])
+        ops.sparse_decode(*arguments[:2], rows.data, *arguments[3:], recent.tensor)
     for queries in (1, 40):  # the narrow and the wide kernel
         many = cache.query.expand(-1, -1, queries, -1)
         ops.dense_attend(many, *arguments[1:5], *arguments[7:])

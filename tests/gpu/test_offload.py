@@ -110,7 +110,15 @@ def offloaded(cache):
     rows = HostRows(cache.fmt.payload_bytes, torch.device("cuda"))
     rows.grow(len(cache.payload))
     rows.write(list(range(len(cache.payload))), cache.payload)
-    return rows, rows.data, recent.Recent(cache.fmt, rows.data)
+    return rows, rows.data, recent.Recent(cache.fmt, torch.device("cuda"))
+
+
+def arguments_of(cache, budgets, payload, held):
+    """Of `sparse_decode`, from host memory."""
+    arguments = list(cache.decode_arguments(budgets))
+    held.fit(len(budgets) * max(budgets), 128 * len(payload))
+    arguments[2] = payload
+    return (*arguments, held.tensor)
 
 
 @pytest.mark.parametrize("selections", [0, 0.2, 1, 4])
@@ -127,10 +135,9 @@ def test_a_cache_of_recent_tokens_changes_no_bit(dim, groups, bits, shared, sele
     for _ in range(12):
         # Neighbouring steps ask for much the same.
         cache.query = (cache.query + 0.2 * torch.randn_like(cache.query)).to(cache.query.dtype)
-        arguments = list(cache.decode_arguments(budgets))
-        wanted = ops.sparse_decode(*arguments)
-        arguments[2] = payload
-        for got, exact in zip(ops.sparse_decode(*arguments), wanted, strict=True):
+        wanted = ops.sparse_decode(*cache.decode_arguments(budgets))
+        found = ops.sparse_decode(*arguments_of(cache, budgets, payload, held))
+        for got, exact in zip(found, wanted, strict=True):
             assert torch.equal(got, exact)
     selected = 12 * 2 * sum(budgets)
     assert held.fetched <= selected
@@ -143,9 +150,7 @@ def test_a_cache_of_recent_tokens_changes_no_bit(dim, groups, bits, shared, sele
 def test_what_was_read_once_is_not_fetched_again():
     cache = make_cache([5000, 700], short=(3,))
     _, payload, held = offloaded(cache)
-    arguments = list(cache.decode_arguments([400, 100]))
-    arguments[2] = payload
-    call = prepared(*arguments)
+    call = prepared(*arguments_of(cache, [400, 100], payload, held))
     call.run()
     assert held.fetched == 2 * 500
     graph = torch.cuda.CUDAGraph()
@@ -166,8 +171,7 @@ def test_what_was_read_once_is_not_fetched_again():
 def test_a_block_with_new_content_is_not_read_from_the_past():
     cache = make_cache([3000], heads=2)
     rows, payload, held = offloaded(cache)
-    arguments = list(cache.decode_arguments(tokens(cache)))
-    arguments[2] = payload
+    arguments = arguments_of(cache, tokens(cache), payload, held)
     ops.sparse_decode(*arguments)
     block = int(cache.table[0, 5])
     cache.payload[block] = cache.payload[int(cache.table[0, 9])]

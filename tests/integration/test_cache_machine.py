@@ -153,4 +153,4 @@ class CacheMachine(RuleBasedStateMachine):
 def test_any_sequence_of_calls(backend):
     chosen = settings(max_examples=20, stateful_step_count=14, deadline=None, derandomize=True)
     run_state_machine_as_test(CacheMachine, settings=chosen)
-    backend.check_ran("encode", "dense_attend", "window_attend")
+    backend.check_ran("encode_into", "dense_attend", "window_attend")

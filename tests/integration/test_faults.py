@@ -161,4 +161,4 @@ def test_a_fault_anywhere(backend, kind, action, preset):
         number += STRIDE
     assert number > 0
     if preset == "balanced":
-        backend.check_ran("encode", "dense_attend" if action is chunk else "sparse_decode")
+        backend.check_ran("encode_into", "dense_attend" if action is chunk else "sparse_decode")

@@ -84,7 +84,7 @@ def test_greedy_is_the_argmax_of_every_step(backend, family):
         new = forward(ours, new, manual)[:, -1:].argmax(-1)
         sequence = torch.cat((sequence, new), 1)
     assert torch.equal(got, sequence)
-    backend.check_ran("encode", "sparse_decode", "window_attend")
+    backend.check_ran("encode_into", "sparse_decode", "window_attend")
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])

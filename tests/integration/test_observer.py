@@ -62,7 +62,7 @@ def test_it_sees_what_the_layer_attends_to_and_returns(backend):
     assert found[0][0].read == [0]
     assert found[2][0].read == found[3][0].read == [6 * backends.current.page_size]
     assert layer.positions == sum(lengths)
-    backend.check_ran("encode", "window_attend", "dense_attend")
+    backend.check_ran("encode_into", "window_attend", "dense_attend")
 
 
 def filled(model, **options):

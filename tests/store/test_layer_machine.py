@@ -130,4 +130,4 @@ class Tokens(RuleBasedStateMachine):
 def test_any_sequence_of_changes(backend):
     chosen = settings(max_examples=25, stateful_step_count=12, deadline=None, derandomize=True)
     run_state_machine_as_test(Tokens, settings=chosen)
-    backend.check_ran("encode")
+    backend.check_ran("encode_into")

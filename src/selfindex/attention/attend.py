@@ -113,4 +113,6 @@ def _sparse_part(
     table, counts = store.table.tensors()
     wanted = torch.tensor(budgets, dtype=torch.int32, device=query.device)
     pools = query, store.pool.index, store.pool.payload, table, counts
-    return ops.sparse_decode(*pools, wanted, max(budgets), store.constants, scaling, store.format.name)
+    recent = store.pool.recent_tokens(store.batch * query.shape[2] * max(budgets))
+    rest = store.constants, scaling, store.format.name, recent
+    return ops.sparse_decode(*pools, wanted, max(budgets), *rest)

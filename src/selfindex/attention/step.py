@@ -148,7 +148,8 @@ def attend_step(
         if plan.everything:
             part = ops.dense_attend(*pools, *rest)
         else:
-            part = ops.sparse_decode(*pools, plan.budgets, plan.width, *rest)
+            recent = store.pool.recent_tokens(store.batch * query.shape[2] * plan.width)
+            part = ops.sparse_decode(*pools, plan.budgets, plan.width, *rest, recent)
     held = store.window.keys, store.window.values
     if query.shape[2] == 1:
         return ops.window_attend(query, keys, values, *held, plan.lengths[0], *part, sink_logit, scaling)

@@ -10,6 +10,7 @@ from .operators.dense_attend import operator as dense_attend
 from .operators.encode import operator as encode
 from .operators.encode_into import operator as encode_into
 from .operators.encode_paged import operator as encode_paged
+from .operators.measure_balance import operator as measure_balance
 from .operators.paged_window_attend import operator as paged_window_attend
 from .operators.score import operator as score
 from .operators.select import operator as select
@@ -22,6 +23,7 @@ __all__ = [
     "encode",
     "encode_into",
     "encode_paged",
+    "measure_balance",
     "paged_window_attend",
     "register_kernel",
     "score",

@@ -4,6 +4,7 @@ from .operators.dense_attend import dense_attend
 from .operators.encode import encode
 from .operators.encode_into import encode_into
 from .operators.encode_paged import encode_paged
+from .operators.measure_balance import measure_balance
 from .operators.paged_window_attend import paged_window_attend
 from .operators.score import score
 from .operators.select import select
@@ -16,6 +17,7 @@ __all__ = [
     "encode",
     "encode_into",
     "encode_paged",
+    "measure_balance",
     "paged_window_attend",
     "score",
     "select",

@@ -17,7 +17,7 @@ from ..codec.paper import choose_pinned
 from ..index.select import sum_of_softmax, top_k
 from ..integrations.transformers.models import cache_argument
 from ..integrations.transformers.observer import Observation
-from ..store.layer import OBSERVED_QUERIES
+from ..store.rows import OBSERVED_QUERIES
 from .baselines import baseline_cache
 from .baselines.base import Baseline
 from .baselines.quantised import Dense

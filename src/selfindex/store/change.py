@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from .pool import Encoded
 
 
 @dataclass(frozen=True)
@@ -63,14 +64,16 @@ class Change:
     """New content of a store, worked out by `LayerStore.plan`, stored by `LayerStore.commit`.
 
     Attributes:
-        pages: index and payload planes, and the rows that get them with the tokens of each page.
+        pages: encoded ones, None if there are none; owners: the rows that get them, in order, with the
+            tokens of each page.
         window: rows, a first token, and the keys and values that rows hold from there on.
         step: keys and values [B, H, 1, d] that every row appends.
         advanced: tokens that a decode step has written behind those of every row, which hold them now.
     """
 
     statistics: Statistics | None = None
-    pages: tuple[tuple[Tensor, Tensor, list[tuple[int, list[int]]]], ...] = ()
+    pages: Encoded | None = None
+    owners: tuple[tuple[int, list[int]], ...] = ()
     window: tuple[tuple[slice, int, Tensor, Tensor], ...] = ()
     step: tuple[Tensor, Tensor] | None = None
     advanced: int = 0
@@ -81,9 +84,14 @@ class Change:
         return bool(self.pages or self.window or self.step is not None)
 
 
+def extremes(*tensors: Tensor) -> list[Tensor]:
+    """Least and largest numbers, finite only if all are: one launch a tensor, and no temporary."""
+    return [end for x in tensors for end in torch.aminmax(x)]
+
+
 def check_finite(keys: Tensor, values: Tensor) -> None:
     """Raise InputError unless all numbers are finite; waits for the device."""
-    if not bool(torch.isfinite(keys).all() & torch.isfinite(values).all()):
+    if not bool(torch.isfinite(torch.stack(extremes(keys, values))).all()):
         raise InputError(
             "keys or values hold NaN or infinity; they cannot be encoded. Check the model's "
             "dtype (fp16 overflows in some models; use bf16) and its inputs"

@@ -12,22 +12,17 @@ import torch
 from torch import Tensor
 
 from ..backends import ops
+from ..backends.operators.measure_balance import square_of
 from ..codec import PageFormat, measure_balance
-from ..codec.paper import choose_pinned, prompt_statistics
+from ..codec.paper import prompt_statistics
 from ..config import SelfIndexConfig
 from ..errors import InputError, StateError
 from .change import Change, RowChange, Statistics, check_finite
 from .memory import Memory
-from .pool import BlockPool
+from .pool import BlockPool, Part
+from .rows import LONGEST_DRAFT, keep_pinned, leave_window
 from .table import BlockTable
 from .window import Window
-
-OBSERVED_QUERIES = 32
-"""Last prompt queries that vote for the paper preset's full-precision tokens."""
-
-
-LONGEST_DRAFT = 128
-"""Last tokens of a paper preset's first chunk that do not count as its prompt where drafts may follow it."""
 
 
 def _outside_inference_mode(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -122,10 +117,13 @@ class LayerStore:
             InputError: a key or value to be encoded is not finite, from `check`.
         """
         config, statistics = self.config, self.statistics
-        statistics = self._observe(statistics, query, valid)
         if keys.shape[2] == 1 and valid is None and self.window.width + 1 < self.window_limit:
+            statistics = self._observe(statistics, query, valid)
             self.window.reserve(self.window.width + 1)
             return Change(statistics, step=(keys, values))
+        if valid is None and self._rows_are_equal():
+            return self._plan_equal_rows(keys, values, query, check)
+        statistics = self._observe(statistics, query, valid)
         rows = []
         for b in range(self.batch):
             new_k, new_v, new_q = keys[b], values[b], query[b]
@@ -134,11 +132,11 @@ class LayerStore:
             first = config.preset == "paper" and self.length(b) == 0
             prompt = new_k.shape[1] - (LONGEST_DRAFT if drafts else 0)
             if first and prompt > config.sinks:
-                rows.append(self._plan_prompt(new_k, new_v, new_q, scaling, prompt))
+                rows.append(keep_pinned(config, new_k, new_v, new_q, scaling, prompt))
             elif first and drafts:
                 rows.append(RowChange((new_k[:, :0], new_v[:, :0]), (new_k, new_v)))
             else:
-                rows.append(self._plan_window(b, new_k, new_v))
+                rows.append(leave_window(config, self.window, b, new_k, new_v))
         return self._encode_rows(rows, statistics, check)
 
     def commit(self, change: Change) -> None:
@@ -152,11 +150,10 @@ class LayerStore:
 
     @_outside_inference_mode
     def _write(self, change: Change) -> None:
-        for index, payload, owners in change.pages:
-            blocks = self.pool.add(index, payload)
-            for row, counts in owners:
-                self.table.append(row, blocks[: len(counts)], counts)
-                blocks = blocks[len(counts) :]
+        blocks = [] if change.pages is None else self.pool.add_encoded(change.pages)
+        for row, counts in change.owners:
+            self.table.append(row, blocks[: len(counts)], counts)
+            blocks = blocks[len(counts) :]
         for rows, start, keys, values in change.window:
             self.window.put(rows, start, keys, values)
         if change.step is not None:
@@ -185,37 +182,59 @@ class LayerStore:
 
     @_outside_inference_mode
     def _plan_overflow(self, new: int, check: Callable[[Tensor, Tensor], None]) -> Change:
-        equal = len(set(self.window.lengths)) == 1
-        if equal and self.config.preset == "balanced" and self.constants is not None:
-            return self._plan_equal_rows(new, check)
-        none = self.window.keys[0, :, :0]
-        rows = [self._plan_window(b, none, none, new) for b in range(self.batch)]
+        none = self.window.keys[:, :, :0]
+        if self._rows_are_equal():
+            return self._plan_equal_rows(none, none, none, check, new)
+        rows = [leave_window(self.config, self.window, b, none[b], none[b], new) for b in range(self.batch)]
         return self._encode_rows(rows, self.statistics, check)
 
-    def _plan_equal_rows(self, new: int, check: Callable[[Tensor, Tensor], None]) -> Change:
-        """All rows at once: what `_plan_window` and `_encode_rows` do one by one."""
-        config, window, held = self.config, self.window, self.window.lengths[0] + new
-        first, pages = config.sinks, max(0, held - config.sinks - config.recent) // config.page_size
+    def _rows_are_equal(self) -> bool:
+        """Whether rows leave their windows at the same places."""
+        return self.config.preset == "balanced" and len(set(self.window.lengths)) == 1
+
+    def _plan_equal_rows(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        query: Tensor,
+        check: Callable[[Tensor, Tensor], None],
+        written: int = 0,
+    ) -> Change:
+        """All rows at once, as `leave_window` and `_encode_rows` do one by one, and without their copies."""
+        config, window, held = self.config, self.window, self.window.lengths[0] + written
+        first, tokens, everyone = config.sinks, held + keys.shape[2], slice(None)
+        pages = max(0, tokens - first - config.recent) // config.page_size
+        if not pages:
+            window.reserve(tokens)
+            statistics = self._observe(self.statistics, query, None)
+            return Change(statistics, window=((everyone, held, keys, values),))
         last = first + pages * config.page_size
-        keys, values = (
-            x[:, :, first:last].unflatten(2, (pages, -1)).transpose(1, 2).flatten(0, 1)
-            for x in (window.keys, window.values)
-        )
-        check(keys, values)
-        full = torch.full(
-            (self.batch * pages,), config.page_size, dtype=torch.int32, device=window.keys.device
-        )
-        planes = ops.encode(keys, values, full, cast(Tensor, self.constants), self.format.name)
-        self.pool.reserve(self.batch * pages)
-        owners = [(b, [config.page_size] * pages) for b in range(self.batch)]
-        kept = [x[:, :, last:held].clone() for x in (window.keys, window.values)]
-        return Change(pages=((*planes, owners),), window=((slice(None), first, kept[0], kept[1]),))
+        own = window.keys[:, :, :held], window.values[:, :, :held]
+        if held and keys.shape[2]:
+            whole = torch.cat((own[0], keys), 2), torch.cat((own[1], values), 2)
+        else:
+            whole = own if held else (keys, values)
+        leaving = [x[:, :, first:last] for x in whole]
+        check(leaving[0], leaving[1])
+        statistics, full = self.statistics, [config.page_size] * pages
+        if statistics.constants is None:
+            statistics = self._balanced(query[:, :, : self.unobserved], leaving[0][:, :, : config.page_size])
+        paged = [x.unflatten(2, (pages, -1)).transpose(1, 2).flatten(0, 1) for x in leaving]
+        constants = cast(Tensor, statistics.constants)
+        encoded = self.pool.encode([Part(paged[0], paged[1], full * self.batch, constants)])
+        # What can run out of memory comes before anything is written.
+        window.reserve(first + tokens - last)
+        tail = [x[:, :, last:].clone() if whole is own else x[:, :, last:] for x in whole]
+        kept = [(everyone, first, tail[0], tail[1])]
+        if held < first:
+            kept.insert(0, (everyone, held, whole[0][:, :, held:first], whole[1][:, :, held:first]))
+        return Change(statistics, encoded, tuple((b, full) for b in range(self.batch)), tuple(kept))
 
     def _encode_rows(
         self, rows: list[RowChange], statistics: Statistics, check: Callable[[Tensor, Tensor], None]
     ) -> Change:
         statistics = self._fix_statistics(rows, statistics)
-        page, pages = self.config.page_size, []
+        page, parts, owners = self.config.page_size, [], []
         for b, row in enumerate(rows):
             tokens = row.encode[0].shape[1]
             if tokens:
@@ -223,39 +242,13 @@ class LayerStore:
                 constants = cast(Tensor, statistics.constants)
                 own = constants if self.config.preset == "balanced" else constants[b : b + 1]
                 check(*row.encode)
-                pages.append((*self._encode(*row.encode, own), [(b, counts)]))
+                parts.append(self._part(*row.encode, counts, own))
+                owners.append((b, counts))
+        encoded = self.pool.encode(parts) if parts else None
         # What can run out of memory comes before anything is written.
-        self.pool.reserve(sum(index.shape[0] for index, _, _ in pages))
         self.window.reserve(max(row.keep[0].shape[1] for row in rows))
         window = tuple((slice(b, b + 1), 0, row.keep[0], row.keep[1]) for b, row in enumerate(rows))
-        return Change(statistics, tuple(pages), window)
-
-    def _plan_window(self, row: int, new_k: Tensor, new_v: Tensor, written: int = 0) -> RowChange:
-        """Whole pages leave the front of the window, right behind the sinks.
-
-        `written` tokens behind those of the row belong to it, before the new ones.
-        """
-        config, held = self.config, self.window.lengths[row] + written
-        k = torch.cat((self.window.keys[row, :, :held], new_k), 1)
-        v = torch.cat((self.window.values[row, :, :held], new_v), 1)
-        beyond = max(0, k.shape[1] - config.sinks - config.recent)
-        first, last = config.sinks, config.sinks + beyond // config.page_size * config.page_size
-        kept = [torch.cat((x[:, :first], x[:, last:]), 1) for x in (k, v)]
-        return RowChange((k[:, first:last], v[:, first:last]), (kept[0], kept[1]))
-
-    def _plan_prompt(self, k: Tensor, v: Tensor, q: Tensor, scaling: float, prompt: int) -> RowChange:
-        """Paper preset: pinned tokens stay in full precision, the rest of the prompt is encoded.
-
-        Tokens after the first `prompt` are not part of it: they are kept like those of later steps.
-        """
-        queries = q[:, -OBSERVED_QUERIES:].unflatten(0, (k.shape[0], -1))
-        pinned = choose_pinned(k, queries, self.config.sinks, scaling, prompt)
-        rest = torch.ones(k.shape[:2], dtype=torch.bool, device=k.device).scatter(1, pinned, False)
-        rest[:, prompt:] = False
-        shape = (k.shape[0], prompt - self.config.sinks, k.shape[2])
-        at = pinned[..., None].expand(-1, -1, k.shape[2])
-        kept = [torch.cat((x.gather(1, at), x[:, prompt:]), 1) for x in (k, v)]
-        return RowChange((k[rest].view(shape), v[rest].view(shape)), (kept[0], kept[1]), k[:, :prompt])
+        return Change(statistics, encoded, tuple(owners), window)
 
     def _fix_statistics(self, rows: list[RowChange], now: Statistics) -> Statistics:
         """Fix what pages share, from the first tokens that rows encode; then never again."""
@@ -283,17 +276,20 @@ class LayerStore:
             return replace(now, constants=measure_balance(torch.stack(first_pages), square)[None])
         return now
 
-    def _encode(self, keys: Tensor, values: Tensor, constants: Tensor) -> tuple[Tensor, Tensor]:
-        """Encode tokens [H, n, d] of a row into pages, the last one possibly short."""
-        page, n = self.config.page_size, keys.shape[1]
-        missing = -n % page
-        shape = (keys.shape[0], -1, page, keys.shape[2])
-        padded = [
-            torch.nn.functional.pad(x, (0, 0, 0, missing)).view(shape).transpose(0, 1) for x in (keys, values)
-        ]
-        counts = torch.full((padded[0].shape[0],), page, dtype=torch.int32, device=keys.device)
-        counts[-1] -= missing
-        return ops.encode(padded[0], padded[1], counts, constants, self.format.name)
+    def _balanced(self, query: Tensor, first_pages: Tensor) -> Statistics:
+        """With the balance that keys [B, H, P, d] and all queries fix, of which these come last."""
+        now = self.statistics
+        seen = now.queries_seen + query.shape[0] * query.shape[2]
+        square, balance = ops.measure_balance(query, first_pages, now.query_square, seen)
+        return replace(now, constants=balance[None], query_square=square, queries_seen=seen)
+
+    def _part(self, keys: Tensor, values: Tensor, counts: list[int], constants: Tensor) -> Part:
+        """Tokens [H, n, d] of a row as pages, the last one possibly short."""
+        page, missing = self.config.page_size, -keys.shape[1] % self.config.page_size
+        if missing:
+            keys, values = (torch.nn.functional.pad(x, (0, 0, 0, missing)) for x in (keys, values))
+        paged = [x.unflatten(1, (-1, page)).transpose(0, 1) for x in (keys, values)]
+        return Part(paged[0], paged[1], counts, constants)
 
     @property
     def unobserved(self) -> int:
@@ -319,8 +315,8 @@ class LayerStore:
         return replace(now, query_square=total, queries_seen=now.queries_seen + seen)
 
     def square(self, query: Tensor) -> Tensor:
-        """Squares of queries [B, Hq, T, d], mean over the query heads of a KV head: float32 [B, H, T, d]."""
-        return query.float().square().unflatten(1, (self.format.kv_heads, -1)).mean(2)
+        """What the statistics sum up of queries; see `square_of`."""
+        return square_of(query, self.format.kv_heads)
 
     def check_crop(self, lengths: list[int]) -> None:
         """Raise StateError where `crop` to these lengths is impossible; change nothing."""

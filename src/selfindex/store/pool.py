@@ -4,16 +4,59 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..backends import ops
 from ..backends.cuda.recent import Recent
 from ..codec import PageFormat
 from ..errors import StateError
 from .host import HostRows
+
+
+@dataclass(frozen=True)
+class Part:
+    """Keys and values that become pages.
+
+    Attributes:
+        keys, values: [n, H, P, d].
+        counts: tokens of each page.
+        constants: see `Codec`.
+    """
+
+    keys: Tensor
+    values: Tensor
+    counts: list[int]
+    constants: Tensor
+
+    @property
+    def tokens(self) -> Tensor:
+        """The counts where the keys are, int32 [n]."""
+        page, device = self.keys.shape[2], self.keys.device
+        if min(self.counts) == page:  # as a rule: nothing has to be copied to a GPU
+            return _constant(page, _rounded(len(self.counts)), device)[: len(self.counts)]
+        return torch.tensor(self.counts, dtype=torch.int32, device=device)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Encoded pages that a pool does not count yet.
+
+    Attributes:
+        parts: what they were encoded from.
+        blocks: where they are, as long as it is the pool's turn `turn`.
+        planes: the pages themselves, of a pool whose payload is in host memory.
+    """
+
+    parts: Sequence[Part]
+    blocks: list[int] = field(default_factory=list)
+    turn: int = 0
+    planes: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
 
 class BlockPool:
@@ -42,10 +85,13 @@ class BlockPool:
         self.index = torch.empty(0, fmt.index_bytes, dtype=torch.uint8, device=device)
         self._host = HostRows(fmt.payload_bytes, device) if offloading else None
         self.payload = torch.empty(0, fmt.payload_bytes, dtype=torch.uint8, device=device)
-        self.recent: Recent | None = None
+        needed = offloading and device.type == "cuda" and Recent.serves(fmt)
+        self.recent = Recent(fmt, device) if needed else None
         self._references: list[int] = []
         self._free: list[int] = []
         self._released: deque[list[int]] = deque()
+        self._turn = 0
+        """Changes when blocks that are free are written to or taken."""
         self._lock = threading.RLock()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BlockPool:
@@ -87,22 +133,51 @@ class BlockPool:
         Returns:
             their block ids.
         """
-        count = index.shape[0]
         with self._alone():
-            self._make_room(count)
-            blocks = self._free[-count:][::-1] if count else []
-            if self._host is None:
-                self._put(blocks, (self.index, index), (self.payload, payload))
-            else:
-                self._put(blocks, (self.index, index))
-                if self.recent is not None:
-                    self.recent.forget(blocks)
-                self._host.write(blocks, payload)
-            # Taken once they are written: what failed before this line has cost nothing.
-            del self._free[len(self._free) - count :]
-            for block in blocks:
-                self._references[block] = 1
+            blocks = self._next(index.shape[0])
+            self._fill(blocks, index, payload)
+            self._take(blocks)
         return blocks
+
+    def encode(self, parts: Sequence[Part]) -> Encoded:
+        """Encode pages into the blocks that are taken next; they are taken by `add_encoded`.
+
+        Until then they are free, and nothing has to be undone where they are not wanted after all.
+        """
+        if self._host is None:
+            with self._alone():
+                return self._encode(parts)
+        # A GPU would write to host memory a few bytes at a time: one copy follows.
+        planes = [ops.encode(x.keys, x.values, x.tokens, x.constants, self.format.name) for x in parts]
+        self.reserve(sum(len(index) for index, _ in planes))
+        return Encoded(parts, planes=planes)
+
+    def add_encoded(self, encoded: Encoded) -> list[int]:
+        """Store what `encode` has encoded, with one reference each.
+
+        Returns:
+            their block ids, in the order of the parts.
+        """
+        if encoded.planes:
+            return [block for planes in encoded.planes for block in self.add(*planes)]
+        with self._alone():
+            if encoded.turn != self._turn:
+                # Another thread's cache that shares the pool has used the blocks since.
+                encoded = self._encode(encoded.parts)
+            self._take(encoded.blocks)
+        return encoded.blocks
+
+    def _encode(self, parts: Sequence[Part]) -> Encoded:
+        self._turn += 1
+        blocks = self._next(sum(len(x.counts) for x in parts))
+        start = 0
+        for part in parts:
+            end = start + len(part.counts)
+            at = _blocks_on(blocks[start:end], self.index.device)
+            tokens = part.keys, part.values, part.tokens
+            ops.encode_into(*tokens, at, self.index, self.payload, part.constants, self.format.name)
+            start = end
+        return Encoded(parts, blocks, self._turn)
 
     def read(self, blocks: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
         """Copies of pages on a device: (index, payload), one row a block."""
@@ -111,6 +186,13 @@ class BlockPool:
         if self._host is not None:
             return index, self._host.read(blocks, device)
         return index, self.payload[at].to(device)
+
+    def recent_tokens(self, selected: int) -> Tensor | None:
+        """What `sparse_decode` gets to keep recent tokens in, with room for steps of `selected` a KV head."""
+        if self.recent is None:
+            return None
+        self.recent.fit(selected, self.capacity * self.format.page_size)
+        return self.recent.tensor
 
     def references(self, block: int) -> int:
         """How many rows, of all tables over this pool, hold a block."""
@@ -175,6 +257,28 @@ class BlockPool:
         """Blocks without a holder, in an order that hands out ascending ids: a prompt's pages are one run."""
         return [b for b in range(len(references) - 1, -1, -1) if not references[b]]
 
+    def _next(self, count: int) -> list[int]:
+        """The blocks that are taken next, still free."""
+        self._make_room(count)
+        return self._free[-count:][::-1] if count else []
+
+    def _take(self, blocks: list[int]) -> None:
+        """Take `_next` blocks, once they are written: what failed before that has cost nothing."""
+        self._turn += 1
+        del self._free[len(self._free) - len(blocks) :]
+        for block in blocks:
+            self._references[block] = 1
+
+    def _fill(self, blocks: list[int], index: Tensor, payload: Tensor) -> None:
+        """Write encoded pages, of any device, to blocks."""
+        if self._host is None:
+            self._put(blocks, (self.index, index), (self.payload, payload))
+        else:
+            self._put(blocks, (self.index, index))
+            if self.recent is not None:
+                self.recent.forget(blocks)
+            self._host.write(blocks, payload)
+
     def _make_room(self, count: int) -> None:
         self._settle()
         missing = count - len(self._free)
@@ -195,25 +299,56 @@ class BlockPool:
         if self._host is not None:
             self._host.grow(capacity)
             capacity = self._host.capacity
-            if self.recent is None and self.index.is_cuda:
-                self.recent = Recent(self.format, self._host.data)
         index = self.index.new_empty(capacity, self.index.shape[1])
-        index[:old] = self.index
         if self._host is not None:
             payload = self._host.data
         else:
             payload = self.payload.new_empty(capacity, self.payload.shape[1])
-            payload[:old] = self.payload
+        if old:
+            index[:old] = self.index
+            if self._host is None:
+                payload[:old] = self.payload
         return index, payload
 
     @staticmethod
     def _put(blocks: list[int], *planes: tuple[Tensor, Tensor]) -> None:
         """Write pages, of any device, to blocks of planes: (plane, pages) pairs."""
-        run = range(blocks[0], blocks[0] + len(blocks)) if blocks else range(0)
         # One copy where the blocks lie together, as those of a prompt and of a loaded prefix do.
-        together = blocks == list(run)
-        at: Any = slice(run.start, run.stop)
+        run = _run(blocks)
+        together = run is not None
+        at: Any = run
         if not together:
             at = torch.tensor(blocks, dtype=torch.long, device=planes[0][0].device)
         for plane, pages in planes:
             plane[at] = pages if together else pages.to(plane.device)
+
+
+def _run(blocks: list[int]) -> slice | None:
+    """The blocks as a slice, if each follows the one before."""
+    start, end = (blocks[0], blocks[0] + len(blocks)) if blocks else (0, 0)
+    return slice(start, end) if blocks == list(range(start, end)) else None
+
+
+def _blocks_on(blocks: list[int], device: torch.device) -> Tensor:
+    """int32 [n] on a device; a GPU need not wait for those that follow each other."""
+    run = _run(blocks)
+    if run is None:
+        return torch.tensor(blocks, dtype=torch.int32, device=device)
+    return _ascending(_rounded(run.stop), device)[run]
+
+
+def _rounded(count: int) -> int:
+    """A power of two, so that few tensors are kept."""
+    return 1 << max(10, (count - 1).bit_length())
+
+
+@lru_cache(maxsize=64)
+def _ascending(count: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.arange(count, dtype=torch.int32, device=device)
+
+
+@lru_cache(maxsize=64)
+def _constant(number: int, count: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.full((count,), number, dtype=torch.int32, device=device)

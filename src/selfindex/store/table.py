@@ -39,7 +39,8 @@ class BlockTable:
     def __init__(self, batch: int, pool: BlockPool) -> None:
         self.pool = pool
         self.rows = [Row() for _ in range(batch)]
-        self._mirror: tuple[Tensor, Tensor] | None = None
+        self._mirror: Tensor | None = None
+        """Blocks and counts, int32 [2, rows, columns]."""
         self._stale = False
         """Whether `_mirror` has to be filled again from all rows."""
         self._added: list[tuple[int, int, int, int]] = []
@@ -105,8 +106,7 @@ class BlockTable:
         self.rows, self._stale = new, True
         if current and self._mirror is not None:
             at = torch.tensor(rows, device=self.pool.index.device)
-            for plane in self._mirror:
-                plane.copy_(plane[at])
+            self._mirror.copy_(self._mirror[:, at])
             self._stale = False
         self.pool.release([block for row in old for block in row.blocks])
 
@@ -117,29 +117,25 @@ class BlockTable:
 
     def padded(self) -> tuple[Tensor, Tensor]:
         """`tensors` with columns to spare: contiguous, and in their place until a row outgrows them."""
-        if (
-            self._mirror is None
-            or self._mirror[0].shape[1] < self.pages
-            or len(self._mirror[0]) != len(self.rows)
-        ):
+        mirror = self._mirror
+        if mirror is None or mirror.shape[2] < self.pages or mirror.shape[1] != len(self.rows):
             columns = self.pages + max(SPARE_PAGES, self.pages // SPARE_SHARE)
             with torch.inference_mode(False):  # written to in any mode
-                empty = torch.zeros(
-                    2, len(self.rows), columns, dtype=torch.int32, device=self.pool.index.device
-                )
-            self._mirror, self._stale = (empty[0], empty[1]), True
-        if self._stale:
-            blocks, counts = [row.blocks for row in self.rows], [row.counts for row in self.rows]
-            for plane, lists in zip(self._mirror, (blocks, counts), strict=True):
-                plane.zero_()
-                plane[:, : self.pages] = self._tensor(lists)
+                mirror = self._listed(columns).to(self.pool.index.device)
+        elif self._stale:
+            mirror.copy_(self._listed(mirror.shape[2]))
         elif self._added:
             # A long batch gets a page a row, and is not listed anew.
-            added = torch.tensor(self._added, dtype=torch.long, device="cpu").T.to(self._mirror[0].device)
-            for plane, values in zip(self._mirror, added[2:].int(), strict=True):
-                plane[added[0], added[1]] = values
-        self._stale, self._added = False, []
-        return self._mirror
+            added = torch.tensor(self._added, dtype=torch.long, device="cpu").T.to(mirror.device)
+            mirror[:, added[0], added[1]] = added[2:].int()
+        self._mirror, self._stale, self._added = mirror, False, []
+        return mirror[0], mirror[1]
+
+    def _listed(self, columns: int) -> Tensor:
+        """What the mirror has to hold, in host memory: one copy brings it to a device."""
+        lists = [row.blocks for row in self.rows], [row.counts for row in self.rows]
+        filled = [[held + [0] * (columns - len(held)) for held in rows] for rows in lists]
+        return torch.tensor(filled, dtype=torch.int32, device="cpu").view(2, len(self.rows), columns)
 
     def stage(self, first: int, last: int) -> tuple[Tensor, Tensor, Tensor]:
         """Copy pages `first` to `last` of every row into small pools of their own on the device.

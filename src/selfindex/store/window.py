@@ -39,7 +39,8 @@ class Window:
         grown = []
         for old in (self.keys, self.values):
             new = old.new_empty(*old.shape[:2], capacity, old.shape[-1])
-            new[:, :, : old.shape[2]] = old
+            if old.shape[2]:
+                new[:, :, : old.shape[2]] = old
             grown.append(new)
         # Together: memory may run out after the first.
         self.keys, self.values = grown

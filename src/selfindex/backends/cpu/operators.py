@@ -83,7 +83,8 @@ class Call:
 
 def attention_supported(query: Tensor, index_pool: Tensor, payload_pool: Tensor, *rest: Any) -> bool:
     """Whether `sparse_decode` and `dense_attend` serve these arguments."""
-    fmt, pools = PageFormat.parse(rest[-1]), (index_pool, payload_pool)
+    format = next(x for x in rest if isinstance(x, str))
+    fmt, pools = PageFormat.parse(format), (index_pool, payload_pool)
     return (
         fmt.preset == "balanced"
         and query.dtype in FORMATS
@@ -105,6 +106,7 @@ def sparse_decode(
     constants: Tensor,
     scaling: float,
     format: str,
+    recent: Tensor | None = None,
     chosen: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `reference.sparse_decode`. `chosen`, int32 [B, H, T, width], receives the selected slots."""

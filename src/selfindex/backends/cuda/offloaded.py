@@ -8,33 +8,29 @@ import torch
 from torch import Tensor
 
 from ...codec import PageFormat
-from .decode import PAGE_SIZE, Decode
+from .decode import Decode
 from .loader import load
-from .recent import Recent
+from .recent import RecentParams
 
 FETCH_TOKENS = 32
 """Selected tokens a block of the fetching kernel takes, as in fetch.cuh."""
 
 
 class OffloadedDecode(Decode):
-    """A prepared call whose attention finds recently selected tokens on the GPU."""
+    """A prepared call whose attention finds recently selected tokens on the GPU; see `Recent.tensor`."""
 
-    def __init__(self, recent: Recent, query: Tensor, *rest: Any) -> None:
+    def __init__(self, recent: Tensor, query: Tensor, *rest: Any) -> None:
         super().__init__(query, *rest)
-        payload, width, fmt = rest[1], self.params.width, PageFormat.parse(rest[-1])
-        recent.fit(query.shape[0] * width, payload.shape[0] * PAGE_SIZE)
-        self._arguments: list[Any] = [self.params]
-        if recent.sets:
-            self.kernels = self.kernels | load(
-                "offloaded", query.device, fmt.head_dim, self.groups, fmt.value_bits, query.dtype
-            )
-            self._place = torch.empty(self.rows * width, dtype=torch.int32, device=query.device)
-            self._arguments.append(recent.params(self._place.data_ptr()))
+        fmt = PageFormat.parse(rest[-1])
+        self.kernels = self.kernels | load(
+            "offloaded", query.device, fmt.head_dim, self.groups, fmt.value_bits, query.dtype
+        )
+        self._place = torch.empty(self.rows * self.params.width, dtype=torch.int32, device=query.device)
+        self._arguments = [self.params, RecentParams.of(recent, self._place, fmt)]
+        self._recent = recent  # kept alive, as `inputs`
 
     def run(self, stages: tuple[str, ...] = ("decode", "fetch", "attend")) -> tuple[Tensor, Tensor]:
         """Launch the kernels; `stages` leaves some out."""
-        if len(self._arguments) == 1:  # no room for recent tokens: attention reads all from host memory
-            return super().run(stages)
         super().run(tuple(stage for stage in stages if stage == "decode"))
         with torch.cuda.device(self.output.device):
             if "fetch" in stages:
@@ -51,16 +47,15 @@ class OffloadedDecode(Decode):
 
 def prepared(*arguments: Any) -> Decode:
     """A call of `sparse_decode` on a GPU, wherever the payload plane is; arguments of the operator."""
-    recent, fmt = Recent.of(arguments[2]), PageFormat.parse(arguments[-1])
-    # Tokens of the paper preset are read where they are.
-    if recent is None or fmt.preset == "paper":
-        return Decode(*arguments)
-    return OffloadedDecode(recent, *arguments)
+    *stored, recent = arguments if len(arguments) > 10 else (*arguments, None)
+    # Without room for recent tokens, attention reads all of them where they are.
+    there = recent is not None and recent.numel() > 0
+    return OffloadedDecode(recent, *stored) if there else Decode(*stored)
 
 
 def sparse_decode(*arguments: Any) -> tuple[Tensor, Tensor]:
     """The operator `selfindex::sparse_decode` for a supported call; see `decode.sparse_decode`."""
-    query, index, payload, table, counts, budgets, width, constants, scaling, format = arguments
+    query, index, payload, table, counts, budgets, width, constants, *rest = arguments
     batch, heads, new, dim = query.shape
     if new == 1:
         return prepared(*arguments).run()
@@ -72,5 +67,5 @@ def sparse_decode(*arguments: Any) -> tuple[Tensor, Tensor]:
     queries = query.transpose(1, 2).reshape(batch * new, heads, 1, dim)
     own = constants if constants.shape[0] == 1 else repeated(constants)
     rows = repeated(table), repeated(counts), repeated(budgets)
-    output, lse = prepared(queries, index, payload, *rows, width, own, scaling, format).run()
+    output, lse = prepared(queries, index, payload, *rows, width, own, *rest).run()
     return output.view(batch, new, heads, dim).transpose(1, 2), lse.view(batch, new, heads).transpose(1, 2)

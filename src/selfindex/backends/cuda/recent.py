@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import ctypes
 import sys
-import weakref
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from ...codec import PageFormat
+from .decode import HEAD_DIMS, PAGE_SIZE
 
 WAYS = 8
 """As in fetch.cuh."""
 SELECTIONS = 4
 """Entries, in selections of one step: 4 leave a fifth of the misses that 1 would (evals/reuse.py).
 With 0 attention reads all tokens where they are."""
+HEADER, WORD = 16, 8
+"""Bytes of the clock and the count of what was fetched, and of an entry's name."""
 
 
 class RecentParams(ctypes.Structure):
@@ -30,55 +31,73 @@ class RecentParams(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("ways", "data", "scales", "clock", "fetched", "place")),
         ("sets", ctypes.c_int),
     )
-    buffers: tuple[Tensor, ...]
+
+    @staticmethod
+    def of(recent: Tensor, place: Tensor, fmt: PageFormat) -> RecentParams:
+        """Kernel argument for `Recent.tensor`; place: int32 [rows, width], where the kernels meet."""
+        entries, start = _entries(recent, fmt), recent.data_ptr()
+        ways = start + HEADER
+        data = ways + WORD * entries
+        scales, sets = data + _entry_bytes(fmt) * entries, entries // (fmt.kv_heads * WAYS)
+        return RecentParams(ways, data, scales, start, start + 8, place.data_ptr(), sets)
 
 
-_known: weakref.WeakValueDictionary[int, Recent] = weakref.WeakValueDictionary()
+def _entry_bytes(fmt: PageFormat) -> int:
+    """Of a token's magnitudes and values."""
+    token = fmt.payload.sections["magnitudes"].stride
+    assert token is not None
+    return -(-token // 16) * 16
+
+
+def _entries(recent: Tensor, fmt: PageFormat) -> int:
+    return max(0, recent.numel() - HEADER) // (WORD + _entry_bytes(fmt) + 1)
 
 
 class Recent:
     """A set-associative cache of single tokens of one pool, one part a KV head.
 
-    What it holds never changes a result, so it is found by the pool's address and not passed
-    through the operators.
+    It is one tensor, so that it can be passed to `sparse_decode`: the clock, the count of fetched tokens,
+    then the name of every entry, all their magnitudes and values, all their value scales. What it
+    holds never changes a result.
 
-    Args:
-        payload: the pool's payload plane; stays at its address.
+    Attributes:
+        tensor: uint8 [nbytes], empty as long as there is no room for any token.
     """
 
-    def __init__(self, fmt: PageFormat, payload: Tensor) -> None:
-        self._format, self._device = fmt, payload.device
-        empty = payload.new_empty(0)
+    def __init__(self, fmt: PageFormat, device: torch.device) -> None:
+        self._format = fmt
+        with torch.inference_mode(False):
+            self._header = torch.zeros(HEADER, dtype=torch.uint8, device=device)
         # Swapped as one: forks of a cache may share it from several threads.
-        self._buffers = empty, empty, empty
-        self._clock = torch.zeros(2, dtype=torch.int32, device=payload.device)
-        self._fetched = torch.zeros(1, dtype=torch.long, device=payload.device)
+        self.tensor = self._header[:0]
         self._most = sys.maxsize
-        _known[payload.data_ptr()] = self
 
     @staticmethod
-    def of(payload: Tensor) -> Recent | None:
-        """The cache of a payload plane, None if there is none."""
-        return _known.get(payload.data_ptr())
+    def serves(fmt: PageFormat) -> bool:
+        """Whether there are kernels that use it for such pages."""
+        return fmt.preset == "balanced" and fmt.page_size == PAGE_SIZE and fmt.head_dim in HEAD_DIMS
 
     @property
     def nbytes(self) -> int:
-        return sum(x.nbytes for x in (*self._buffers, self._clock, self._fetched))
+        return self.tensor.nbytes + self._header.nbytes
 
     @property
     def address(self) -> int:
         """Changes when a captured graph would look in the wrong place."""
-        return self._buffers[0].data_ptr()
+        return self.tensor.data_ptr()
 
     @property
     def fetched(self) -> int:
         """Tokens of single KV heads that came over the bus for decode steps; waits for the GPU."""
-        return int(self._fetched)
+        return int(self._current_header()[8:].view(torch.int64))
+
+    def _current_header(self) -> Tensor:
+        return self.tensor[:HEADER] if self.tensor.numel() else self._header
 
     def fit(self, selected: int, tokens: int) -> None:
         """Have room for steps that select `selected` tokens a KV head out of `tokens` in the pool."""
         wanted = -(-int(min(SELECTIONS * selected, tokens)) // WAYS)
-        capturing = self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        capturing = self.tensor.is_cuda and torch.cuda.is_current_stream_capturing()
         if wanted <= self.sets or wanted >= self._most or capturing:
             return
         # A little more, since a fractional budget grows with every step.
@@ -86,45 +105,36 @@ class Recent:
         entries = self._format.kv_heads * sets * WAYS
         if entries >= 1 << 31:  # the kernels' places are int32
             return
-        token = self._format.payload.sections["magnitudes"].stride
-        assert token is not None
-        entry = -(-token // 16) * 16
         # Decode steps run in inference mode, `forget` does not.
         with torch.inference_mode(False):
-            empty = partial(torch.empty, dtype=torch.uint8, device=self._device)
-            # The old ones go first: together they may not fit.
-            self._buffers = empty(0), empty(0), empty(0)
+            self._header = self._current_header().clone()
+            # The old one goes first: together they may not fit.
+            self.tensor = self._header[:0]
             try:
-                ways = torch.full((entries,), -1, dtype=torch.long, device=self._device)
-                self._buffers = ways, empty(entries * entry), empty(entries)
+                grown = self._header.new_empty(HEADER + entries * (WORD + _entry_bytes(self._format) + 1))
             except torch.OutOfMemoryError:
                 # It only makes steps faster, and they are to run where memory is short.
                 self._most = wanted
+                return
+            grown[:HEADER] = self._header
+            grown[HEADER : HEADER + WORD * entries] = 0xFF  # -1, the name of nobody
+            self.tensor = grown
 
     @property
     def sets(self) -> int:
         """Sets of entries a KV head; 0 before the first `fit`."""
-        return self._buffers[0].numel() // (self._format.kv_heads * WAYS)
+        return _entries(self.tensor, self._format) // (self._format.kv_heads * WAYS)
 
     def forget(self, blocks: list[int]) -> None:
         """Drop the tokens of blocks whose content changes."""
         if blocks and self.sets:
             # An entry is block, place in its page of PAGE_SIZE = 2^7 tokens, step of 32 bits; -1 is empty.
-            changed = torch.tensor(blocks, device=self._device)
-            ways = self._buffers[0]
+            changed = torch.tensor(blocks, device=self.tensor.device)
+            ways = self.ways
             ways.masked_fill_(torch.isin(ways >> 39, changed), -1)
 
-    def params(self, place: int) -> RecentParams:
-        """Kernel argument, which keeps the buffers alive; `place` is the address of int32 [rows, width]."""
-        buffers = ways, data, scales = self._buffers
-        params = RecentParams(
-            ways=ways.data_ptr(),
-            data=data.data_ptr(),
-            scales=scales.data_ptr(),
-            clock=self._clock.data_ptr(),
-            fetched=self._fetched.data_ptr(),
-            place=place,
-            sets=ways.numel() // (self._format.kv_heads * WAYS),
-        )
-        params.buffers = buffers
-        return params
+    @property
+    def ways(self) -> Tensor:
+        """Names of the entries, int64 [KV heads x sets x WAYS]."""
+        end = HEADER + WORD * _entries(self.tensor, self._format)
+        return self.tensor[min(HEADER, end) : end].view(torch.int64)

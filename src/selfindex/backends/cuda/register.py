@@ -42,7 +42,7 @@ def register(serve: Callable[[str, str, Callable[..., Any]], None]) -> None:
         "sparse_decode": (
             offloaded.sparse_decode,
             lambda query, index, payload, table, counts, budgets, width, *rest: decode.supported(
-                query, index, payload, table, width, PageFormat.parse(rest[-1])
+                query, index, payload, table, width, PageFormat.parse(rest[2])
             ),
         ),
         "dense_attend": (

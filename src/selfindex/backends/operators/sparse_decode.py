@@ -23,9 +23,14 @@ def sparse_decode(
     constants: Tensor,
     scaling: float,
     format: str,
+    recent: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Score every token from the index, select `budgets` of them a row, attend to those.
 
+    Args:
+        budgets: int32 [B], tokens that a row reads; width: most of them.
+        recent: what a backend keeps at hand of an offloaded payload plane, see `cuda.recent`; written to.
+            It changes no result.
     Returns:
         (output [B, Hq, T, d], log-sum-exp [B, Hq, T]), float32.
     """
@@ -41,4 +46,4 @@ def sparse_decode(
     return sparse_attend(query, index_pool, payload_pool, block_table, slots, constants, scaling, format)
 
 
-operator = define(sparse_decode, fake_part)
+operator = define(sparse_decode, fake_part, ("recent",))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
+from ...store.change import extremes
 
 
 class FiniteCheck:
@@ -23,11 +24,12 @@ class FiniteCheck:
 
     def __init__(self) -> None:
         self.deferred = False
-        self._flags: list[tuple[int, Tensor]] = []
+        self._ends: list[tuple[int, list[Tensor]]] = []
+        """Layers, and what is finite if their tokens are."""
 
     def begin(self) -> None:
         """A forward pass begins: forget what an interrupted one has left."""
-        self._flags.clear()
+        self._ends.clear()
 
     def of(self, layer: int) -> Callable[..., None]:
         """What a layer calls with its keys and values."""
@@ -36,9 +38,8 @@ class FiniteCheck:
     def note(self, layer: int, *tensors: Tensor) -> None:
         """Note tensors of a layer; raises as `check` where nothing is to wait for."""
         # A sum would overflow: every number counts.
-        finite = torch.stack([torch.isfinite(x).all() for x in tensors]).all()
-        self._flags.append((layer, finite))
-        if finite.device.type == "cpu" and not self.deferred:
+        self._ends.append((layer, extremes(*tensors)))
+        if tensors[0].device.type == "cpu" and not self.deferred:
             self.check()
 
     def check(self) -> None:
@@ -47,12 +48,13 @@ class FiniteCheck:
         Raises:
             InputError: something is NaN or infinite.
         """
-        flags, self._flags = self._flags, []
-        if not flags:
+        noted, self._ends = self._ends, []
+        if not noted:
             return
-        place = flags[0][1].device
-        finite = torch.stack([flag.to(place) for _, flag in flags]).tolist()
-        bad = [layer for (layer, _), fine in zip(flags, finite, strict=True) if not fine]
+        place = noted[0][1][0].device
+        ends = [(layer, end.to(place)) for layer, ends in noted for end in ends]
+        finite = torch.isfinite(torch.stack([end for _, end in ends])).tolist()
+        bad = [layer for (layer, _), fine in zip(ends, finite, strict=True) if not fine]
         if bad:
             raise InputError(
                 f"layer {bad[0]}: keys or values hold NaN or infinity. Check the model's dtype "

@@ -253,7 +253,8 @@ class SelfIndexLayer(CacheLayerMixin):
         if self.store is None:
             self.lazy_initialization(keys, values)
         assert self.store is not None
-        check = self._cache.finite.of(self.layer_idx)
+        # Of a prompt, `accept` has looked at everything.
+        check = self._cache.finite.of(self.layer_idx) if self.positions else _looked_at
         change = self.store.plan(keys, values, query, valid, scaling, self.record_past, check)
         self.take(change, keys.shape[2])
 
@@ -312,6 +313,10 @@ class SelfIndexLayer(CacheLayerMixin):
     @staticmethod
     def _only_together(method: str) -> NoReturn:
         raise StateError(f"rows and tokens change in all layers at once: call the cache's {method}")
+
+
+def _looked_at(keys: Tensor, values: Tensor) -> None:
+    """Keys and values that have been looked at already."""
 
 
 class LinearAndSelfIndexLayer(LinearAttentionLayer, SelfIndexLayer):  # type: ignore[override]
