@@ -36,6 +36,7 @@ MODULES = {
     "paper_encode": ("paper", "common", "encode", "encode_paper"),
     "dense": ("common", "rotate", "dense_rows", "dense", "dense_wgmma"),
     "paper_dense": ("paper", "common", "rotate", "dense_rows", "dense", "dense_wgmma"),
+    "statistics": ("common", "statistics"),
     "window": ("common", "window"),
 }
 """Source files of each module, in order: they are compiled as one text."""

@@ -14,7 +14,7 @@ from typing import Any
 from ...codec import PageFormat
 from .. import reference
 from ..fallback import with_fallback
-from . import decode, dense, encode, offloaded, window
+from . import decode, dense, encode, offloaded, statistics, window
 from .launch import KernelsUnavailable
 
 
@@ -39,6 +39,7 @@ def register(serve: Callable[[str, str, Callable[..., Any]], None]) -> None:
                 window, window, PageFormat.parse(rest[-1]), rest[:2]
             ),
         ),
+        "prompt_statistics": (statistics.prompt_statistics, statistics.supported),
         "sparse_decode": (
             offloaded.sparse_decode,
             lambda query, index, payload, table, counts, budgets, width, *rest: decode.supported(

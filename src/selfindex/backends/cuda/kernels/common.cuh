@@ -130,6 +130,20 @@ __device__ __forceinline__ float load_input(const void* p, i64 i) {
 #endif
 }
 
+// Four neighbouring elements of the model's dtype.
+__device__ __forceinline__ float4 load4(const void* p, i64 i) {
+#if IN_TYPE == 0
+  return *(const float4*)((const float*)p + i);
+#else
+  const uint2 v = *(const uint2*)((const u16*)p + i);
+#if IN_TYPE == 1
+  return make_float4(half_to_float(v.x & 0xffff), half_to_float(v.x >> 16), half_to_float(v.y & 0xffff), half_to_float(v.y >> 16));
+#else
+  return make_float4(__uint_as_float(v.x << 16), __uint_as_float(v.x & 0xffff0000u), __uint_as_float(v.y << 16), __uint_as_float(v.y & 0xffff0000u));
+#endif
+#endif
+}
+
 // Programmatic dependent launch: the next kernel may start early, and waits for this one's results.
 __device__ __forceinline__ void wait_previous() {
 #if __CUDA_ARCH__ >= 900
