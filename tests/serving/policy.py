@@ -1,4 +1,4 @@
-"""The serving policy in plain PyTorch: one sequence at a time, no engine, whole tensors, operators' twins.
+"""The serving policy in plain PyTorch: one sequence at a time, no engine, whole tensors.
 
 A sequence takes the steps (tokens computed, new tokens) that an engine gave a request, and must come to
 the same tokens. Pages of equal prefixes are shared as the engine shares them.
@@ -10,9 +10,9 @@ import torch
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from selfindex.backends import reference
+from selfindex.backends import ops
 from selfindex.backends.partial import attend_exact, merge_parts
-from selfindex.codec import PageFormat, codec_for
+from selfindex.codec import PageFormat
 from selfindex.config import SelfIndexConfig
 
 
@@ -75,7 +75,10 @@ class Policy:
         prefix = tuple(sequence.tokens[: (page + 1) * self.config.page_size])
         if prefix not in self.shared:
             self.shared[prefix] = {
-                i: (layer.pages[page], {p: layer.raw[p] for p in range(self.config.sinks)} if page == 0 else {})
+                i: (
+                    layer.pages[page],
+                    {p: layer.raw[p] for p in range(self.config.sinks)} if page == 0 else {},
+                )
                 for i, layer in sequence.layers.items()
             }
 
@@ -108,7 +111,7 @@ class Policy:
             k, v = (torch.nn.functional.pad(x, (0, 0, 0, page - x.shape[2])) for x in (k, v))
             counts = torch.tensor([(i + 1) * page - first], dtype=torch.int32)
             del layer.pages[i:]
-            layer.pages.append(codec_for(fmt.name).encode(k, v, counts, constants))
+            layer.pages.append(ops.encode(k, v, counts, constants, fmt.name))
         rest = fmt, constants, scaling, s_aux
         if new > self.few:
             return self._read(sequence, layer, query, computed, computed, True, *rest), None
@@ -137,11 +140,11 @@ class Policy:
             counts[0, 0] -= sinks
             pools = query, index, payload, table, counts
             if dense:
-                parts.append(reference.dense_attend(*pools, constants, scaling, fmt.name))
+                parts.append(ops.dense_attend(*pools, constants, scaling, fmt.name))
             else:
                 budget = self.config.budget_tokens(length, start - sinks)
                 budgets = torch.tensor([budget], dtype=torch.int32)
-                parts.append(reference.sparse_decode(*pools, budgets, budget, constants, scaling, fmt.name))
+                parts.append(ops.sparse_decode(*pools, budgets, budget, constants, scaling, fmt.name))
         return merge_parts(parts, sink_logit).to(query.dtype).transpose(1, 2)
 
     def _sliding(self, layer, query, computed, window, scaling):

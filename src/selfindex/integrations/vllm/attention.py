@@ -19,11 +19,13 @@ from ...backends import ops
 from ...errors import UnsupportedModelError
 from . import specs
 from .backend import WindowLayer, page_backend
+from .balance import fix_at_start
 from .chunks import ChunkReader, encode_chunk
 from .exact import Exact, exact_attention
 from .geometry import Geometry
-from .metadata import PageMetadata, StepPart, WindowMetadata
+from .metadata import Chunk, PageMetadata, StepPart, WindowMetadata
 from .options import drafts, serving_config
+from .plan import Planner
 from .window import write_window
 
 SUFFIX = ".window"
@@ -35,7 +37,8 @@ class PageAttention(AttentionImpl):  # type: ignore[misc]
 
     Attributes:
         geometry: how its tokens lie in the engine's blocks.
-        constants: float32 [1, H, d], the balance; see `measure_balance`.
+        constants: float32 [1, H, d], the balance of keys.
+        balanced: whether it is the model's already; see balance.py.
     """
 
     def __init__(
@@ -73,6 +76,7 @@ class PageAttention(AttentionImpl):  # type: ignore[misc]
         self.sink_logit = sinks
         self.window_name = ""
         self.constants = torch.ones(1, self.num_kv_heads, head_size)
+        self.balanced = False
         self._exact: Exact | None = None
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
@@ -80,6 +84,7 @@ class PageAttention(AttentionImpl):  # type: ignore[misc]
         layers = self.engine.compilation_config.static_forward_context
         name, layer = next((n, x) for n, x in layers.items() if getattr(x, "impl", None) is self)
         specs.register()
+        fix_at_start()
         self.window_name = name + SUFFIX
         self.constants = self.constants.to(self.engine.device_config.device)
         spec, fmt = specs.page_spec(self.geometry), self.geometry.format
@@ -110,6 +115,8 @@ class PageAttention(AttentionImpl):  # type: ignore[misc]
             attn_metadata: None where the engine measures memory, or only keeps other machines company.
         """
         if attn_metadata is None:
+            if query.device.type == "cuda" and not kv_cache.numel():
+                self._reserve(query, key, value, output)
             return output.zero_()
         context = get_forward_context()
         window: Tensor = context.no_compile_layers[self.window_name].kv_cache
@@ -128,11 +135,13 @@ class PageAttention(AttentionImpl):  # type: ignore[misc]
             ops.encode_paged(window, step.row_window, *page, *pools, self.constants, fmt.name)
             output[step.tokens] = self._attend_step(step, new, window, pools, meta.planner.width)
         if meta.chunks:
-            if self._exact is None:
-                self._exact = exact_attention(self.scale, self.head_size, query.dtype, query.device)
-            reader = ChunkReader(self.geometry, self._exact, self.scale, self.sink_logit, self.constants)
-            reader.attend(new, meta, held, window, pools, output)
+            self._reader(query).attend(new, meta, held, window, pools, output)
         return output
+
+    def _reader(self, query: Tensor) -> ChunkReader:
+        if self._exact is None:
+            self._exact = exact_attention(self.scale, self.head_size, query.dtype, query.device)
+        return ChunkReader(self.geometry, self._exact, self.scale, self.sink_logit, self.constants)
 
     def _attend_step(
         self,
@@ -147,9 +156,40 @@ class PageAttention(AttentionImpl):  # type: ignore[misc]
         reads, rest = step.reads, (self.constants, self.scale, self.geometry.format.name)
         part = ops.sparse_decode(query, *pools, step.pages, reads.counts, reads.budgets, width, *rest)
         full = window, step.window, reads.starts, reads.positions, self.geometry.sinks
-        attended = ops.paged_window_attend(
-            query, key, value, *full, *part, self.sink_logit, self.scale
-        )
+        attended = ops.paged_window_attend(query, key, value, *full, *part, self.sink_logit, self.scale)
         return attended[:, 0]
 
+    def _reserve(self, query: Tensor, key: Tensor, value: Tensor, output: Tensor) -> None:
+        """Allocate what the largest steps allocate, where the engine measures memory: there are no blocks yet.
 
+        All tables name one empty page, and a window block that stands for none.
+        """
+        geometry, engine, device = self.geometry, self.engine, query.device
+        longest, tokens = engine.model_config.max_model_len, query.shape[0]
+        pages, blocks = -(-longest // geometry.page), -(-longest // geometry.block)
+        planner = Planner(self.config, geometry, longest, pages, device)
+        rows = min(tokens, engine.scheduler_config.max_num_seqs)
+        integers: dict[str, Any] = {"dtype": torch.int32, "device": device}
+        fmt = geometry.format
+        page = torch.zeros(1, geometry.page_bytes, dtype=torch.uint8, device=device)
+        pools = page[:, : fmt.index_bytes], page[:, fmt.index_bytes :]
+        window = query.new_zeros(1, fmt.kv_heads, geometry.block, 2 * fmt.head_dim)
+        held = WindowMetadata(
+            torch.zeros(rows, blocks, **integers), torch.zeros(tokens, dtype=torch.int64, device=device)
+        )
+        shared = {
+            "planner": planner,
+            "lengths": torch.zeros(rows, **integers),
+            "table": torch.zeros(rows, pages, **integers),
+            "tokens": tokens,
+            "owners": None,
+            "new": 1,
+        }
+        new, every = (query, key, value), slice(0, rows)
+        step = PageMetadata(**shared, rows=every, step_tokens=every, chunks=[]).step(held)
+        assert step is not None
+        self._attend_step(step, new, window, pools, planner.width)
+        if tokens > 1 and longest > geometry.page:
+            chunk = Chunk(0, 0, tokens, longest - 1)
+            meta = PageMetadata(**shared, rows=None, step_tokens=slice(0, 0), chunks=[chunk])
+            self._reader(query).attend(new, meta, held, window, pools, output)

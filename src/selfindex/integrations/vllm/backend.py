@@ -65,7 +65,12 @@ class PageBackend(AttentionBackend):  # type: ignore[misc]
 
     @classmethod
     def get_kv_cache_shape(
-        cls, num_blocks: int, block_size: int, num_kv_heads: int, head_size: int, cache_dtype_str: str = "auto"
+        cls,
+        num_blocks: int,
+        block_size: int,
+        num_kv_heads: int,
+        head_size: int,
+        cache_dtype_str: str = "auto",
     ) -> tuple[int, ...]:
         """Of a layer's tensor, before 0.29; later the spec says it."""
         fmt = PageFormat(cls.preset, num_kv_heads, head_size, block_size, cls.value_bits)
@@ -99,7 +104,12 @@ class WindowBackend(PageBackend):
 
     @classmethod
     def get_kv_cache_shape(
-        cls, num_blocks: int, block_size: int, num_kv_heads: int, head_size: int, cache_dtype_str: str = "auto"
+        cls,
+        num_blocks: int,
+        block_size: int,
+        num_kv_heads: int,
+        head_size: int,
+        cache_dtype_str: str = "auto",
     ) -> tuple[int, ...]:
         return num_blocks, num_kv_heads, block_size, 2 * head_size
 

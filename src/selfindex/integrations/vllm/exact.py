@@ -42,7 +42,9 @@ class PlainExact:
     def held(self, query: Tensor, keys: Tensor, values: Tensor, used: Tensor) -> Part:
         count = int(used)
         if not count:
-            return torch.zeros_like(query), query.new_full(query.shape[1::-1], -torch.inf, dtype=torch.float32)
+            return torch.zeros_like(query), query.new_full(
+                query.shape[1::-1], -torch.inf, dtype=torch.float32
+            )
         q, k, v = (x.transpose(0, 1)[None].contiguous() for x in (query, keys[:count], values[:count]))
         output, lse = attend_plain(q, k, v, self.scaling, causal=False)
         return output[0].transpose(0, 1), lse[0]

@@ -103,6 +103,12 @@ class WindowManager(SlidingWindowManager):  # type: ignore[misc]
 
     @classmethod
     def reachable_block_mask(
-        cls, start_block: int, end_block: int, alignment_tokens: int | None, kv_cache_spec: Any, *args: Any, **kwargs: Any
+        cls,
+        start_block: int,
+        end_block: int,
+        alignment_tokens: int | None,
+        kv_cache_spec: Any,
+        *args: Any,
+        **kwargs: Any,
     ) -> list[bool]:
         return [i < kv_cache_spec.front for i in range(start_block, end_block)]

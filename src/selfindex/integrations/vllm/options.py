@@ -15,7 +15,7 @@ from .plugin import BACKEND, OPTION
 DRAFTERS = ("ngram", "ngram_gpu", "suffix")
 """Speculative methods that keep nothing in the KV cache."""
 
-HOW = "--attention-backend CUSTOM --additional-config '{\"selfindex\": {\"budget\": 0.05}}'"
+HOW = '--attention-backend CUSTOM --additional-config \'{"selfindex": {"budget": 0.05}}\''
 
 
 def serving_config(vllm_config: Any) -> SelfIndexConfig:
@@ -28,7 +28,9 @@ def serving_config(vllm_config: Any) -> SelfIndexConfig:
     if given is None:
         raise ConfigError(f"the attention backend CUSTOM is selfindex's here, start vLLM with {HOW}")
     if not isinstance(given, dict):
-        raise ConfigError(f"additional_config[{OPTION!r}] must hold options by name, got {given!r}; as in {HOW}")
+        raise ConfigError(
+            f"additional_config[{OPTION!r}] must hold options by name, got {given!r}; as in {HOW}"
+        )
     return SelfIndexConfig.make(**given)
 
 
@@ -56,7 +58,9 @@ def check(vllm_config: Any) -> None:
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
     if attention.backend is not None:
-        attention.backend_per_kind = {"full_attention": AttentionBackendEnum.CUSTOM} | attention.backend_per_kind
+        attention.backend_per_kind = {
+            "full_attention": AttentionBackendEnum.CUSTOM
+        } | attention.backend_per_kind
         attention.backend = None
     if not cache.user_specified_block_size:
         cache.block_size, cache.user_specified_block_size = config.page_size, True
@@ -109,9 +113,7 @@ def _refusals(config: SelfIndexConfig, vllm_config: Any) -> Iterator[tuple[bool,
         ConfigError,
         "KV connectors do not know encoded pages: leave --kv-transfer-config out",
     )
-    contexts = (
-        getattr(parallel, f"{kind}_context_parallel_size", 1) for kind in ("decode", "prefill")
-    )
+    contexts = (getattr(parallel, f"{kind}_context_parallel_size", 1) for kind in ("decode", "prefill"))
     yield (
         any(size > 1 for size in contexts),
         ConfigError,
@@ -166,9 +168,7 @@ def _option_refusals(config: SelfIndexConfig) -> Iterator[tuple[bool, type[Excep
     )
 
 
-def _draft_refusals(
-    config: SelfIndexConfig, vllm_config: Any
-) -> Iterator[tuple[bool, type[Exception], str]]:
+def _draft_refusals(config: SelfIndexConfig, vllm_config: Any) -> Iterator[tuple[bool, type[Exception], str]]:
     speculative, most = vllm_config.speculative_config, min(config.recent, config.page_size // 2 - 1)
     method = None if speculative is None else speculative.method
     yield (

@@ -109,5 +109,3 @@ class Planner:
         blocks = torch.where(due & (block > 0), block, -1)
         sinks = torch.where(page == 0, geometry.sinks, 0)
         return Writes(first.clamp(min=0) + sinks, geometry.page - sinks, blocks)
-
-

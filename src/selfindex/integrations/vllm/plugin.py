@@ -6,11 +6,16 @@ comes through here.
 
 from __future__ import annotations
 
+import os
 from functools import wraps
+from importlib.metadata import entry_points
 from typing import Any
 
 OPTION = "selfindex"
 """Key of `--additional-config` whose value are the options of `SelfIndexConfig`."""
+
+GROUP, NAME = "vllm.general_plugins", "selfindex"
+"""Entry point of the plugin: its group and name."""
 
 BACKEND = "selfindex.integrations.vllm.backend.PageBackend"
 
@@ -28,6 +33,22 @@ def register() -> None:
     if not AttentionBackendEnum.CUSTOM.is_overridden():
         register_backend(AttentionBackendEnum.CUSTOM, BACKEND)
     _watch_config(only_refuse=False)
+
+
+def state() -> tuple[bool, str]:
+    """Whether vLLM will load the plugin, and with which version or why not; imports nothing of vLLM."""
+    from ...versions import vllm_problem, vllm_version
+
+    version = vllm_version()
+    problem = vllm_problem(version)
+    if problem is not None:
+        return False, problem
+    if not any(entry.name == NAME for entry in entry_points(group=GROUP)):
+        return False, f"vLLM {version} does not see the plugin: install selfindex again, as a package"
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is not None and NAME not in allowed.split(","):
+        return False, f"VLLM_PLUGINS={allowed} keeps vLLM {version} from loading the plugin: add {NAME}"
+    return True, f"{version} loads the plugin"
 
 
 def _watch_config(only_refuse: bool) -> None:
