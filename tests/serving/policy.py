@@ -35,6 +35,7 @@ class Sequence:
     tokens: list[int]
     layers: dict[int, Layer] = field(default_factory=dict)
     low: int = 0
+    done: int = 0
 
 
 class Policy:
@@ -57,10 +58,10 @@ class Policy:
     @torch.inference_mode()
     def step(self, sequence, computed, new):
         """Compute `new` tokens behind `computed` ones; append the next token if these were the last."""
-        if computed == 0:
+        if computed != sequence.done:  # started with a prefix that was there, or again after preemption
             sequence.layers, sequence.low = {}, 0
-        elif not sequence.layers:
             self._hit(sequence, computed)
+        sequence.done = computed + new
         self.current = sequence, computed
         ids = torch.tensor([sequence.tokens[computed : computed + new]])
         positions = torch.arange(computed, computed + new)[None]

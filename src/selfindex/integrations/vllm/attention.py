@@ -116,7 +116,10 @@ class PageAttention(AttentionImpl):  # type: ignore[misc]
         """
         if attn_metadata is None:
             if query.device.type == "cuda" and not kv_cache.numel():
-                self._reserve(query, key, value, output)
+                layers = self.engine.compilation_config.static_forward_context.values()
+                impls = (getattr(layer, "impl", None) for layer in layers)
+                if self is next(impl for impl in impls if isinstance(impl, PageAttention)):
+                    self._reserve(query, key, value, output)
             return output.zero_()
         context = get_forward_context()
         window: Tensor = context.no_compile_layers[self.window_name].kv_cache
@@ -153,10 +156,15 @@ class PageAttention(AttentionImpl):  # type: ignore[misc]
     ) -> Tensor:
         """Attention of tokens that select for themselves: [n, Hq, d]."""
         query, key, value = (x[step.tokens][:, :, None] for x in new)
-        reads, rest = step.reads, (self.constants, self.scale, self.geometry.format.name)
-        part = ops.sparse_decode(query, *pools, step.pages, reads.counts, reads.budgets, width, *rest)
-        full = window, step.window, reads.starts, reads.positions, self.geometry.sinks
-        attended = ops.paged_window_attend(query, key, value, *full, *part, self.sink_logit, self.scale)
+        reads, name = step.reads, self.geometry.format.name
+        part = ops.sparse_decode(
+            *(query, *pools, step.pages, reads.counts, reads.budgets, width),
+            *(self.constants, self.scale, name),
+        )
+        attended = ops.paged_window_attend(
+            *(query, key, value, window, step.window, reads.starts, reads.positions),
+            *(self.geometry.sinks, *part, self.sink_logit, self.scale),
+        )
         return attended[:, 0]
 
     def _reserve(self, query: Tensor, key: Tensor, value: Tensor, output: Tensor) -> None:
@@ -177,19 +185,13 @@ class PageAttention(AttentionImpl):  # type: ignore[misc]
         held = WindowMetadata(
             torch.zeros(rows, blocks, **integers), torch.zeros(tokens, dtype=torch.int64, device=device)
         )
-        shared = {
-            "planner": planner,
-            "lengths": torch.zeros(rows, **integers),
-            "table": torch.zeros(rows, pages, **integers),
-            "tokens": tokens,
-            "owners": None,
-            "new": 1,
-        }
-        new, every = (query, key, value), slice(0, rows)
-        step = PageMetadata(**shared, rows=every, step_tokens=every, chunks=[]).step(held)
+        lengths, table = torch.zeros(rows, **integers), torch.zeros(rows, pages, **integers)
+        every, none = slice(0, rows), slice(0, 0)
+        step = PageMetadata(planner, lengths, table, tokens, every, None, 1, every, []).step(held)
         assert step is not None
+        new = query, key, value
         self._attend_step(step, new, window, pools, planner.width)
         if tokens > 1 and longest > geometry.page:
-            chunk = Chunk(0, 0, tokens, longest - 1)
-            meta = PageMetadata(**shared, rows=None, step_tokens=slice(0, 0), chunks=[chunk])
+            chunks = [Chunk(0, 0, tokens, longest - 1)]
+            meta = PageMetadata(planner, lengths, table, tokens, None, None, 1, none, chunks)
             self._reader(query).attend(new, meta, held, window, pools, output)

@@ -72,7 +72,7 @@ class Planner:
         """Pages behind `encoded_below` that a prefix hit may have left without full-precision tokens."""
 
     def _lost(self, table: Tensor, page: Tensor, last: Tensor) -> Tensor:
-        """bool [n]: whether a page below position `last` came with a prefix hit, encoded only.
+        """Whether a page below position `last` came with a prefix hit, encoded only: bool [n].
 
         A hit is a number of whole pages, so the page's last window block tells; the sinks are in others.
         """
@@ -95,7 +95,7 @@ class Planner:
         return Reads(starts, positions, counts, torch.where(encoded <= config.dense_below, encoded, wanted))
 
     def writes(self, lengths: Tensor, new: Tensor | int, page_table: Tensor, window_table: Tensor) -> Writes:
-        """The last page of rows of `lengths` tokens, the last `new` of them of this step, if it has to be encoded.
+        """The last page of rows of `lengths` tokens, `new` of them of this step, if it has to be encoded.
 
         That is one which ends in this step, or among the drafts of the last one: encoded then, they may
         have been rejected since. A page that is encoded twice gets the same bytes.

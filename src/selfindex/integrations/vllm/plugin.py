@@ -1,4 +1,4 @@
-"""What vLLM calls when it loads plugins: registers the backend, and acts on nothing but the option `selfindex`.
+"""What vLLM calls when it loads plugins: registers the backend, acts on the option `selfindex` alone.
 
 Imports nothing of vLLM, PyTorch or the cache until then: every process of every vLLM of this installation
 comes through here.

@@ -1,4 +1,4 @@
-"""What the engine is told about a layer's memory: pages of all tokens, and a window of full-precision ones."""
+"""What the engine is told of a layer's memory: pages of all tokens, a window of full-precision ones."""
 
 from __future__ import annotations
 
