@@ -61,6 +61,7 @@ STEPS = 64
 
 
 def main() -> None:
+    """Measure all caches, or, in a process started for it, one of them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--caches", nargs="+", default=list(CACHES), choices=list(CACHES))
@@ -103,10 +104,11 @@ def run_all(arguments: argparse.Namespace) -> None:
 
 
 def summary(name: str, result: dict[str, Any]) -> str:
+    """What was measured with one cache, in words."""
     lines = [f"{name}: vLLM {result['vllm']}, capacity {result['capacity']:,} tokens"]
     for row in result.get("single", ()):
         lines.append(
-            f"  1 x {row['length']}: first token {row['first_ms']:.0f} ms, then {row['step_ms']:.2f} ms a token"
+            f"  1 x {row['length']}: first token {row['first_ms']:.0f} ms, {row['step_ms']:.2f} ms a token"
         )
     for row in result.get("saturated", ()):
         lines.append(
@@ -148,10 +150,12 @@ def measure(arguments: argparse.Namespace) -> None:
 
 
 def save(path: Path, result: dict[str, Any]) -> None:
+    """Write what there is so far."""
     path.write_text(json.dumps(result))
 
 
 def make_engine(folder: str, arguments: argparse.Namespace) -> Any:
+    """The engine of one cache."""
     from vllm import LLM
 
     sizes = sorted({1, 2, 4, *range(8, arguments.most + 1, 8), arguments.most})
@@ -213,7 +217,7 @@ def single(engine: Any, length: int) -> dict[str, Any]:
     run(engine, 1, length, 4)
     rows = []
     for _ in range(3):
-        whole, first, steps = run(engine, 1, length, STEPS)
+        whole, first, _ = run(engine, 1, length, STEPS)
         rows.append((first, (whole - first) / (STEPS - 1)))
     first, step = (min(column) for column in zip(*rows, strict=True))
     return {"length": length, "first_ms": first * 1e3, "step_ms": step * 1e3}

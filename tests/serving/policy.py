@@ -81,6 +81,7 @@ class Policy:
                     {p: layer.raw[p] for p in range(self.config.sinks)} if page == 0 else {},
                 )
                 for i, layer in sequence.layers.items()
+                if layer.pages
             }
 
     def _hit(self, sequence, computed):

@@ -18,7 +18,6 @@ from vllm.v1.attention.backend import AttentionImpl
 from ...backends import ops
 from ...errors import UnsupportedModelError
 from . import specs
-from .backend import WindowLayer, page_backend
 from .balance import fix_at_start
 from .chunks import ChunkReader, encode_chunk
 from .exact import Exact, exact_attention
@@ -32,7 +31,7 @@ SUFFIX = ".window"
 """Behind a layer's name: the pseudo-layer of its full-precision tokens."""
 
 
-class PageAttention(AttentionImpl):  # type: ignore[misc]
+class PageAttention(AttentionImpl):
     """Attention of one layer over encoded pages and full-precision tokens.
 
     Attributes:
@@ -87,13 +86,14 @@ class PageAttention(AttentionImpl):  # type: ignore[misc]
         fix_at_start()
         self.window_name = name + SUFFIX
         self.constants = self.constants.to(self.engine.device_config.device)
-        spec, fmt = specs.page_spec(self.geometry), self.geometry.format
+        size = specs.block_bytes(self.geometry, layers.values())
+        spec, backend = specs.page_spec(self.geometry, size), layer.attn_backend
         layer.get_kv_cache_spec = types.MethodType(lambda layer, vllm_config: spec, layer)
-        layer.attn_backend = page_backend(fmt.preset, fmt.value_bits, fmt.page_size)
-        window = specs.window_spec(self.geometry, self.engine.max_concurrent_batches)
-        layers[self.window_name] = WindowLayer(window)
+        layer.attn_backend = backend.of(self.geometry.format)
+        window = specs.window_spec(self.geometry, size, self.engine.max_concurrent_batches)
+        layers[self.window_name] = backend.window_layer(window)
         # Layers that stay with the engine fit their blocks into ours.
-        self.engine.cache_config.skip_page_size_padded = self.geometry.page_bytes
+        self.engine.cache_config.skip_page_size_padded = size
 
     def forward(
         self,
@@ -157,18 +157,15 @@ class PageAttention(AttentionImpl):  # type: ignore[misc]
         """Attention of tokens that select for themselves: [n, Hq, d]."""
         query, key, value = (x[step.tokens][:, :, None] for x in new)
         reads, name = step.reads, self.geometry.format.name
-        part = ops.sparse_decode(
-            *(query, *pools, step.pages, reads.counts, reads.budgets, width),
-            *(self.constants, self.scale, name),
-        )
-        attended = ops.paged_window_attend(
-            *(query, key, value, window, step.window, reads.starts, reads.positions),
-            *(self.geometry.sinks, *part, self.sink_logit, self.scale),
-        )
+        stored = query, *pools, step.pages, reads.counts, reads.budgets
+        part = ops.sparse_decode(*stored, width, self.constants, self.scale, name)
+        full = query, key, value, window, step.window, reads.starts, reads.positions
+        sinks = self.geometry.sinks
+        attended = ops.paged_window_attend(*full, sinks, *part, self.sink_logit, self.scale)
         return attended[:, 0]
 
     def _reserve(self, query: Tensor, key: Tensor, value: Tensor, output: Tensor) -> None:
-        """Allocate what the largest steps allocate, where the engine measures memory: there are no blocks yet.
+        """Allocate what the largest steps do, where the engine measures memory: there are no blocks yet.
 
         All tables name one empty page, and a window block that stands for none.
         """

@@ -15,15 +15,25 @@ from .metadata import PageBuilder, WindowBuilder
 from .specs import WindowSpec
 
 
-class PageBackend(AttentionBackend):  # type: ignore[misc]
+class PageBackend(AttentionBackend):
     """Backend of the layers whose cache is encoded.
 
     Attributes:
-        preset, value_bits, page_size: of the pages; see `page_backend`.
+        preset, value_bits, page_size: of the pages, see `of`.
     """
 
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float32, torch.float16, torch.bfloat16]
     preset, value_bits, page_size = "balanced", 2, 128
+
+    @staticmethod
+    def of(fmt: PageFormat) -> type[PageBackend]:
+        """The backend for pages of a format: the engine asks a class, not a layer, for shapes."""
+        return _backend_of(fmt.preset, fmt.value_bits, fmt.page_size)
+
+    @staticmethod
+    def window_layer(spec: WindowSpec) -> WindowLayer:
+        """The pseudo-layer of a layer's full-precision tokens."""
+        return WindowLayer(spec)
 
     @staticmethod
     def get_name() -> str:
@@ -84,13 +94,6 @@ class PageBackend(AttentionBackend):  # type: ignore[misc]
         return KVCacheLayout.LBHNC, KVCacheLayout.BLHNC
 
 
-@lru_cache
-def page_backend(preset: str, value_bits: int, page_size: int) -> type[PageBackend]:
-    """The backend for pages of these options: the engine asks a class, not a layer, for shapes."""
-    own = {"preset": preset, "value_bits": value_bits, "page_size": page_size}
-    return type(f"PageBackend_{preset}_{value_bits}_{page_size}", (PageBackend,), own)
-
-
 class WindowBackend(PageBackend):
     """Backend of the pseudo-layers that hold full-precision tokens; runs nothing."""
 
@@ -114,7 +117,7 @@ class WindowBackend(PageBackend):
         return num_blocks, num_kv_heads, block_size, 2 * head_size
 
 
-class WindowLayer(AttentionLayerBase):  # type: ignore[misc]
+class WindowLayer(AttentionLayerBase):
     """Stands for the full-precision tokens of one attention layer, so that the engine gives them blocks.
 
     Attributes:
@@ -129,3 +132,9 @@ class WindowLayer(AttentionLayerBase):  # type: ignore[misc]
 
     def get_kv_cache_spec(self, vllm_config: Any) -> WindowSpec:
         return self.spec
+
+
+@lru_cache
+def _backend_of(preset: str, value_bits: int, page_size: int) -> type[PageBackend]:
+    own = {"preset": preset, "value_bits": value_bits, "page_size": page_size}
+    return type(f"PageBackend_{preset}_{value_bits}_{page_size}", (PageBackend,), own)

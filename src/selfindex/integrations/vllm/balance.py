@@ -58,30 +58,32 @@ def _fixing(ask: Any) -> Any:
 
 def fix(runner: Any) -> None:
     """Give every encoded layer of a runner's model its balance, unless it has it."""
-    from .attention import PageAttention
-
     engine = runner.vllm_config
     layers = {
         name: layer
         for name, layer in engine.compilation_config.static_forward_context.items()
-        if isinstance(getattr(layer, "impl", None), PageAttention)
+        if hasattr(getattr(layer, "impl", None), "balanced")
     }
     todo = [layer for layer in layers.values() if not layer.impl.balanced]
     if not todo:
         return
-    config = todo[0].impl.config
-    if config.profile is not None:
-        found = _from_profile(config.profile, layers)
-    else:
-        path = _place(runner)
-        found = _load(path, layers)
-        if not _all_ranks(found is not None):
-            found = _measure(runner, layers)
-            _save(found, path, layers)
-    assert found is not None
+    profile = todo[0].impl.config.profile
+    found = _found(runner, layers) if profile is None else _from_profile(profile, layers)
     for name, layer in layers.items():
         layer.impl.constants = found[name].to(layer.impl.constants.device, torch.float32)[None]
         layer.impl.balanced = True
+
+
+def _found(runner: Any, layers: dict[str, Any]) -> dict[str, Tensor]:
+    """What was measured at an earlier start, or is now."""
+    path = _place(runner)
+    found = _load(path, layers)
+    everywhere = _all_ranks(found is not None)
+    if found is not None and everywhere:
+        return found
+    measured = _measure(runner, layers)
+    _save(measured, path, layers)
+    return measured
 
 
 def layer_index(name: str) -> int:
@@ -103,8 +105,8 @@ def _from_profile(path: str | Path, layers: dict[str, Any]) -> dict[str, Tensor]
         if balance is None or balance.shape[1] != dim or balance.shape[0] % heads:
             shape = None if balance is None else tuple(balance.shape)
             raise FormatError(
-                f"the profile {path} has {shape} for layer {index}, this model needs heads of {dim} channels, "
-                f"{heads} on each rank; it was made for another model"
+                f"the profile {path} has {shape} for layer {index}, this model needs heads of {dim} "
+                f"channels, {heads} on each rank; it was made for another model"
             )
         # With fewer KV heads than ranks, some ranks hold the same ones.
         first = rank * balance.shape[0] // ranks
@@ -186,6 +188,7 @@ def _text_ids(runner: Any) -> list[int]:
     count, model = _tokens(runner), runner.model_config
     if not model.skip_tokenizer_init:
         from pydoc_data import topics
+
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(
@@ -222,8 +225,7 @@ class _Measuring:
         output: Tensor,
         **further: Any,
     ) -> Tensor:
-        heads, dim = key.shape[1:]
-        square = query.float().square().unflatten(1, (heads, -1)).mean((0, 2))
+        square = query.float().square().unflatten(1, (key.shape[1], -1)).mean((0, 2))
         self.balance = measure_balance(key.transpose(0, 1)[None], square)
         q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
         window = getattr(layer, "sliding_window", None)
@@ -273,7 +275,7 @@ def _measure(runner: Any, layers: dict[str, Any]) -> dict[str, Tensor]:
     missing = [name for name, balance in found.items() if balance is None]
     if missing:
         raise ConfigError(
-            f"the balance of keys could not be measured in {missing[0]}: make a file with `selfindex profile` "
-            "and give it as profile"
+            f"the balance of keys could not be measured in {missing[0]}: "
+            "make a file with `selfindex profile` and give it as profile"
         )
     return {name: balance.cpu() for name, balance in found.items() if balance is not None}

@@ -91,7 +91,7 @@ class ChunkReader:
             packed = [x[chunks[0].first : chunks[-1].last] for x in new]
         else:
             packed = [torch.cat([x[c.first : c.last] for c in chunks]) for x in new]
-        attended, sums = self.exact.causal(*packed, lengths)
+        attended, sums = self.exact.causal(packed[0], packed[1], packed[2], lengths)
         reads = meta.once("chunks", lambda: self._reads(meta, held))
         parts = zip(chunks, attended.split(lengths), sums.split(lengths, 1), range(len(chunks)), strict=True)
         for chunk, own, lse, i in parts:
@@ -106,8 +106,8 @@ class ChunkReader:
                     part, total = self.exact.held(queries, *before[0])
                     joined.append((_by_head(part), total[None]))
                     if before[1] is not None:
-                        rest = self.constants, self.scaling, self.geometry.format.name
-                        joined.append(ops.dense_attend(_by_head(queries), *pools, *before[1], *rest))
+                        stored = _by_head(queries), *pools, *before[1], self.constants
+                        joined.append(ops.dense_attend(*stored, self.scaling, self.geometry.format.name))
                 merged = merge_parts(joined, self.sink_logit)[0].transpose(0, 1)
                 output[chunk.first + t : chunk.first + t + len(queries)] = merged
 
@@ -122,7 +122,7 @@ class ChunkReader:
     def _before(
         self, chunk: Chunk, meta: PageMetadata, held: WindowMetadata, window: Tensor, reads: Reads, i: int
     ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor] | None]:
-        """(keys, values and number of the full-precision tokens before a chunk), (its pages, their counts)."""
+        """(keys, values and number of full-precision tokens before a chunk), (its pages, their counts)."""
         geometry, start = self.geometry, reads.starts[i]
         most = min(chunk.computed, geometry.sinks + geometry.window)
         sinks = start.clamp(max=geometry.sinks)

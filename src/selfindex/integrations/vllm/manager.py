@@ -9,7 +9,7 @@ from vllm.v1.core.kv_cache_utils import KVCacheBlock, resolve_block_hashes
 from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
 
 
-class WindowManager(SlidingWindowManager):  # type: ignore[misc]
+class WindowManager(SlidingWindowManager):
     """Manager of a group of `WindowSpec` layers.
 
     It differs from a sliding window in three ways. The front blocks, which hold the sinks, are never

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import torch
@@ -20,7 +21,7 @@ Made = TypeVar("Made")
 
 
 class Once:
-    """Makes what all layers of a step ask for alike at the first call; within a graph, it is recorded there."""
+    """Makes what all layers of a step ask for, at the first call; a graph records it there."""
 
     def __init__(self) -> None:
         self._made: dict[str, Any] = {}
@@ -123,7 +124,7 @@ class PageMetadata(AttentionMetadata):
         return StepPart(self.step_tokens, pages, held, reads, row_window, writes)
 
 
-class WindowBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
+class WindowBuilder(AttentionMetadataBuilder):
     """Builds `WindowMetadata`."""
 
     _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
@@ -141,7 +142,7 @@ class WindowBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
         return WindowMetadata(common.block_table_tensor[: common.num_reqs], common.slot_mapping)
 
 
-class PageBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
+class PageBuilder(AttentionMetadataBuilder):
     """Builds `PageMetadata`."""
 
     _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
@@ -170,8 +171,8 @@ class PageBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
         common = common_attn_metadata
         table = common.block_table_tensor[: common.num_reqs]
         place = common.query_start_loc_cpu[: common.num_reqs + 1].tolist()
-        new = [last - first for first, last in zip(place, place[1:], strict=False)]
-        shared = {
+        new = [last - first for first, last in pairwise(place)]
+        shared: dict[str, Any] = {
             "planner": self.planner(table.shape[1]),
             "lengths": common.seq_lens[: common.num_reqs],
             "table": table,
@@ -180,8 +181,8 @@ class PageBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
         single = new.count(1)
         if new[:single] == [1] * single and not any(new[single:]):
             # A decode step; behind its rows there may be padding, of no tokens by the host's count.
-            rows = slice(0, min(len(new), shared["tokens"]))
-            return PageMetadata(**shared, rows=rows, owners=None, new=1, step_tokens=rows, chunks=[])
+            every = slice(0, min(len(new), shared["tokens"]))
+            return PageMetadata(**shared, rows=every, owners=None, new=1, step_tokens=every, chunks=[])
         lengths = self._lengths(common)
         chunks = [
             Chunk(row, place[row], place[row + 1], lengths[row] - n)

@@ -10,7 +10,7 @@ from ...codec.rotation import HEAD_DIMS
 from ...config import SelfIndexConfig
 from ...errors import ConfigError, UnsupportedModelError
 from ...versions import vllm_problem, vllm_version
-from .plugin import BACKEND, OPTION
+from .names import BACKEND, OPTION
 
 DRAFTERS = ("ngram", "ngram_gpu", "suffix")
 """Speculative methods that keep nothing in the KV cache."""
@@ -78,18 +78,19 @@ def _refusals(config: SelfIndexConfig, vllm_config: Any) -> Iterator[tuple[bool,
     yield (
         custom.get_path() != BACKEND,
         ConfigError,
-        f"another plugin has taken the attention backend CUSTOM ({custom.get_path()}); set VLLM_PLUGINS=selfindex",
+        f"the attention backend CUSTOM is another plugin's ({custom.get_path()}); set VLLM_PLUGINS=selfindex",
     )
     yield from _option_refusals(config)
     yield (
         model.use_mla,
         UnsupportedModelError,
-        "multi-head latent attention (MLA) keeps no keys per head that could be encoded; serve this model without selfindex",
+        "multi-head latent attention (MLA) keeps no keys per head that could be encoded; "
+        "serve this model without selfindex",
     )
     yield (
         model.is_encoder_decoder or model.runner_type != "generate",
         UnsupportedModelError,
-        "selfindex serves decoder-only models that generate; encoder-decoder and pooling models are not supported",
+        "selfindex serves decoder-only models that generate, no encoder-decoder or pooling models",
     )
     size = model.get_head_size()
     yield (
@@ -101,12 +102,12 @@ def _refusals(config: SelfIndexConfig, vllm_config: Any) -> Iterator[tuple[bool,
     yield (
         cache.cache_dtype not in ("auto", dtype),
         ConfigError,
-        f"--kv-cache-dtype {cache.cache_dtype} contradicts selfindex, which encodes the cache itself: leave it out",
+        f"--kv-cache-dtype {cache.cache_dtype}: selfindex encodes the cache itself, leave this out",
     )
     yield (
         cache.user_specified_block_size and cache.block_size != config.page_size,
         ConfigError,
-        f"--block-size {cache.block_size} is not page_size {config.page_size}: a block holds one page; leave it out",
+        f"--block-size {cache.block_size} is not page_size {config.page_size}, leave it out",
     )
     yield (
         vllm_config.kv_transfer_config is not None,
@@ -143,7 +144,7 @@ def _option_refusals(config: SelfIndexConfig) -> Iterator[tuple[bool, type[Excep
     yield (
         config.preset != "balanced",
         ConfigError,
-        "preset='paper' takes its statistics from one prompt and shares no pages; serve with preset='balanced'",
+        "preset='paper' takes its statistics from one prompt and shares no pages; use 'balanced' in vLLM",
     )
     yield config.offloading, ConfigError, "offloading is not supported in vLLM, whose pages stay on the GPU"
     yield (
@@ -159,7 +160,7 @@ def _option_refusals(config: SelfIndexConfig) -> Iterator[tuple[bool, type[Excep
     yield (
         config.page_size % 16 != 0 or config.page_size < 32,
         ConfigError,
-        f"page_size is vLLM's block size here and must be a multiple of 16 from 32 on, got {config.page_size}",
+        f"page_size is a block in vLLM and must be a multiple of 16 from 32 on, got {config.page_size}",
     )
     yield (
         config.sinks > config.page_size // 2,
@@ -179,5 +180,5 @@ def _draft_refusals(config: SelfIndexConfig, vllm_config: Any) -> Iterator[tuple
     yield (
         drafts(vllm_config) > most,
         ConfigError,
-        f"num_speculative_tokens may be at most {most} with recent={config.recent}, got {drafts(vllm_config)}",
+        f"num_speculative_tokens is {drafts(vllm_config)}, recent={config.recent} serves at most {most}",
     )

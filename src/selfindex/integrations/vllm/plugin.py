@@ -11,13 +11,7 @@ from functools import wraps
 from importlib.metadata import entry_points
 from typing import Any
 
-OPTION = "selfindex"
-"""Key of `--additional-config` whose value are the options of `SelfIndexConfig`."""
-
-GROUP, NAME = "vllm.general_plugins", "selfindex"
-"""Entry point of the plugin: its group and name."""
-
-BACKEND = "selfindex.integrations.vllm.backend.PageBackend"
+from .names import BACKEND, GROUP, NAME, OPTION
 
 
 def register() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -18,7 +18,7 @@ _DESCRIBES_CELLS = "state_content_bytes" in {field.name for field in fields(Full
 
 
 @dataclass(frozen=True, kw_only=True)
-class PageSpec(FullAttentionSpec):  # type: ignore[misc]
+class PageSpec(FullAttentionSpec):
     """A block is one encoded page: `page_bytes` opaque bytes."""
 
     page_bytes: int = 0
@@ -37,7 +37,7 @@ class PageSpec(FullAttentionSpec):  # type: ignore[misc]
 
 
 @dataclass(frozen=True, kw_only=True)
-class WindowSpec(SlidingWindowSpec):  # type: ignore[misc]
+class WindowSpec(SlidingWindowSpec):
     """Sinks and recent tokens in full precision, in blocks padded to a page's size.
 
     Attributes:
@@ -55,8 +55,24 @@ class WindowSpec(SlidingWindowSpec):  # type: ignore[misc]
         return self.front + (self.batches + 1) * (-(-self.kept // self.block_size) + 1)
 
 
-def page_spec(geometry: Geometry) -> PageSpec:
-    """Spec of an attention layer."""
+def block_bytes(geometry: Geometry, layers: Iterable[Any]) -> int:
+    """Bytes of a block: of a page, or of the smallest block of a layer that stays with the engine, if larger.
+
+    Args:
+        layers: all attention layers of a model.
+    """
+    found = [geometry.page_bytes]
+    for layer in layers:
+        if getattr(layer, "sliding_window", None) is not None:
+            sizes = layer.attn_backend.get_supported_kernel_block_sizes()
+            smallest = min(getattr(size, "base", size) for size in sizes)
+            token = 2 * layer.num_kv_heads * layer.head_size * layer.kv_cache_torch_dtype.itemsize
+            found.append(smallest * token)
+    return max(found)
+
+
+def page_spec(geometry: Geometry, padded: int) -> PageSpec:
+    """Spec of an attention layer, in blocks of `padded` bytes."""
     fmt, size = geometry.format, geometry.page_bytes
     cells = {}
     if _DESCRIBES_CELLS:
@@ -67,11 +83,12 @@ def page_spec(geometry: Geometry) -> PageSpec:
         head_size=fmt.head_dim,
         dtype=torch.uint8,
         page_bytes=size,
+        page_size_padded=padded if padded > size else None,
         **cells,
     )
 
 
-def window_spec(geometry: Geometry, batches: int) -> WindowSpec:
+def window_spec(geometry: Geometry, padded: int, batches: int) -> WindowSpec:
     """Spec of the pseudo-layer that stands for an attention layer's full-precision tokens."""
     return WindowSpec(
         block_size=geometry.block,
@@ -79,7 +96,7 @@ def window_spec(geometry: Geometry, batches: int) -> WindowSpec:
         head_size=geometry.format.head_dim,
         dtype=geometry.dtype,
         sliding_window=geometry.window,
-        page_size_padded=geometry.page_bytes,
+        page_size_padded=padded,
         front=geometry.front,
         kept=geometry.kept,
         batches=batches,
