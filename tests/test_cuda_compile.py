@@ -38,10 +38,17 @@ WINDOW = (
     (256, 16, 2, torch.float32),
     (96, 5, 2, torch.float16),
 )
-KERNELS = {"decode": 4, "offloaded": 2, "encode": 2, "dense": 3, "window": 4, "statistics": 1}
+KERNELS = {"decode": 4, "offloaded": 2, "encode": 2, "dense": 3, "window": 4, "balance": 2, "statistics": 1}
 # Everything for the architecture the kernels are tuned for, what differs most for the others.
-SHAPES = {"decode": DECODE, "offloaded": DECODE, "encode": ENCODE, "dense": DENSE, "window": WINDOW}
-SHAPES["statistics"] = tuple((*case[:2], 2, case[3]) for case in ENCODE)
+SHAPES = {
+    "decode": DECODE,
+    "offloaded": DECODE,
+    "encode": ENCODE,
+    "dense": DENSE,
+    "window": WINDOW,
+    "balance": ENCODE,
+    "statistics": ENCODE,
+}
 for name in ("decode", "encode", "dense"):
     SHAPES[f"paper_{name}"] = tuple((*case[:2], 2, case[3]) for case in SHAPES[name])
     KERNELS[f"paper_{name}"] = KERNELS[name]

@@ -43,6 +43,27 @@ def test_order_of_tokens_and_bytes_do_not_depend_on_how_they_arrive(sinks, recen
         assert torch.equal(*rows)
 
 
+@pytest.mark.parametrize("sinks", [0, 4])
+@pytest.mark.parametrize("chunks", [(60,), (3, 50, 1, 1, 30), (30, 30), (2, 2, 100)], ids=str)
+def test_rows_of_equal_length_are_stored_as_each_alone(sinks, chunks):
+    balance = torch.linspace(0.5, 2, 128).view(2, 64)
+    together = new_store(small_config(sinks=sinks), batch=3, balance=balance)
+    alone = [new_store(small_config(sinks=sinks), balance=balance) for _ in range(3)]
+    for i, new in enumerate(chunks):
+        tokens = random_tokens(together, new, seed=i)
+        together.append(*tokens, None, 0.125)
+        for b, store in enumerate(alone):
+            store.append(*(x[b : b + 1] for x in tokens), None, 0.125)
+    for b, store in enumerate(alone):
+        assert together.table.rows[b].counts == store.table.rows[0].counts
+        for one, other in zip(held_tokens(together, b), held_tokens(store, 0), strict=True):
+            assert torch.equal(one, other)
+        for plane in ("index", "payload"):
+            rows = ((together, b), (store, 0))
+            one, other = (getattr(x.pool, plane)[x.table.rows[row].blocks] for x, row in rows)
+            assert torch.equal(one, other)
+
+
 def test_encoded_pages_never_change():
     store = new_store(small_config())
     fill(store, 50)

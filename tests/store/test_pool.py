@@ -1,7 +1,9 @@
+import pytest
 import torch
-from pages import page_format
+from pages import constants_for, gaussian, page_format
 
-from selfindex.store.pool import BlockPool
+from selfindex.backends import ops
+from selfindex.store.pool import BlockPool, Part
 
 FORMAT = page_format()
 
@@ -76,3 +78,59 @@ def test_slack_stays_small():
     for used in range(1, 300):
         pool.add(*pages(0))
         assert pool.capacity - used <= used / 16 + 1
+
+
+def part(counts, seed):
+    keys, values = gaussian(2, len(counts), 2, 16, 64, seed=seed)
+    return Part(keys, values, counts, constants_for(FORMAT, keys))
+
+
+def check_encoded(pool, blocks, parts):
+    start = 0
+    for x in parts:
+        counts = torch.tensor(x.counts, dtype=torch.int32)
+        planes = ops.encode(x.keys, x.values, counts, x.constants, FORMAT.name)
+        own = blocks[start : start + len(counts)]
+        assert torch.equal(pool.index[own], planes[0])
+        assert torch.equal(pool.payload[own], planes[1])
+        start += len(own)
+    assert start == len(blocks)
+
+
+@pytest.mark.parametrize("offloading", [False, True])
+def test_encoded_pages_are_counted_once_they_are_added(offloading):
+    pool = BlockPool(FORMAT, torch.device("cpu"), offloading)
+    held = pool.add(*pages(1, 2, 3))
+    parts = [part([16, 16], 1), part([16, 5], 2)]
+    pool.encode(parts)  # is not wanted after all
+    assert pool.used == 3
+    blocks = pool.add_encoded(pool.encode(parts))
+    assert (pool.used, len(set(held + blocks))) == (7, 7)
+    assert all(pool.references(block) == 1 for block in blocks)
+    check_encoded(pool, blocks, parts)
+    assert content(pool, held) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("offloading", [False, True])
+def test_pages_of_two_that_were_encoded_side_by_side_are_both_there(offloading):
+    # As forks in threads do: each plans, then each stores.
+    pool = BlockPool(FORMAT, torch.device("cpu"), offloading)
+    parts = [[part([16, 16], 1)], [part([7], 2), part([16], 3)], [part([16], 4)]]
+    planned = [pool.encode(x) for x in parts]
+    between = pool.add(*pages(9))
+    pool.reserve(20)
+    added = [pool.add_encoded(x) for x in planned]
+    assert len({block for blocks in (*added, between) for block in blocks}) == 6
+    for blocks, x in zip(added, parts, strict=True):
+        check_encoded(pool, blocks, x)
+    assert content(pool, between) == [9]
+
+
+def test_blocks_that_do_not_follow_each_other_are_encoded_into():
+    pool = make_pool()
+    blocks = pool.add(*pages(*range(10)))
+    pool.release([blocks[i] for i in (7, 2, 5)])
+    parts = [part([16, 16, 16], 1)]
+    added = pool.add_encoded(pool.encode(parts))
+    assert sorted(added) == sorted(blocks[i] for i in (2, 5, 7))
+    check_encoded(pool, added, parts)

@@ -38,6 +38,7 @@ MODULES = {
     "paper_dense": ("paper", "common", "rotate", "dense_rows", "dense", "dense_wgmma"),
     "statistics": ("common", "statistics"),
     "window": ("common", "window"),
+    "balance": ("common", "balance"),
 }
 """Source files of each module, in order: they are compiled as one text."""
 

@@ -14,7 +14,7 @@ from typing import Any
 from ...codec import PageFormat
 from .. import reference
 from ..fallback import with_fallback
-from . import decode, dense, encode, offloaded, statistics, window
+from . import balance, decode, dense, encode, offloaded, statistics, window
 from .launch import KernelsUnavailable
 
 
@@ -57,6 +57,10 @@ def register(serve: Callable[[str, str, Callable[..., Any]], None]) -> None:
             lambda query, new_keys, new_values, keys, values, *rest: window.supported(
                 query, new_keys, new_values, keys, values
             ),
+        ),
+        "measure_balance": (
+            balance.measure_balance,
+            lambda query, keys, *rest: balance.supported(query, keys),
         ),
         "paged_window_attend": (
             window.paged_window_attend,

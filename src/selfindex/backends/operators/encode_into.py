@@ -36,7 +36,8 @@ def encode_into(
         constants: float32 [1 or n, H, ...], see `Codec`.
     """
     real = blocks >= 0
-    if keys.device.type == "cpu":  # elsewhere, finding out which there are would wait for the device
+    # Elsewhere, finding out which there are would wait for the device.
+    if keys.device.type == "cpu" and not bool(real.all()):
         keys, values, counts, blocks = (x[real] for x in (keys, values, counts, blocks))
         constants = constants if constants.shape[0] == 1 else constants[real]
         real = torch.ones_like(blocks, dtype=torch.bool)
