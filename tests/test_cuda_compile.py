@@ -49,7 +49,7 @@ SHAPES = {
     "balance": ENCODE,
     "statistics": ENCODE,
 }
-for name in ("decode", "encode", "dense"):
+for name in ("decode", "offloaded", "encode", "dense"):
     SHAPES[f"paper_{name}"] = tuple((*case[:2], 2, case[3]) for case in SHAPES[name])
     KERNELS[f"paper_{name}"] = KERNELS[name]
 CASES = [(90, module, case) for module, cases in SHAPES.items() for case in cases]

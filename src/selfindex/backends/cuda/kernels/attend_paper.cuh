@@ -57,7 +57,12 @@ __device__ __forceinline__ u32 code_pair(u32 x, int c) {
   const int at = c == 3 ? 2 : c;
   return multiply_add_bfloat2(((c == 3 ? x >> 2 : x) & 0x00030003u << 2 * at) | 0x43004300u, gain[at], shift[at]); }
 
-extern "C" __global__ void __launch_bounds__(ATTEND_THREADS, G <= 4 && D < 256 ? 4 : 1) attend(const __grid_constant__ Params p) {
+#ifdef OFFLOADED   // fetch.cuh: tokens lie in the cache or in host memory
+#define RECENT , const __grid_constant__ Recent recent
+#else
+#define RECENT
+#endif
+extern "C" __global__ void __launch_bounds__(ATTEND_THREADS, G <= 4 && D < 256 ? 4 : 1) attend(const __grid_constant__ Params p RECENT) {
   __shared__ AttendMemory m;
   const int tid = threadIdx.x, lane = tid & 31, w = tid >> 5, g = lane >> 2, j = lane & 3;
   const int row = blockIdx.y, h = row % p.heads;
@@ -71,15 +76,26 @@ extern "C" __global__ void __launch_bounds__(ATTEND_THREADS, G <= 4 && D < 256 ?
     const i64 block = p.table[(i64)(row / p.heads) * p.pages + slot / PAGE];
     const u8* codes = p.index + block * p.index_stride + (i64)h * INDEX_RECORD + t * CODE;
     const u8* payload = p.payload + block * p.payload_stride + (i64)h * PAYLOAD_RECORD;
+    const u8* content = payload + t * TOKEN;
+    const u8* scales[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) scales[i] = payload + scales_of(i) + t * SCALE;
+#ifdef OFFLOADED
+    const int place = recent.place[(i64)row * p.width + min(first + tid, k - 1)];
+    if (place >= 0) {
+      content = recent.data + (i64)place * ENTRY;
+#pragma unroll
+      for (int i = 0; i < 4; i++) scales[i] = content + TOKEN + i * SCALE;
+    }
+#endif
     u8* to = m.tokens[tid];
 #pragma unroll
-    for (int i = 0; i < TOKEN; i += 16) copy_async<16>(to + i, payload + t * TOKEN + i);
+    for (int i = 0; i < TOKEN; i += 16) copy_async<16>(to + i, content + i);
     constexpr int UNIT = D == 96 ? 4 : D == 64 ? 8 : 16;
 #pragma unroll
     for (int i = 0; i < CODE; i += UNIT) copy_async<UNIT>(to + SIGNS + i, codes + i);
-    constexpr int arrays[4] = {KEY_SCALES, KEY_ZEROS, VALUE_SCALES, VALUE_ZEROS};
 #pragma unroll
-    for (int i = 0; i < 4; i++) copy_scales(to + SCALES + i * SCALE_ROOM, payload + arrays[i] + t * SCALE);
+    for (int i = 0; i < 4; i++) copy_scales(to + SCALES + i * SCALE_ROOM, scales[i]);
   }
   const u8* fragments = p.qfrag + (i64)row * G * 2 * FRAGMENT;
   for (int i = tid; i < G * 2 * FRAGMENT / 16; i += ATTEND_THREADS)

@@ -27,6 +27,8 @@ constexpr int SCALE = 2 * R;         // bytes of a token's float16, one for 32 c
 constexpr int KEY_SCALES = PAGE * TOKEN, KEY_ZEROS = KEY_SCALES + PAGE * SCALE;
 constexpr int VALUE_SCALES = KEY_ZEROS + PAGE * SCALE, VALUE_ZEROS = VALUE_SCALES + PAGE * SCALE;
 constexpr int PAYLOAD_RECORD = VALUE_ZEROS + PAGE * SCALE;
+// Of the i-th array: key scales, key zero points, those of values.
+__device__ __forceinline__ constexpr int scales_of(int i) { return PAGE * (TOKEN + i * SCALE); }
 #else
 constexpr int CONSTANTS = D;         // float32 a head: balance
 constexpr int KEY_SCALES = PAGE * CODE;
