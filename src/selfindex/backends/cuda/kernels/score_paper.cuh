@@ -1,7 +1,7 @@
 // Scores of every token of a block's pages, from the index alone, a warp a page: binary matrix products
 // (and + population count) of tokens' feature words with the bit planes of their weights
 // (prepare_paper.cuh), 8 planes a product. Scores are kept in 16 bits over the range that the weights
-// allow; keys are those in 11 bits over the range that the row's tokens take.
+// allow; keys are those in 15 bits over the range that the row's tokens take.
 constexpr int CHUNK_BYTES = 2 * PAGE;      // scores of a page, u16 [PAGE]
 constexpr int STEPS = (D + 127) / 128;     // products of 128 channels
 
@@ -117,7 +117,8 @@ __device__ __forceinline__ void make_keys(const Params& p, SelectMemory<WARPS>& 
   // lane = block of the cluster
   const uint2 part = lane < size ? load_remote2(&summary.block, lane) : make_uint2(~0u, 0);
   const u32 least = __reduce_min_sync(~0u, part.x), range = __reduce_max_sync(~0u, part.y) - least;
-  const u32 factor = range > BINS - 2 ? (BINS - 2 << 16) / range : 1 << 16;
+  constexpr u32 KEYS = (BINS - 1) * FINE_BINS;   // but those of bin 0
+  const u32 factor = range >= KEYS ? (KEYS - 1 << 16) / range : 1 << 16;
   constexpr int BATCH = 4;   // loads under way
   for (int start = w; start < pages; start += WARPS * BATCH) {
     uint2 codes[BATCH];
@@ -130,7 +131,7 @@ __device__ __forceinline__ void make_keys(const Params& p, SelectMemory<WARPS>& 
     for (int i = 0; i < BATCH; i++) {
       const int page = start + i * WARPS;
       if (page >= pages) break;
-      const auto key = [&](u32 code) { return 1 + ((code - least) * factor >> 16) & 0xffff; };
+      const auto key = [&](u32 code) { return FINE_BINS + ((code - least) * factor >> 16) & 0xffff; };
       const auto two = [&](u32 pair) { return key(pair & 0xffff) | key(pair >> 16) << 16; };
       put_keys(m, keys.at(page), make_uint2(two(codes[i].x), two(codes[i].y)), ragged ? counts[first + page] : PAGE, lane);
     }
