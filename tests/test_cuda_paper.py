@@ -18,11 +18,9 @@ def parity(x):
 
 def features(x):
     """Feature words of a word of sign bits, as in score_paper.cuh."""
-    after = (x >> 1 & 0x77777777) | (x << 3 & 0x88888888)
-    second = (x >> 2 & 0x33333333) | (x << 2 & 0xCCCCCCCC)
-    pairs = x ^ after
-    triples = pairs ^ second
-    return x, pairs, triples, ((x ^ second) & 0x33333333) | ((triples ^ x << 1) & 0xCCCCCCCC)
+    before = (x << 1 & 0xEEEEEEEE) | (x >> 3 & 0x11111111)
+    second = (x << 2 & 0xCCCCCCCC) | (x >> 2 & 0x33333333)
+    return x, x ^ before, x ^ before ^ second, x ^ second ^ ((before ^ x << 3) & 0x88888888)
 
 
 @given(st.integers(0, 2**32 - 1))

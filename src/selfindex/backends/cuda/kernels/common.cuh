@@ -158,7 +158,6 @@ __device__ __forceinline__ void allow_next() {
 
 __device__ __forceinline__ u32 load_shared(u32 at) { u32 v; asm volatile("ld.shared.u32 %0,[%1];" : "=r"(v) : "r"(at)); return v; }
 __device__ __forceinline__ void store_shared(u32 at, u32 v) { asm volatile("st.shared.u32 [%0],%1;" ::"r"(at), "r"(v) : "memory"); }
-__device__ __forceinline__ void store_shared_half(u32 at, u32 v) { asm volatile("st.shared.u16 [%0],%1;" ::"r"(at), "h"((u16)v) : "memory"); }
 __device__ __forceinline__ void load_shared2(u32* to, u32 at) { asm volatile("ld.shared.v2.u32 {%0,%1},[%2];" : "=r"(to[0]), "=r"(to[1]) : "r"(at)); }
 __device__ __forceinline__ void load_shared4(u32* to, u32 at) {
   asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3},[%4];" : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(at)); }

@@ -5,7 +5,7 @@
 // and parities of all 8 groups of a word are a few exclusive-ors of the word with itself. So a score is
 // a product of bits and weights u, which 16-bit integers keep as bit planes (score_paper.cuh). c does not
 // change the order. A parity has its bit in one of four feature words, at the place 4 group + bit:
-//   {b}     {b, b+1}     {b, b+1, b+2}     {0,2} {1,3} {0,1,2,3} -      bits of a group, modulo 4
+//   {b}     {b, b-1}     {b, b-1, b-2}     {0,2} {1,3} - {0,1,2,3}      bits of a group, modulo 4
 constexpr int FEATURES = 4;                 // words
 constexpr int LARGEST_WEIGHT = 32767;
 
@@ -101,7 +101,7 @@ template <int WARPS> __device__ __forceinline__ void prepare_row(const Params& p
   __syncthreads();
   for (int unit = w; unit < FEATURES * R; unit += WARPS) {   // lane = bit of a feature word
     const int feature = unit / R, word = unit % R;
-    const u32 sets = feature == 0 ? 0x8421 : feature == 1 ? 0x9C63 : feature == 2 ? 0xBDE7 : 0x0FA5;
+    const u32 sets = feature == 0 ? 0x8421 : feature == 1 ? 0xC639 : feature == 2 ? 0xE7BD : 0xF0A5;
     const int weight = m.weights[word * 8 + (lane >> 2)][sets >> 4 * (lane & 3) & 15];
     u32 own = 0;   // lane = bit of the weights
 #pragma unroll
