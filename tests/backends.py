@@ -30,7 +30,10 @@ class Backend:
     slow: list = field(default_factory=list)
 
     def note(self, name, fast, arguments):
-        if fast:
+        if fast and name == "step_attend":  # both in one
+            self.fast["dense_attend" if arguments[7] is None else "sparse_decode"] += 1
+            self.fast["window_attend"] += 1
+        elif fast:
             self.fast[name] += 1
         elif not self._left_to_pytorch(name, arguments):
             self.slow.append((name, [tuple(x.shape) for x in arguments if isinstance(x, torch.Tensor)]))

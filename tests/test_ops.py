@@ -29,6 +29,7 @@ def arguments(request):
     blocks, paged = torch.tensor([2, -1, 0, 1], dtype=torch.int32), gaussian(4, 2, 8, 128, seed=10)
     starts, lengths = torch.tensor([3, 0], dtype=torch.int32), torch.tensor([9, -1], dtype=torch.int32)
     rest = gaussian(2, 4, 1, 64, seed=7), gaussian(2, 4, 1, seed=8), gaussian(4, seed=9), 0.125
+    held = *gaussian(2, 2, 2, 6, 64, seed=6), torch.tensor([3, 5], dtype=torch.int32)
     new = [gaussian(2, heads, 1, 64, seed=5) for heads in (4, 2, 2)]
     return {
         "encode": (keys, values, full, constants[:1], fmt.name),
@@ -52,12 +53,8 @@ def arguments(request):
         "sparse_attend": (query, index, payload, table, slots, *tail),
         "dense_attend": (query, index, payload, table, counts, *tail),
         "sparse_decode": (query, index, payload, table, counts, budgets, 7, *tail),
-        "window_attend": (
-            *new,
-            *(gaussian(2, 2, 6, 64, seed=6) for _ in range(2)),
-            torch.tensor([3, 5], dtype=torch.int32),
-            *rest,
-        ),
+        "step_attend": (*new, index, payload, table, counts, budgets, 7, *held, rest[2], *tail),
+        "window_attend": (*new, *held, *rest),
     }
 
 

@@ -20,13 +20,13 @@ def test_layers_share_a_plan(rows, monkeypatch):
     mask = torch.ones_like(ids)
     mask[1:, :7] = 0
     forward(ours, ids, cache, mask)
-    seen, window_attend = [], ops.window_attend
+    seen, step_attend = [], ops.step_attend
 
     def recorded(*arguments):
-        seen.append(arguments[5])
-        return window_attend(*arguments)
+        seen.append(arguments[11])
+        return step_attend(*arguments)
 
-    monkeypatch.setattr(module.ops, "window_attend", recorded)
+    monkeypatch.setattr(module.ops, "step_attend", recorded)
     for _ in range(20):
         held = cache.compressed_layers[0].store.window.lengths
         mask = torch.cat((mask, torch.ones(rows, 1, dtype=torch.long)), 1)

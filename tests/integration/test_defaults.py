@@ -5,14 +5,14 @@ import torch
 from decoded_cache import full_cache, small_cache
 from tiny_models import forward, make_model, prompt
 
-from selfindex.backends.cpu import operators
+from selfindex.backends.cpu import encode, tensors
 from selfindex.codec import rotation
 
 
 @pytest.fixture
 def odd_defaults():
     """New tensors hold no data and are float64, unless their maker says otherwise."""
-    for known in (rotation.rotation, operators._rotations, operators._rotation_parts):
+    for known in (rotation.rotation, tensors._rotations, encode._rotation_parts):
         known.cache_clear()
     torch.set_default_dtype(torch.float64)
     torch.set_default_device("meta")

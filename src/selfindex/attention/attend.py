@@ -9,7 +9,7 @@ from ..backends import ops
 from ..backends.partial import join_parts, merge_parts
 from ..store import LayerStore
 from .exact import exact_part
-from .step import StepPlans, attend_step, budgets_of
+from .step import StepPlan, StepPlans, attend_step, budgets_of
 
 BLOCK = 4096
 """Queries at a time over encoded tokens: bounds what is in float32. Each block decodes all pages it reads."""
@@ -47,10 +47,7 @@ def attend(
     """
     plans, new = plans or StepPlans(), query.shape[2]
     if is_step(store, query, valid):
-        if store.window.width + new > store.window.capacity:
-            store.reserve(0, store.window.width + new)
-        plan = plans(store, new)
-        output = attend_step(store, query, keys, values, plan, scaling, sink_logit)
+        output, plan = take_step(store, query, keys, values, scaling, sink_logit, plans)
         return output.transpose(1, 2), plan.read
     encoded = [store.encoded(b) for b in range(store.batch)]
     budgets = budgets_of(store, new)
@@ -66,6 +63,23 @@ def attend(
             parts.insert(0, part)
         outputs.append(merge_parts(parts, sink_logit).to(query.dtype))
     return torch.cat(outputs, 2), read
+
+
+def take_step(
+    store: LayerStore,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scaling: float,
+    sink_logit: Tensor | None,
+    plans: StepPlans,
+) -> tuple[Tensor, StepPlan]:
+    """What `attend` does in a step: output [B, T, Hq, d] in the query's dtype, and the plan it followed."""
+    new = query.shape[2]
+    if store.window.width + new > store.window.capacity:
+        store.reserve(0, store.window.width + new)
+    plan = plans(store, new)
+    return attend_step(store, query, keys, values, plan, scaling, sink_logit), plan
 
 
 def is_step(store: LayerStore, query: Tensor, valid: Tensor | None) -> bool:

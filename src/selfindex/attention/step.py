@@ -29,7 +29,7 @@ class StepPlan:
         budgets: int32 [B], encoded tokens a row reads.
         width: most that a budget can be.
         everything: rows read all encoded tokens, which needs no selection.
-        read: encoded tokens that every row reads, as Python knows it.
+        read: encoded tokens that every row reads, as Python knows it; unread: those that it does not.
     """
 
     lengths: Tensor
@@ -37,6 +37,7 @@ class StepPlan:
     width: int
     everything: bool
     read: list[int] = field(default_factory=list)
+    unread: list[int] = field(default_factory=list)
     _nothing: dict[torch.Size, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def nothing(self, query: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,7 +85,8 @@ class StepPlans(Shared):
             numbers = [*([n + t for n in lengths] for t in range(new)), budgets]
             rows = torch.tensor(numbers, dtype=torch.int32, device=device)
             read = encoded if everything else budgets
-            return StepPlan(rows[:-1], rows[-1], max(1, *budgets), everything, read)
+            unread = [n - taken for n, taken in zip(encoded, read, strict=True)]
+            return StepPlan(rows[:-1], rows[-1], max(1, *budgets), everything, read, unread)
 
         return self.once((device, new, tuple(encoded), tuple(lengths)), make)
 
@@ -140,22 +142,25 @@ def attend_step(
     Returns:
         [B, T, Hq, d] in the query's dtype.
     """
+    held = store.window.keys, store.window.values
     if store.constants is None:  # nothing was ever encoded
         part = plan.nothing(query)
     else:
-        pools = query, store.pool.index, store.pool.payload, *store.table.padded()
+        pools = store.pool.index, store.pool.payload, *store.table.padded()
         rest = store.constants, scaling, store.format.name
-        if plan.everything:
-            part = ops.dense_attend(*pools, *rest)
-        else:
+        budgets, recent = None, None
+        if not plan.everything:
+            budgets = plan.budgets
             recent = store.pool.recent_tokens(store.batch * query.shape[2] * plan.width)
-            part = ops.sparse_decode(*pools, plan.budgets, plan.width, *rest, recent)
-    held = store.window.keys, store.window.values
-    if query.shape[2] == 1:
-        return ops.window_attend(query, keys, values, *held, plan.lengths[0], *part, sink_logit, scaling)
+        if query.shape[2] == 1:
+            window = *held, plan.lengths[0], sink_logit
+            return ops.step_attend(query, keys, values, *pools, budgets, plan.width, *window, *rest, recent)
+        if budgets is None:
+            part = ops.dense_attend(query, *pools, *rest)
+        else:
+            part = ops.sparse_decode(query, *pools, budgets, plan.width, *rest, recent)
     outputs = []
     for t, lengths in enumerate(plan.lengths):
-        new = (x[:, :, t : t + 1] for x in (query, keys, values, *part))
-        q, k, v, output, lse = new
+        q, k, v, output, lse = (x[:, :, t : t + 1] for x in (query, keys, values, *part))
         outputs.append(ops.window_attend(q, k, v, *held, lengths, output, lse, sink_logit, scaling))
-    return torch.cat(outputs, 1)
+    return torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0]

@@ -17,6 +17,7 @@ from .operators.score import operator as score
 from .operators.select import operator as select
 from .operators.sparse_attend import operator as sparse_attend
 from .operators.sparse_decode import operator as sparse_decode
+from .operators.step_attend import operator as step_attend
 from .operators.window_attend import operator as window_attend
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "select",
     "sparse_attend",
     "sparse_decode",
+    "step_attend",
     "window_attend",
 ]
 

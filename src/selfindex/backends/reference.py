@@ -11,6 +11,7 @@ from .operators.score import score
 from .operators.select import select
 from .operators.sparse_attend import sparse_attend
 from .operators.sparse_decode import sparse_decode
+from .operators.step_attend import step_attend
 from .operators.window_attend import window_attend
 
 __all__ = [
@@ -25,5 +26,6 @@ __all__ = [
     "select",
     "sparse_attend",
     "sparse_decode",
+    "step_attend",
     "window_attend",
 ]

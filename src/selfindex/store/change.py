@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -82,6 +83,12 @@ class Change:
     def writes(self) -> bool:
         """Whether anything is written to tensors."""
         return bool(self.pages or self.window or self.step is not None)
+
+
+@lru_cache(maxsize=64)
+def advanced_by(tokens: int) -> Change:
+    """The change of a step that only takes over what it has written."""
+    return Change(advanced=tokens)
 
 
 def extremes(*tensors: Tensor) -> list[Tensor]:

@@ -16,7 +16,7 @@ from ..backends.operators.measure_balance import square_of
 from ..codec import PageFormat, measure_balance
 from ..config import SelfIndexConfig
 from ..errors import InputError, StateError
-from .change import Change, RowChange, Statistics, check_finite
+from .change import Change, RowChange, Statistics, advanced_by, check_finite
 from .memory import Memory
 from .pool import BlockPool, Part
 from .rows import LONGEST_DRAFT, keep_pinned, leave_window
@@ -176,7 +176,7 @@ class LayerStore:
             InputError: as `plan`.
         """
         if self.window.width + new < self.window_limit:
-            return Change(advanced=new)
+            return advanced_by(new)
         return self._plan_overflow(new, check)
 
     @_outside_inference_mode

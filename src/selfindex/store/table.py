@@ -20,10 +20,15 @@ class Row:
 
     blocks: list[int] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
+    """A new list where anything changes, never changed itself."""
+    _summed: tuple[list[int], int] = field(default=([], 0), compare=False, repr=False)
 
     @property
     def tokens(self) -> int:
-        return sum(self.counts)
+        # Every layer of every step asks, of thousands of pages.
+        if self._summed[0] is not self.counts:
+            self._summed = self.counts, sum(self.counts)
+        return self._summed[1]
 
 
 SPARE_PAGES, SPARE_SHARE = 8, 8

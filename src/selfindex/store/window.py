@@ -50,6 +50,8 @@ class Window:
 
         Mixed precision brings several; as with concatenation, nothing is rounded.
         """
+        if keys.dtype is values.dtype is self.keys.dtype:
+            return keys, values
         dtype = torch.promote_types(torch.promote_types(keys.dtype, values.dtype), self.keys.dtype)
         if dtype != self.keys.dtype:
             self.keys, self.values = self.keys.to(dtype), self.values.to(dtype)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...codec import PageFormat, codec_for
-from ...codec.rotation import KEY_SEED, VALUE_SEED, rotation
 from ..partial import join_parts
 from .loader import instruction_set, native
-from .tensors import CPU, FORMATS, layout
+from .tensors import CPU, FORMATS, Pools, integers, is_pool, layout, plain
 
 FEW_ROWS = 192
 """Queries of a KV head up to which `dense_attend` multiplies with the codes themselves; for more it
@@ -20,12 +18,6 @@ decodes keys and values and leaves the products to PyTorch."""
 
 DENSE_CHUNK = 4096
 """Tokens decoded at a time for those: bounds the memory."""
-
-
-@lru_cache(maxsize=16)
-def _rotations(dim: int) -> tuple[Tensor, Tensor]:
-    """Matrices to the coded domain of keys and from that of values, both applied as x @ matrix."""
-    return rotation(dim, KEY_SEED, CPU).T.contiguous(), rotation(dim, VALUE_SEED, CPU).contiguous()
 
 
 class Call:
@@ -45,32 +37,13 @@ class Call:
         scaling: float,
         format: str,
     ) -> None:
-        fmt = PageFormat.parse(format)
-        query = query.detach().to(torch.float32).contiguous()
-        table, counts = (x.to(torch.int32).contiguous() for x in (block_table, page_counts))
-        balance = constants.to(torch.float32).contiguous()
-        rotations = _rotations(fmt.head_dim)
+        fmt, module = PageFormat.parse(format), native()
+        query = plain(query.detach(), torch.float32)
         self.output = torch.empty_like(query)
         self.lse = query.new_empty(query.shape[:3])
-        self._kept = (query, index_pool, payload_pool, table, counts, balance, rotations)
-        module = native()
-        self.cache = module.Cache(
-            layout(fmt),
-            index_pool.data_ptr(),
-            index_pool.stride(0),
-            payload_pool.data_ptr(),
-            payload_pool.stride(0),
-            min(index_pool.shape[0], payload_pool.shape[0]),
-            table.data_ptr(),
-            counts.data_ptr(),
-            table.shape[0],
-            table.shape[1],
-            balance.data_ptr(),
-            balance.stride(0) if balance.shape[0] > 1 else 0,
-            rotations[0].data_ptr(),
-            rotations[1].data_ptr(),
-            scaling,
-        )
+        pools = Pools(index_pool, payload_pool, block_table, page_counts, constants, fmt.head_dim)
+        self._kept = query, pools
+        self.cache = module.Cache(layout(fmt), pools.numbers, scaling)
         self.queries = module.Queries(
             query.data_ptr(),
             query.shape[1] // fmt.kv_heads,
@@ -83,15 +56,14 @@ class Call:
 
 def attention_supported(query: Tensor, index_pool: Tensor, payload_pool: Tensor, *rest: Any) -> bool:
     """Whether `sparse_decode` and `dense_attend` serve these arguments."""
-    format = next(x for x in rest if isinstance(x, str))
-    fmt, pools = PageFormat.parse(format), (index_pool, payload_pool)
+    fmt = PageFormat.parse(next(x for x in rest if isinstance(x, str)))
     return (
         fmt.preset == "balanced"
         and query.dtype in FORMATS
         and query.shape[1] > 0
         and query.shape[2] > 0
-        and all(pool.device == CPU and pool.stride(1) == 1 for pool in pools)
-        and (index_pool.shape[1], payload_pool.shape[1]) == (fmt.index_bytes, fmt.payload_bytes)
+        and is_pool(index_pool, fmt.index_bytes)
+        and is_pool(payload_pool, fmt.payload_bytes)
     )
 
 
@@ -112,7 +84,7 @@ def sparse_decode(
     """See `reference.sparse_decode`. `chosen`, int32 [B, H, T, width], receives the selected slots."""
     name = instruction_set()
     call = Call(query, index_pool, payload_pool, block_table, page_counts, constants, scaling, format)
-    wanted = budgets.to(torch.int32).contiguous()
+    wanted = integers(budgets)
     where = 0 if chosen is None else chosen.data_ptr()
     native().sparse_decode(name, call.cache, call.queries, wanted.data_ptr(), width, where)
     return call.output, call.lse

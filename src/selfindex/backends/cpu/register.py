@@ -20,6 +20,7 @@ SERVED: dict[str, tuple[Callable[..., Any], Callable[..., bool]]] = {
     "encode_paged": (encode.encode_paged, encode.encode_paged_supported),
     "sparse_decode": (operators.sparse_decode, operators.attention_supported),
     "dense_attend": (operators.dense_attend, operators.attention_supported),
+    "step_attend": (window.step_attend, window.step_supported),
     "window_attend": (window.window_attend, window.window_supported),
     "paged_window_attend": (window.paged_window_attend, window.paged_window_supported),
 }

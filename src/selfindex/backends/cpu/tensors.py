@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...codec import PageFormat
+from ...codec.rotation import KEY_SEED, VALUE_SEED, rotation
 from .loader import native
 
 CPU = torch.device("cpu")
@@ -39,19 +40,60 @@ def layout(fmt: PageFormat) -> Any:
 
 def strided(x: Tensor) -> tuple[int, int, int, int]:
     """Address and byte strides of a tensor [outer, heads, tokens, channels]: `struct Strided`."""
-    size = x.element_size()
-    return x.data_ptr(), x.stride(0) * size, x.stride(1) * size, x.stride(2) * size
+    size, (outer, head, token, _) = x.element_size(), x.stride()
+    return x.data_ptr(), outer * size, head * size, token * size
 
 
 def adjacent(x: Tensor) -> Tensor:
     """The tensor with its channels side by side."""
-    x = x.detach()
-    return x if x.stride(3) == 1 else x.contiguous()
+    return x if x.stride(3) == 1 else x.detach().contiguous()
+
+
+def plain(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in a dtype, contiguous."""
+    # Most are, and to ask is faster than to convert, twenty times in every layer of a step.
+    return x if x.dtype is dtype and x.is_contiguous() else x.to(dtype).contiguous()
 
 
 def integers(x: Tensor) -> Tensor:
-    """The tensor as the compiled module reads it: int32, contiguous."""
-    return x.to(torch.int32).contiguous()
+    """The tensor as the compiled module reads integers: int32, contiguous."""
+    return plain(x, torch.int32)
+
+
+@lru_cache(maxsize=16)
+def _rotations(dim: int) -> tuple[Tensor, Tensor, tuple[int, int]]:
+    """Matrices to the coded domain of keys and from that of values, for x @ matrix; their addresses."""
+    matrices = rotation(dim, KEY_SEED, CPU).T.contiguous(), rotation(dim, VALUE_SEED, CPU).contiguous()
+    return *matrices, (matrices[0].data_ptr(), matrices[1].data_ptr())
+
+
+class Pools:
+    """`struct Cache`, without layout and scaling; keeps the tensors alive whose addresses it hands over."""
+
+    __slots__ = ("_kept", "numbers")
+
+    def __init__(
+        self,
+        index_pool: Tensor,
+        payload_pool: Tensor,
+        block_table: Tensor,
+        page_counts: Tensor,
+        constants: Tensor,
+        dim: int,
+    ) -> None:
+        table, counts = integers(block_table), integers(page_counts)
+        balance = plain(constants, torch.float32)
+        self._kept = index_pool, payload_pool, table, counts, balance
+        self.numbers = [
+            *(index_pool.data_ptr(), index_pool.stride(0), payload_pool.data_ptr(), payload_pool.stride(0)),
+            *(
+                min(index_pool.shape[0], payload_pool.shape[0]),
+                table.data_ptr(),
+                counts.data_ptr(),
+                *table.shape,
+            ),
+            *(balance.data_ptr(), balance.stride(0) if balance.shape[0] > 1 else 0, *_rotations(dim)[2]),
+        ]
 
 
 def is_pool(pool: Tensor, nbytes: int) -> bool:

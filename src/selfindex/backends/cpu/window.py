@@ -7,13 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...codec import PageFormat
 from ...codec.rotation import HEAD_DIMS
 from .loader import instruction_set, native
-from .tensors import CPU, FORMATS, adjacent, integers, is_paged_window, paged, strided
+from .operators import attention_supported
+from .tensors import FORMATS, Pools, adjacent, integers, is_paged_window, layout, paged, plain, strided
+
+LARGEST_HEAD = max(HEAD_DIMS)
 
 
 class _Step:
     """`struct Step`; keeps the tensors alive whose addresses it hands over."""
+
+    __slots__ = ("_kept", "numbers", "output")
 
     def __init__(
         self,
@@ -21,33 +27,31 @@ class _Step:
         new_keys: Tensor,
         new_values: Tensor,
         lengths: Tensor,
-        part: Tensor,
-        part_lse: Tensor,
+        part: tuple[Tensor, Tensor] | None,
         sink_logit: Tensor | None,
     ) -> None:
         (batch, query_heads, _, dim), heads = query.shape, new_keys.shape[1]
-        new = [adjacent(x) for x in (query, new_keys, new_values)]
+        query, new_keys, new_values = adjacent(query), adjacent(new_keys), adjacent(new_values)
         lengths = integers(lengths)
-        part, part_lse = part.to(torch.float32).contiguous(), part_lse.to(torch.float32).contiguous()
-        sink = None if sink_logit is None else sink_logit.detach().to(torch.float32).contiguous()
+        parts = [] if part is None else [plain(x, torch.float32) for x in part]
+        sink = None if sink_logit is None else plain(sink_logit.detach(), torch.float32)
         self.output = query.new_empty(batch, 1, query_heads, dim)
-        self._kept = new, lengths, part, part_lse, sink
+        self._kept = query, new_keys, new_values, lengths, parts, sink
         self.numbers = [
             *(FORMATS[query.dtype], batch, heads, query_heads // heads, dim),
-            *(number for x in new for number in strided(x)),
-            *(lengths.data_ptr(), part.data_ptr(), part_lse.data_ptr()),
+            *(*strided(query), *strided(new_keys), *strided(new_values), lengths.data_ptr()),
+            *([x.data_ptr() for x in parts] or (0, 0)),
             *(0 if sink is None else sink.data_ptr(), self.output.data_ptr(), torch.get_num_threads()),
         ]
 
 
 def _served(query: Tensor, *others: Tensor) -> bool:
-    """Whether all have a dtype in common that is served, and a head_dim that is."""
-    return (
-        query.dtype in FORMATS
-        and all(x.dtype == query.dtype and x.device == CPU for x in (query, *others))
-        and query.shape[3] % 16 == 0
-        and query.shape[3] <= max(HEAD_DIMS)
-    )
+    """Whether all have a dtype in common that is served, and the step a shape that is."""
+    dtype, shape = query.dtype, query.shape
+    for x in (query, *others):
+        if x.dtype is not dtype or not x.is_cpu:
+            return False
+    return dtype in FORMATS and shape[2] == 1 and shape[3] % 16 == 0 and shape[3] <= LARGEST_HEAD
 
 
 def window_supported(
@@ -55,7 +59,10 @@ def window_supported(
 ) -> bool:
     """Whether `window_attend` serves these arguments."""
     return (
-        _served(query, new_keys, new_values, keys, values) and keys.is_contiguous() and values.is_contiguous()
+        _served(query, new_keys, new_values, keys, values)
+        and keys.shape[1] == new_keys.shape[1]
+        and keys.is_contiguous()
+        and values.is_contiguous()
     )
 
 
@@ -76,9 +83,73 @@ def window_attend(
     Raises:
         IndexError: a row's length is not below `room`.
     """
-    step = _Step(query, new_keys, new_values, lengths, part, part_lse, sink_logit)
+    step = _Step(query, new_keys, new_values, lengths, (part, part_lse), sink_logit)
     numbers = [keys.data_ptr(), values.data_ptr(), keys.shape[2], *step.numbers]
     native().window_attend(instruction_set(), numbers, scaling)
+    return step.output
+
+
+def step_supported(
+    query: Tensor,
+    new_keys: Tensor,
+    new_values: Tensor,
+    index_pool: Tensor,
+    payload_pool: Tensor,
+    block_table: Tensor,
+    page_counts: Tensor,
+    budgets: Tensor | None,
+    width: int,
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor,
+    sink_logit: Tensor | None,
+    constants: Tensor,
+    scaling: float,
+    format: str,
+    recent: Tensor | None = None,
+) -> bool:
+    """Whether `step_attend` serves these arguments."""
+    fmt = PageFormat.parse(format)
+    return (
+        window_supported(query, new_keys, new_values, keys, values)
+        and (new_keys.shape[1], query.shape[3]) == (fmt.kv_heads, fmt.head_dim)
+        and attention_supported(query, index_pool, payload_pool, format)
+    )
+
+
+def step_attend(
+    query: Tensor,
+    new_keys: Tensor,
+    new_values: Tensor,
+    index_pool: Tensor,
+    payload_pool: Tensor,
+    block_table: Tensor,
+    page_counts: Tensor,
+    budgets: Tensor | None,
+    width: int,
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor,
+    sink_logit: Tensor | None,
+    constants: Tensor,
+    scaling: float,
+    format: str,
+    recent: Tensor | None = None,
+) -> Tensor:
+    """See `reference.step_attend`.
+
+    Raises:
+        IndexError: a row's length is not below `room`, or a block not in the pools; nothing is written.
+    """
+    fmt = PageFormat.parse(format)
+    step = _Step(query, new_keys, new_values, lengths, None, sink_logit)
+    pools = Pools(index_pool, payload_pool, block_table, page_counts, constants, fmt.head_dim)
+    wanted = None if budgets is None else integers(budgets)
+    numbers = [
+        *(keys.data_ptr(), values.data_ptr(), keys.shape[2]),
+        *(0 if wanted is None else wanted.data_ptr(), width, *pools.numbers, *step.numbers),
+    ]
+    native().step_attend(instruction_set(), layout(fmt), numbers, scaling)
     return step.output
 
 
@@ -110,7 +181,7 @@ def paged_window_attend(
         IndexError: a position is not in the table, a block not in the window, or a row starts behind its
             new token; nothing is written.
     """
-    step = _Step(query, new_keys, new_values, lengths, part, part_lse, sink_logit)
+    step = _Step(query, new_keys, new_values, lengths, (part, part_lse), sink_logit)
     table, starts = integers(table), integers(starts)
     numbers = [*paged(window, table), starts.data_ptr(), sinks, *step.numbers]
     native().paged_window_attend(instruction_set(), numbers, scaling)

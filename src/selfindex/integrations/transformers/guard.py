@@ -11,6 +11,43 @@ import torch
 from ...errors import StateError
 
 
+class _Use:
+    """`Guard.use`, written out: of a generator, every layer of every step would pay for the making."""
+
+    __slots__ = ("_guard",)
+
+    def __init__(self, guard: Guard) -> None:
+        self._guard = guard
+
+    def __enter__(self) -> None:
+        self._guard.enter()
+        try:
+            self._guard.check()
+        except BaseException:
+            self._guard.leave()
+            raise
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        self._guard.leave()
+
+
+class _Change(_Use):
+    """`Guard.change`."""
+
+    __slots__ = ()
+
+    def __enter__(self) -> None:
+        super().__enter__()
+        self._guard.interrupted = True
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        try:
+            if kind is None:
+                self._guard.interrupted = False
+        finally:
+            self._guard.leave()
+
+
 class Guard:
     """Refuses a cache to a second thread, and after a change that an exception cut short.
 
@@ -35,41 +72,22 @@ class Guard:
             new._lock = self._lock
         return new
 
-    @contextmanager
-    def use(self) -> Iterator[None]:
+    def use(self) -> _Use:
         """Run a block that reads the cache.
 
         Raises:
             StateError: another thread is in such a block, or the cache is interrupted.
         """
-        self._enter()
-        try:
-            if self.interrupted:
-                raise StateError(
-                    "a change of this cache was cut short by an exception or an interrupt, and its layers "
-                    "may no longer agree; call cache.reset() and fill it again"
-                )
-            if self.stream is not None and torch.cuda.current_stream().cuda_stream != self.stream:
-                raise StateError(
-                    "forks of a cache share pages and have to run on the CUDA stream that fork() was called "
-                    "on; copy.deepcopy(cache) gives a cache that shares nothing"
-                )
-            yield
-        finally:
-            self._lock.release()
+        return _Use(self)
 
-    @contextmanager
-    def change(self) -> Iterator[None]:
+    def change(self) -> _Change:
         """Run a block that must run to its end. Raises as `use`."""
-        with self.use():
-            self.interrupted = True
-            yield
-            self.interrupted = False
+        return _Change(self)
 
     @contextmanager
     def restart(self) -> Iterator[None]:
         """Run a block that empties the cache, interrupted or not; one that is cut short can be repeated."""
-        self._enter()
+        self.enter()
         try:
             self.interrupted = True
             yield
@@ -77,7 +95,25 @@ class Guard:
         finally:
             self._lock.release()
 
-    def _enter(self) -> None:
+    def check(self) -> None:
+        """Raise StateError if the cache is interrupted, or on another stream than its forks."""
+        if self.interrupted:
+            raise StateError(
+                "a change of this cache was cut short by an exception or an interrupt, and its layers "
+                "may no longer agree; call cache.reset() and fill it again"
+            )
+        if self.stream is not None and torch.cuda.current_stream().cuda_stream != self.stream:
+            raise StateError(
+                "forks of a cache share pages and have to run on the CUDA stream that fork() was called "
+                "on; copy.deepcopy(cache) gives a cache that shares nothing"
+            )
+
+    def leave(self) -> None:
+        """End what `enter` began."""
+        self._lock.release()
+
+    def enter(self) -> None:
+        """Keep other threads out. Raises StateError if one of them is in."""
         if not self._lock.acquire(blocking=False):
             raise StateError(
                 "this cache is in use by another thread; a cache serves one thread at a time. "

@@ -19,7 +19,7 @@ DTYPES = {torch.float32, torch.float16, torch.bfloat16}
 
 def _may_mix(one: Tensor, other: Tensor) -> bool:
     """Whether tensors have the dtype in common, or autocast is on, which takes them to its own."""
-    return one.dtype == other.dtype or torch.is_autocast_enabled(one.device.type)
+    return one.dtype is other.dtype or torch.is_autocast_enabled(one.device.type)
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[Any]:
@@ -34,6 +34,8 @@ def check_new_tokens(keys: Tensor, values: Tensor, held: Tensor | None) -> None:
     Raises:
         InputError: wrong shape, dtype, device or batch size; or they need gradients.
     """
+    if held is not None and _like_those_held(keys, values, held):
+        return
     if keys.ndim != 4 or keys.shape != values.shape:
         raise InputError(
             "keys and values must both be [batch, heads, tokens, head_dim]; got "
@@ -56,6 +58,19 @@ def check_new_tokens(keys: Tensor, values: Tensor, held: Tensor | None) -> None:
         raise InputError(f"head_dim {keys.shape[3]} is not supported; supported are {HEAD_DIMS}")
     if torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad):
         raise InputError(NO_GRADIENTS)
+
+
+def _like_those_held(keys: Tensor, values: Tensor, held: Tensor) -> bool:
+    """Whether new keys and values are in everything like the keys held, which have been checked."""
+    shape, own = keys.shape, held.shape
+    return (
+        len(shape) == 4
+        and shape == values.shape
+        and (shape[0], shape[1], shape[3]) == (own[0], own[1], own[3])
+        and keys.dtype is values.dtype is held.dtype
+        and keys.device == values.device == held.device
+        and not torch.is_grad_enabled()
+    )
 
 
 def _check_fit(keys: Tensor, held: Tensor) -> None:
@@ -93,8 +108,9 @@ def check_no_weights(options: dict[str, Any] | None) -> None:
 
 def check_query(query: Tensor, keys: Tensor) -> None:
     """Raise InputError unless queries [B, Hq, T, d] belong to new keys [B, H, T, d]."""
-    fits = query.ndim == 4 and query.shape[0::2] == keys.shape[0::2] and query.shape[3] == keys.shape[3]
-    if not fits or query.shape[1] % keys.shape[1]:
+    shape, own = query.shape, keys.shape
+    fits = len(shape) == 4 and (shape[0], shape[2], shape[3]) == (own[0], own[2], own[3])
+    if not fits or shape[1] % own[1]:
         raise InputError(f"queries {tuple(query.shape)} do not fit keys {tuple(keys.shape)}")
     if query.device != keys.device:
         raise InputError(f"queries and keys must share a device; got {query.device}, {keys.device}")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer
 
-from ...attention.attend import attend, is_step
+from ...attention.attend import attend, is_step, take_step
 from ...attention.step import FixedPlan, StepPlans, attend_step
 from ...config import SelfIndexConfig
 from ...errors import StateError
@@ -208,24 +208,31 @@ class SelfIndexLayer(CacheLayerMixin):
             valid = cache.step_positions(self, mask, keys.shape[2])
             if valid is not None:
                 valid = valid.to(keys.device)  # with device_map, layers are on several devices
-            encoded = any(store.encoded(b) for b in range(store.batch))
-            output = None
-            exact = not encoded and cache.positions is None and valid is None
-            if dense is not None and self.positions == 0:
-                # Prefill is the model's own attention on its own tensors.
-                output, self.read = dense(query, keys, values, mask)[0], [0] * store.batch
-            elif dense is not None and exact and keys.shape[2] <= MASKED_CHUNK:
-                held_k, held_v, _ = store.window.held()
-                output = dense(query, torch.cat((held_k, keys), 2), torch.cat((held_v, values), 2), mask)[0]
-                self.read = [0] * store.batch
+            step, output = is_step(store, query, valid), None
+            if not step and dense is not None:
+                encoded = any(store.encoded(b) for b in range(store.batch))
+                exact = not encoded and cache.positions is None and valid is None
+                if self.positions == 0:
+                    # Prefill is the model's own attention on its own tensors.
+                    output, self.read = dense(query, keys, values, mask)[0], [0] * store.batch
+                elif exact and keys.shape[2] <= MASKED_CHUNK:
+                    held_k, held_v, _ = store.window.held()
+                    joined = torch.cat((held_k, keys), 2), torch.cat((held_v, values), 2)
+                    output, self.read = dense(query, *joined, mask)[0], [0] * store.batch
             with full_precision(keys.device):
                 keys, values = store.window.fitted(keys, values)
-                step = output is None and is_step(store, query, valid)
-                if output is None:
+                fitted = query if query.dtype is keys.dtype else query.to(keys.dtype)
+                if step:
+                    output, plan = take_step(store, fitted, keys, values, scaling, sink_logit, cache.plans)
+                    self._read, self.unread = plan.read, plan.unread
+                elif output is None:
                     output, self.read = attend(
-                        store, query.to(keys.dtype), keys, values, valid, scaling, sink_logit, cache.plans
+                        store, fitted, keys, values, valid, scaling, sink_logit, cache.plans
                     )
-                    output = output.to(query.dtype).transpose(1, 2).contiguous()
+                    output = output.transpose(1, 2).contiguous()
+                assert output is not None
+                if output.dtype is not query.dtype:
+                    output = output.to(query.dtype)
                 if self.observer is not None:
                     self.observer(
                         Observation(self, query, new.new_keys, new.new_values, scaling, output, self.read)

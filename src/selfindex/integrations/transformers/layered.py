@@ -146,6 +146,9 @@ class LayeredCache(Cache):
         """Raise StateError unless the layers before this one have just taken the same `new` tokens."""
         position = self._compressed.index(layer)
         before = self._compressed[position - 1]
+        next_to = position and before.layer_idx + 1 == layer.layer_idx
+        if next_to and before.get_seq_length() == layer.positions + new:
+            return  # as a rule
         layers = cast(list[Any], self.layers)
         between = [(x, layer.positions + new) for x in layers[: layer.layer_idx]]
         if position:

@@ -22,6 +22,7 @@ struct Part {
 struct AttendScratch {
   float* logits;        // [rows][most tokens of a share]
   float* value_scale;   // [most tokens of a share]
+  const uint8_t** token;  // the same, where they are in the payload
 
   void allocate(Arena& arena, int rows, int64_t tokens);
 };

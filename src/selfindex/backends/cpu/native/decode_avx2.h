@@ -1,4 +1,4 @@
-// Levels from packed codes, and integer dot products with them, in AVX2.
+// Levels from packed codes, and sums over the lanes of integer dot products, in AVX2.
 // Included inside a namespace.
 
 inline __m256i pattern(long long low) { return _mm256_set1_epi64x(low); }
@@ -36,35 +36,8 @@ void expand(const uint8_t* const* crumbs, const uint8_t* const* signs, int n, in
   }
 }
 
-inline __m256i dot_step(__m256i sum, __m256i level, const int16_t* row) {
-  return _mm256_add_epi32(sum,
-                          _mm256_madd_epi16(level, _mm256_loadu_si256((const __m256i*)row)));
-}
-
 // Sums of the 8 lanes of four vectors.
 inline __m128i lane_sums(__m256i a, __m256i b, __m256i c, __m256i d) {
   const __m256i four = _mm256_hadd_epi32(_mm256_hadd_epi32(a, b), _mm256_hadd_epi32(c, d));
   return _mm_add_epi32(_mm256_castsi256_si128(four), _mm256_extracti128_si256(four, 1));
-}
-
-void level_dots(const int8_t* levels, int n, int width, const int16_t* row, int rows,
-                int32_t* dots) {
-  for (int r = 0; r < rows; r += 4) {
-    const int live = rows - r < 4 ? rows - r : 4;
-    // Missing rows repeat the last one.
-    const int16_t* at[4];
-    for (int i = 0; i < 4; i++) at[i] = row + (int64_t)(r + (i < live ? i : live - 1)) * width;
-    for (int t = 0; t < n; t++) {
-      const int8_t* level = levels + t * width;
-      __m256i sum[4] = {_mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256(),
-                        _mm256_setzero_si256()};
-      for (int i = 0; i < width; i += 16) {
-        const __m256i x = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(level + i)));
-        for (int k = 0; k < 4; k++) sum[k] = dot_step(sum[k], x, at[k] + i);
-      }
-      alignas(16) int32_t four[4];
-      _mm_store_si128((__m128i*)four, lane_sums(sum[0], sum[1], sum[2], sum[3]));
-      for (int k = 0; k < live; k++) dots[(r + k) * kTile + t] = four[k];
-    }
-  }
 }

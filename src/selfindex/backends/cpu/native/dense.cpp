@@ -25,7 +25,7 @@ struct Unit {
 
 }  // namespace
 
-void dense_attend(const Kernels& kernels, const Cache& cache, const Queries& queries) {
+void dense_attend(const Kernels& kernels, const Cache& cache, const Queries& queries, const Beside* beside) {
   cache.check();
   const Layout& layout = cache.layout;
   const int rows = static_cast<int>(queries.groups * queries.queries);
@@ -72,9 +72,10 @@ void dense_attend(const Kernels& kernels, const Cache& cache, const Queries& que
                    units[u].rows.prepare(kernels, cache);
                    units[u].rows.page_offsets(kernels, cache, 0, cache.pages);
                  }},
-                {shares,
+                {shares + (beside ? 1 : 0),
                  [&](int64_t u, int64_t i, int worker) {
                    Unit& unit = units[u];
+                   if (i == shares) return beside->attend(unit.rows.row, unit.rows.head, worker);
                    const int64_t from = i * share;
                    if (from < unit.tokens)
                      attend(kernels, cache, unit.rows, slots[unit.rows.row].data() + from,
@@ -85,6 +86,7 @@ void dense_attend(const Kernels& kernels, const Cache& cache, const Queries& que
                    const int64_t to = unit.number * rows;
                    merge(kernels, cache, unit.rows, unit.parts.data(), unit.parts.size(),
                          queries.output + to * layout.dim, layout.dim, queries.lse + to, 1);
+                   if (beside) beside->finish(unit.rows.row, unit.rows.head);
                  }}});
   }
 }

@@ -103,6 +103,10 @@ struct Kernels {
   void (*level_dots)(const int8_t* levels, int n, int width, const int16_t* row, int rows,
                      int32_t* dots);
 
+  // logits[t] = (dots[t] * step * scale[t] + offset[t]) * factor.
+  void (*dot_logits)(const int32_t* dots, const float* scale, const float* offset, int n, float step,
+                     float factor, float* logits);
+
   // sums[r] += sum over t of weight[r][t] * levels[t]; weight rows are `stride` apart.
   void (*accumulate)(const int8_t* levels, int n, int width, const float* weight, int64_t stride,
                      int rows, float* sums);

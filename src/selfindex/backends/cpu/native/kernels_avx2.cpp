@@ -31,6 +31,33 @@ struct Lanes {
 #include "window_body.h"
 #include "decode_avx2.h"
 
+inline __m256i dot_step(__m256i sum, __m256i level, const int16_t* row) {
+  return _mm256_add_epi32(sum,
+                          _mm256_madd_epi16(level, _mm256_loadu_si256((const __m256i*)row)));
+}
+
+void level_dots(const int8_t* levels, int n, int width, const int16_t* row, int rows,
+                int32_t* dots) {
+  for (int r = 0; r < rows; r += 4) {
+    const int live = rows - r < 4 ? rows - r : 4;
+    // Missing rows repeat the last one.
+    const int16_t* at[4];
+    for (int i = 0; i < 4; i++) at[i] = row + (int64_t)(r + (i < live ? i : live - 1)) * width;
+    for (int t = 0; t < n; t++) {
+      const int8_t* level = levels + t * width;
+      __m256i sum[4] = {_mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256(),
+                        _mm256_setzero_si256()};
+      for (int i = 0; i < width; i += 16) {
+        const __m256i x = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(level + i)));
+        for (int k = 0; k < 4; k++) sum[k] = dot_step(sum[k], x, at[k] + i);
+      }
+      alignas(16) int32_t four[4];
+      _mm_store_si128((__m128i*)four, lane_sums(sum[0], sum[1], sum[2], sum[3]));
+      for (int k = 0; k < live; k++) dots[(r + k) * kTile + t] = four[k];
+    }
+  }
+}
+
 struct Vec {
   using Reg = __m256i;
   static constexpr int kLanes128 = 2;
@@ -74,7 +101,7 @@ struct Vec {
 
 extern const Kernels kernels;
 const Kernels kernels = {"avx2", lookup, to_logits, exponentiate, weigh, maxima, reaching,
-                         mean_dots, rotate, expand, level_dots, accumulate, widen,
+                         mean_dots, rotate, expand, level_dots, dot_logits, accumulate, widen,
                          encode, window, window_merge, to_floats};
 
 }  // namespace avx2

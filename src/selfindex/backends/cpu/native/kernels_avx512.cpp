@@ -2,6 +2,7 @@
 #if !defined(__clang__)
 // GCC warns about its own header.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 #include <immintrin.h>
 
@@ -33,6 +34,7 @@ struct Lanes {
 #include "encode_body.h"
 #include "window_body.h"
 #include "decode_avx2.h"
+#include "decode_avx512.h"
 
 struct Vec {
   using Reg = __m512i;
@@ -83,7 +85,7 @@ struct Vec {
 
 extern const Kernels kernels;
 const Kernels kernels = {"avx512", lookup, to_logits, exponentiate, weigh, maxima, reaching,
-                         mean_dots, rotate, expand, level_dots, accumulate, widen,
+                         mean_dots, rotate, expand_wide, level_dots, dot_logits, accumulate, widen,
                          encode, window, window_merge, to_floats};
 
 }  // namespace avx512

@@ -70,6 +70,16 @@ float to_logits(const int16_t* sums, const float* gain, int n, int zero, float f
   return top;
 }
 
+void dot_logits(const int32_t* dots, const float* scale, const float* offset, int n, float step,
+                float factor, float* logits) {
+  int i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    const Floats dot = __builtin_convertvector(load<Ints>(dots + i), Floats);
+    store(logits + i, (dot * step * load<Floats>(scale + i) + load<Floats>(offset + i)) * factor);
+  }
+  for (; i < n; i++) logits[i] = ((float)dots[i] * step * scale[i] + offset[i]) * factor;
+}
+
 float exponentiate(float* x, int64_t n, float factor, float shift) {
   Floats sum{};
   int64_t i = 0;

@@ -74,7 +74,7 @@ void level_dots(const int8_t* levels, int n, int width, const int16_t* row, int 
 
 extern const Kernels kernels;
 const Kernels kernels = {"generic", lookup, to_logits, exponentiate, weigh, maxima, reaching,
-                         mean_dots, rotate, expand, level_dots, accumulate, widen,
+                         mean_dots, rotate, expand, level_dots, dot_logits, accumulate, widen,
                          encode, window, window_merge, to_floats};
 
 }  // namespace generic

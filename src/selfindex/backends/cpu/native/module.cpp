@@ -39,27 +39,6 @@ Layout layout(const std::vector<int64_t>& n) {
           n[9],     n[10],    n[11],    n[12],    n[13], n[14], n[15], n[16]};
 }
 
-Cache cache(const Layout& layout, uintptr_t index, int64_t index_stride, uintptr_t payload,
-            int64_t payload_stride, int64_t blocks, uintptr_t table, uintptr_t counts,
-            int64_t batch, int64_t pages, uintptr_t balance, int64_t balance_stride,
-            uintptr_t key_rotation, uintptr_t value_rotation, float scaling) {
-  return {layout,
-          at<const uint8_t>(index),
-          at<const uint8_t>(payload),
-          index_stride,
-          payload_stride,
-          blocks,
-          at<const int32_t>(table),
-          at<const int32_t>(counts),
-          batch,
-          pages,
-          at<const float>(balance),
-          balance_stride,
-          at<const float>(key_rotation),
-          at<const float>(value_rotation),
-          scaling};
-}
-
 Queries queries(uintptr_t query, int64_t groups, int64_t count, int threads, uintptr_t output,
                 uintptr_t lse) {
   return {at<const float>(query), groups, count, threads, at<float>(output), at<float>(lse)};
@@ -86,6 +65,26 @@ class Numbers {
   const std::vector<int64_t>& n_;
   size_t next_ = 0;
 };
+
+Cache cache(const Layout& layout, Numbers& n, float scaling) {
+  Cache c{};
+  c.layout = layout;
+  c.index = n.address<const uint8_t>();
+  c.index_stride = n.take();
+  c.payload = n.address<const uint8_t>();
+  c.payload_stride = n.take();
+  c.blocks = n.take();
+  c.table = n.address<const int32_t>();
+  c.counts = n.address<const int32_t>();
+  c.batch = n.take();
+  c.pages = n.take();
+  c.balance = n.address<const float>();
+  c.balance_stride = n.take();
+  c.key_rotation = n.address<const float>();
+  c.value_rotation = n.address<const float>();
+  c.scaling = scaling;
+  return c;
+}
 
 PagedTokens paged_tokens(Numbers& n) {
   PagedTokens t{};
@@ -151,15 +150,11 @@ NB_MODULE(_native, m) {
   nb::class_<Layout>(m, "Layout").def("__init__", [](Layout* self, const std::vector<int64_t>& n) {
     new (self) Layout(layout(n));
   });
-  nb::class_<Cache>(m, "Cache").def(
-      "__init__", [](Cache* self, const Layout& layout, uintptr_t index, int64_t index_stride,
-                     uintptr_t payload, int64_t payload_stride, int64_t blocks, uintptr_t table,
-                     uintptr_t counts, int64_t batch, int64_t pages, uintptr_t balance,
-                     int64_t balance_stride, uintptr_t key_rotation, uintptr_t value_rotation,
-                     float scaling) {
-        new (self) Cache(cache(layout, index, index_stride, payload, payload_stride, blocks, table,
-                               counts, batch, pages, balance, balance_stride, key_rotation,
-                               value_rotation, scaling));
+  nb::class_<Cache>(m, "Cache")
+      .def("__init__", [](Cache* self, const Layout& layout, const std::vector<int64_t>& numbers, float scaling) {
+        Numbers n(numbers);
+        new (self) Cache(cache(layout, n, scaling));
+        n.end();
       });
   nb::class_<Queries>(m, "Queries")
       .def("__init__", [](Queries* self, uintptr_t query, int64_t groups, int64_t count,
@@ -222,6 +217,21 @@ NB_MODULE(_native, m) {
     n.end();
     nb::gil_scoped_release release;
     window_attend(kernels, given, keys, values, room);
+  });
+  m.def("step_attend", [](const std::string& name, const Layout& layout, const std::vector<int64_t>& numbers,
+                          float scaling) {
+    const Kernels& kernels = named(name);
+    Numbers n(numbers);
+    uint8_t* keys = n.address<uint8_t>();
+    uint8_t* values = n.address<uint8_t>();
+    const int64_t room = n.take();
+    const int32_t* budgets = n.address<const int32_t>();
+    const int64_t width = n.take();
+    const Cache pools = cache(layout, n, scaling);
+    const Step given = step(n, scaling);
+    n.end();
+    nb::gil_scoped_release release;
+    step_attend(kernels, pools, given, keys, values, room, budgets, width);
   });
   m.def("paged_window_attend", [](const std::string& name, const std::vector<int64_t>& numbers, float scaling) {
     const Kernels& kernels = named(name);

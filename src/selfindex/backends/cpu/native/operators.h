@@ -2,18 +2,26 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 
 #include "cache.h"
 #include "kernels.h"
 
 namespace selfindex {
 
+// What is done for every KV head of every row in the same loop of tasks, of one new query a row.
+struct Beside {
+  std::function<void(int64_t row, int64_t head, int worker)> attend;
+  std::function<void(int64_t row, int64_t head)> finish;  // once the operator's own results are there
+};
+
 // budgets [batch]; at most `width` tokens a row are read. `chosen`, unless null, receives the
 // selected slots, int32 [batch][heads][queries][width], -1 beyond.
 void sparse_decode(const Kernels& kernels, const Cache& cache, const Queries& queries,
-                   const int32_t* budgets, int64_t width, int32_t* chosen);
+                   const int32_t* budgets, int64_t width, int32_t* chosen, const Beside* beside = nullptr);
 
-void dense_attend(const Kernels& kernels, const Cache& cache, const Queries& queries);
+void dense_attend(const Kernels& kernels, const Cache& cache, const Queries& queries,
+                  const Beside* beside = nullptr);
 
 // Decodes the tokens in `slots` [n] of a row in the coded domain: keys, values [heads][n][dim].
 void read_tokens(const Kernels& kernels, const Cache& cache, int64_t row, const int32_t* slots,
@@ -79,6 +87,8 @@ struct Step {
   uint8_t* output;                      // [batch][heads * groups][dim]
   float scaling;
   int threads;
+
+  int64_t token_bytes() const { return int64_t{dim} * (format == kFloat32 ? 4 : 2); }
 };
 
 // keys, values [batch][heads][room][dim]. Throws std::out_of_range, before anything is written, where
@@ -90,5 +100,10 @@ void window_attend(const Kernels& kernels, const Step& step, uint8_t* keys, uint
 // is written, as `PagedTokens::block_of` and where a row starts behind its new token.
 void paged_window_attend(const Kernels& kernels, const Step& step, const PagedTokens& tokens,
                          const int32_t* starts, int64_t sinks);
+
+// `sparse_decode`, or `dense_attend` without budgets, and then `window_attend` with what that gave as
+// the step's part.
+void step_attend(const Kernels& kernels, const Cache& cache, const Step& step, uint8_t* keys, uint8_t* values,
+                 int64_t room, const int32_t* budgets, int64_t width);
 
 }  // namespace selfindex

@@ -40,8 +40,8 @@ struct Unit {
 class SparseDecode {
  public:
   SparseDecode(const Kernels& kernels, const Cache& cache, const Queries& queries,
-               const int32_t* budgets, int64_t width, int32_t* chosen)
-      : kernels_(kernels), cache_(cache), queries_(queries), width_(width), chosen_(chosen),
+               const int32_t* budgets, int64_t width, int32_t* chosen, const Beside* beside)
+      : kernels_(kernels), cache_(cache), queries_(queries), width_(width), chosen_(chosen), beside_(beside),
         groups_(static_cast<int>(queries.groups)), slots_(cache.slots()),
         task_pages_(std::max<int64_t>(1, kTaskSlots / cache.layout.page)),
         ranges_((cache.pages + task_pages_ - 1) / task_pages_),
@@ -74,7 +74,12 @@ class SparseDecode {
          {ranges_, [&](int64_t u, int64_t range, int) { score(units_[u], range); }},
          {ranges_, [&](int64_t u, int64_t range, int) { normalise(units_[u], range); }},
          {1, [&](int64_t u, int64_t, int worker) { select(units_[u], selectors_[worker]); }},
-         {shares, [&](int64_t u, int64_t i, int worker) { attend_share(units_[u], i, worker); }},
+         {shares + (beside_ ? 1 : 0),
+          [&](int64_t u, int64_t i, int worker) {
+            const Rows& rows = units_[u].rows;
+            if (i == shares) beside_->attend(rows.row, rows.head, worker);
+            else attend_share(units_[u], i, worker);
+          }},
          {1, [&](int64_t u, int64_t, int) { finish(units_[u]); }}});
   }
 
@@ -199,6 +204,7 @@ class SparseDecode {
         std::fill_n(output + r * unit.rows.stride, cache_.layout.dim, kNan);
         queries_.lse[row + r * queries_.queries] = kNan;
       }
+    if (beside_) beside_->finish(unit.rows.row, unit.rows.head);
     if (!chosen_) return;
     const int64_t place = (unit.rows.row * cache_.layout.heads + unit.rows.head) * queries_.queries +
                           unit.query;
@@ -211,6 +217,7 @@ class SparseDecode {
   const Queries& queries_;
   const int64_t width_;
   int32_t* const chosen_;
+  const Beside* const beside_;
   const int groups_;
   const int64_t slots_, task_pages_, ranges_;
   std::vector<SelectScratch> selectors_;
@@ -223,9 +230,9 @@ class SparseDecode {
 }  // namespace
 
 void sparse_decode(const Kernels& kernels, const Cache& cache, const Queries& queries,
-                   const int32_t* budgets, int64_t width, int32_t* chosen) {
+                   const int32_t* budgets, int64_t width, int32_t* chosen, const Beside* beside) {
   cache.check();
-  SparseDecode(kernels, cache, queries, budgets, width, chosen).run();
+  SparseDecode(kernels, cache, queries, budgets, width, chosen, beside).run();
 }
 
 }  // namespace selfindex

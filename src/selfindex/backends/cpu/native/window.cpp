@@ -1,73 +1,28 @@
 // The full-precision part of a decode step.
+#include "window.h"
+
 #include <algorithm>
 #include <cstring>
 #include <stdexcept>
-#include <vector>
 
-#include "arena.h"
-#include "operators.h"
 #include "parallel.h"
 
 namespace selfindex {
 namespace {
 
-// The tokens that rows attend to.
-struct Held {
-  uint8_t *keys, *values;
-  int64_t head;                 // bytes from one KV head to the next
-  std::vector<int64_t> tokens;  // bytes from `keys` and `values` to each token of all rows
-  std::vector<int64_t> starts;  // [batch + 1], where a row's begin among them
-  std::vector<int64_t> added;   // [batch], the same for the new token, negative for none
-
-  explicit Held(int64_t batch) : starts(1, 0), added(batch, -1) { starts.reserve(batch + 1); }
-  int count(int64_t row) const { return static_cast<int>(starts[row + 1] - starts[row]); }
-};
-
-int bytes_of(const Step& step) { return step.format == kFloat32 ? 4 : 2; }
-
-void attend(const Kernels& kernels, const Step& step, const Held& held) {
-  int longest = 0;
-  for (int64_t b = 0; b < step.batch; b++) longest = std::max(longest, held.count(b));
-  const int threads = std::max(1, step.threads);
-  const int64_t token = static_cast<int64_t>(step.dim) * bytes_of(step);
-  Arena arena;
-  std::vector<float*> logits(threads), sums(threads), tops(threads), masses(threads);
-  arena.lay_out([&] {
-    for (int i = 0; i < threads; i++) {
-      logits[i] = arena.take<float>(int64_t{4} * longest);
-      sums[i] = arena.take<float>(static_cast<int64_t>(step.groups) * step.dim);
-      tops[i] = arena.take<float>(step.groups);
-      masses[i] = arena.take<float>(step.groups);
-    }
-  });
-  parallel_for(threads, step.batch * step.heads, [&](int64_t i, int worker) {
-    const int64_t b = i / step.heads, head = i % step.heads, first = head * step.groups;
-    const int64_t row = b * step.heads * step.groups + first;
-    uint8_t* output = step.output + row * token;
-    if (step.lengths[b] < 0) {
-      std::memset(output, 0, step.groups * token);
-      return;
-    }
-    uint8_t *keys = held.keys + head * held.head, *values = held.values + head * held.head;
-    if (held.added[b] >= 0) {
-      std::memcpy(keys + held.added[b], step.new_keys.at + b * step.new_keys.outer + head * step.new_keys.head, token);
-      std::memcpy(values + held.added[b],
-                  step.new_values.at + b * step.new_values.outer + head * step.new_values.head, token);
-    }
-    kernels.window({step.format, step.dim, step.groups,
-                    step.query.at + b * step.query.outer + first * step.query.head, step.query.head, keys,
-                    values, held.tokens.data() + held.starts[b], held.count(b), step.scaling, logits[worker],
-                    sums[worker], tops[worker], masses[worker]});
-    kernels.window_merge({step.format, step.dim, step.groups, sums[worker], tops[worker], masses[worker],
-                          step.part + row * step.dim, step.part_lse + row,
-                          step.sink ? step.sink + first : nullptr, output});
+void run(const Kernels& kernels, const Step& step, const Held& held) {
+  WindowPart window(kernels, step, held);
+  parallel_for(std::max(1, step.threads), step.batch * step.heads, [&](int64_t i, int worker) {
+    const int64_t row = i / step.heads, head = i % step.heads, first = i * step.groups;
+    window.attend(row, head, worker);
+    window.merge(row, head, step.part + first * step.dim, step.part_lse + first);
   });
 }
 
 }  // namespace
 
-void window_attend(const Kernels& kernels, const Step& step, uint8_t* keys, uint8_t* values, int64_t room) {
-  const int64_t token = static_cast<int64_t>(step.dim) * bytes_of(step);
+Held held_in_place(const Step& step, uint8_t* keys, uint8_t* values, int64_t room) {
+  const int64_t token = step.token_bytes();
   Held held(step.batch);
   held.keys = keys;
   held.values = values;
@@ -80,7 +35,52 @@ void window_attend(const Kernels& kernels, const Step& step, uint8_t* keys, uint
     held.starts.push_back(held.tokens.size());
     held.added[b] = held.tokens.back();
   }
-  attend(kernels, step, held);
+  return held;
+}
+
+WindowPart::WindowPart(const Kernels& kernels, const Step& step, const Held& held)
+    : kernels_(kernels), step_(step), held_(held), token_(step.token_bytes()),
+      logits_(std::max(1, step.threads)), results_(step.batch * step.heads) {
+  int longest = 0;
+  for (int64_t b = 0; b < step.batch; b++) longest = std::max(longest, held.count(b));
+  arena_.lay_out([&] {
+    for (float*& logits : logits_) logits = arena_.take<float>(int64_t{4} * longest);
+    for (Result& result : results_)
+      result = {arena_.take<float>(int64_t{step.groups} * step.dim), arena_.take<float>(step.groups),
+                arena_.take<float>(step.groups)};
+  });
+}
+
+void WindowPart::attend(int64_t row, int64_t head, int worker) {
+  if (step_.lengths[row] < 0) return;
+  uint8_t *keys = held_.keys + head * held_.head, *values = held_.values + head * held_.head;
+  if (const int64_t added = held_.added[row]; added >= 0) {
+    const Strided &k = step_.new_keys, &v = step_.new_values;
+    std::memcpy(keys + added, k.at + row * k.outer + head * k.head, token_);
+    std::memcpy(values + added, v.at + row * v.outer + head * v.head, token_);
+  }
+  const Result& result = results_[row * step_.heads + head];
+  const Strided& query = step_.query;
+  kernels_.window({step_.format, step_.dim, step_.groups,
+                   query.at + row * query.outer + head * step_.groups * query.head, query.head, keys, values,
+                   held_.tokens.data() + held_.starts[row], held_.count(row), step_.scaling, logits_[worker],
+                   result.sums, result.top, result.mass});
+}
+
+void WindowPart::merge(int64_t row, int64_t head, const float* part, const float* part_lse) const {
+  const int64_t i = row * step_.heads + head;
+  uint8_t* output = step_.output + i * step_.groups * token_;
+  if (step_.lengths[row] < 0) {
+    std::memset(output, 0, step_.groups * token_);
+    return;
+  }
+  const Result& result = results_[i];
+  kernels_.window_merge({step_.format, step_.dim, step_.groups, result.sums, result.top, result.mass, part,
+                         part_lse, step_.sink ? step_.sink + head * step_.groups : nullptr, output});
+}
+
+void window_attend(const Kernels& kernels, const Step& step, uint8_t* keys, uint8_t* values, int64_t room) {
+  run(kernels, step, held_in_place(step, keys, values, room));
 }
 
 void paged_window_attend(const Kernels& kernels, const Step& step, const PagedTokens& tokens,
@@ -103,7 +103,7 @@ void paged_window_attend(const Kernels& kernels, const Step& step, const PagedTo
     }
     held.starts.push_back(held.tokens.size());
   }
-  attend(kernels, step, held);
+  run(kernels, step, held);
 }
 
 }  // namespace selfindex
