@@ -50,13 +50,18 @@ __device__ __forceinline__ void publish_head(const Params& p, int row, int g) {
 
 // Everything in QueryMemory; one block of a row publishes what the attention needs of it.
 template <int WARPS> __device__ __forceinline__ void prepare_row(const Params& p, int row, QueryMemory& m, bool publish) {
-  constexpr int THREADS = WARPS * 32, ENTRIES = 4 * D;   // of the tables, a multiple of a warp
+  constexpr int THREADS = WARPS * 32, ENTRIES = 4 * D, OWN = (ENTRIES + THREADS - 1) / THREADS;   // of the tables, a multiple of a warp
   const int b = row / p.heads, h = row % p.heads, tid = threadIdx.x, lane = tid & 31, w = tid >> 5;
   const float* codebook = p.constants + b * p.constants_row + (i64)h * CONSTANTS + 2 * D;
   if (tid == 0) m.used = m.tokens = m.least = m.range = 0;
   __syncthreads();
   wait_previous();
   const int budget = p.budgets[b];
+  float centroid[OWN][4];   // on their way while the query comes
+#pragma unroll
+  for (int n = 0; n < OWN; n++)
+#pragma unroll
+    for (int c = 0; c < 4; c++) centroid[n][c] = codebook[min(tid + n * THREADS, ENTRIES - 1) * 4 + c];
   for (int c = tid; c < D; c += THREADS) {
     float sum = 0.f;
 #pragma unroll
@@ -69,10 +74,13 @@ template <int WARPS> __device__ __forceinline__ void prepare_row(const Params& p
   // The transform runs over 16 neighbouring lanes.
   const float sign = p.scale > 0.f ? -1.f : p.scale < 0.f ? 1.f : 0.f;
   float largest = 0.f;
-  for (int i = tid; i < ENTRIES; i += THREADS) {
+#pragma unroll
+  for (int n = 0; n < OWN; n++) {
+    const int i = tid + n * THREADS;
+    if (i >= ENTRIES) break;
     float x = 0.f;
 #pragma unroll
-    for (int c = 0; c < 4; c++) x = fmaf(codebook[i * 4 + c], m.mean[i / 16 * 4 + c], x);
+    for (int c = 0; c < 4; c++) x = fmaf(centroid[n][c], m.mean[i / 16 * 4 + c], x);
 #pragma unroll
     for (int s = 1; s < 16; s <<= 1) {
       const float other = __shfl_xor_sync(~0u, x, s);
