@@ -1,6 +1,6 @@
 """Time of sparse decode attention against the best dense kernel of PyTorch, on one GPU.
 
-    python benchmarks/decode_attention.py --output decode_attention.json
+    python benchmarks/decode_attention.py --output decode_attention.json [--preset paper]
 
 32 query heads, 8 KV heads, head_dim 128, bfloat16, 5 % budget. Everything is timed as replays of a
 CUDA graph that goes through several input sets, so that small sizes do not live in the cache.
@@ -25,6 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from selfindex.backends import ops
 from selfindex.backends.cuda.decode import Decode
 from selfindex.codec import PageFormat
+from selfindex.config import PRESETS
 
 HEADS, GROUPS, DIM, PAGE = 8, 4, 128, 128
 BUDGET = 0.05
@@ -56,19 +57,26 @@ def graph_time(work: Callable[[], object], repeats: int = 40) -> float:
     return statistics.median(times)
 
 
+def constants_of(fmt: PageFormat, keys: torch.Tensor) -> torch.Tensor:
+    """What pages share: a balance of ones, or the paper preset's statistics of keys [n, H, P, d]."""
+    if fmt.preset == "paper":
+        return ops.prompt_statistics(keys.transpose(0, 1).flatten(1, 2))[None]
+    return torch.ones(1, fmt.kv_heads, fmt.head_dim, device="cuda")
+
+
 def encoded_pages(fmt: PageFormat, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Random pages and their balance: Gaussian keys around a mean, a few percent of them loud."""
+    """Random pages and their constants: Gaussian keys around a mean, a few percent of them loud."""
     keys = torch.randn(count, HEADS, PAGE, DIM, device="cuda") + torch.randn(1, HEADS, 1, DIM, device="cuda")
     keys *= 1 + (torch.rand(count, HEADS, PAGE, 1, device="cuda") < 0.05)
     values = torch.randn(count, HEADS, PAGE, DIM, device="cuda")
-    balance = torch.ones(1, HEADS, DIM, device="cuda")
+    constants = constants_of(fmt, keys.bfloat16())
     counts = torch.full((count,), PAGE, dtype=torch.int32, device="cuda")
-    return *ops.encode(keys.bfloat16(), values.bfloat16(), counts, balance, fmt.name), balance
+    return *ops.encode(keys.bfloat16(), values.bfloat16(), counts, constants, fmt.name), constants
 
 
 def arguments(batch: int, length: int, fmt: PageFormat, sets: int) -> list[tuple[Any, ...]]:
     """Arguments of `sparse_decode` on `sets` independent caches."""
-    index, payload, balance = encoded_pages(fmt, 256)
+    index, payload, constants = encoded_pages(fmt, 256)
     pages = length // PAGE
     budget = max(128, round(BUDGET * length))
     found: list[tuple[Any, ...]] = []
@@ -80,7 +88,7 @@ def arguments(batch: int, length: int, fmt: PageFormat, sets: int) -> list[tuple
         query = torch.randn(batch, HEADS * GROUPS, 1, DIM, device="cuda").bfloat16()
         wanted = torch.full((batch,), budget, dtype=torch.int32, device="cuda")
         planes = query, index[source], payload[source], table, counts
-        found.append((*planes, wanted, budget, balance, DIM**-0.5, fmt.name))
+        found.append((*planes, wanted, budget, constants, DIM**-0.5, fmt.name))
     return found
 
 
@@ -177,12 +185,13 @@ def main() -> None:
     """Measure, write JSON, print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--preset", choices=PRESETS, default="balanced")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 8, 16])
     parser.add_argument("--lengths", type=int, nargs="+", default=[8 << (10 + i) for i in range(7)])
     parser.add_argument("--memory", type=float, default=60.0, help="GB that a size may take")
     options = parser.parse_args()
     torch.manual_seed(0)
-    fmt = PageFormat("balanced", HEADS, DIM, PAGE)
+    fmt = PageFormat(options.preset, HEADS, DIM, PAGE)
     bandwidth = copy_bandwidth()
     rows: list[dict[str, Any]] = []
     for batch in options.batches:

@@ -1,10 +1,10 @@
 """What encoding costs beside the attention it is for, and attention to the whole encoded prefix.
 
-    python benchmarks/encode.py --output encode.json
+    python benchmarks/encode.py --output encode.json [--preset paper]
 
 One layer, 32 query heads, 8 KV heads, head_dim 128, bfloat16:
   - encoding a prompt, in one call as the store does, against the dense causal attention of the same
-    prompt;
+    prompt; with the paper preset also its statistics and the choice of pinned tokens;
   - encoding a page of new tokens, per token, against one dense decode step;
   - `dense_attend` of a chunk of new queries and of one query, against attention to a 16-bit prefix.
 Dense attention is the best of PyTorch's flash and cuDNN kernels. Times are medians of CUDA events;
@@ -29,6 +29,7 @@ from decode_attention import (
     HEADS,
     MOST_SETS,
     PAGE,
+    constants_of,
     encoded_pages,
     environment,
     graph_time,
@@ -39,6 +40,9 @@ from torch.nn.attention import sdpa_kernel
 
 from selfindex.backends import ops
 from selfindex.codec import PageFormat
+from selfindex.codec.paper import choose_pinned
+from selfindex.config import PRESETS, SelfIndexConfig
+from selfindex.store.rows import OBSERVED_QUERIES
 
 TARGET = 0.02
 """Most of a prompt's dense attention that encoding it may take."""
@@ -85,14 +89,22 @@ def time_prompt(length: int, fmt: PageFormat) -> dict[str, Any]:
     # Pages as the store cuts them from [H, n, d]: strided views.
     keys, values = (normal(HEADS, length // PAGE, PAGE, DIM).transpose(0, 1) for _ in range(2))
     counts = torch.full((length // PAGE,), PAGE, dtype=torch.int32, device="cuda")
-    balance = torch.ones(1, HEADS, DIM, device="cuda")
+    constants = constants_of(fmt, keys)
 
     found: dict[str, Any] = {
         "length": length,
-        "encode_one_call": event_time(lambda: ops.encode(keys, values, counts, balance, fmt.name), 20),
+        "encode_one_call": event_time(lambda: ops.encode(keys, values, counts, constants, fmt.name), 20),
     }
+    spent = found["encode_one_call"]
+    if fmt.preset == "paper":
+        whole = keys.transpose(0, 1).reshape(HEADS, length, DIM)
+        asking = normal(HEADS, GROUPS, OBSERVED_QUERIES, DIM)
+        sinks = SelfIndexConfig(preset="paper").sinks
+        found["statistics"] = event_time(lambda: ops.prompt_statistics(whole), 20)
+        found["pinned"] = event_time(lambda: choose_pinned(whole, asking, int(sinks), DIM**-0.5), 20)
+        spent += found["statistics"] + found["pinned"]
     found["dense"] = best_dense(length, length, True, 3)
-    found["share"] = found["encode_one_call"] / min(found["dense"].values())
+    found["share"] = spent / min(found["dense"].values())
     return found
 
 
@@ -100,10 +112,10 @@ def time_step(length: int, fmt: PageFormat) -> dict[str, float]:
     """Encoding of a page, per token of it, against a dense decode step."""
     keys, values = normal(1, HEADS, PAGE, DIM), normal(1, HEADS, PAGE, DIM)
     counts = torch.full((1,), PAGE, dtype=torch.int32, device="cuda")
-    balance = torch.ones(1, HEADS, DIM, device="cuda")
+    constants = constants_of(fmt, keys)
 
     def page() -> tuple[Tensor, Tensor]:
-        return ops.encode(keys, values, counts, balance, fmt.name)
+        return ops.encode(keys, values, counts, constants, fmt.name)
 
     step, encode, call = min(time_dense(1, length).values()), graph_time(page), event_time(page, 40)
     return {
@@ -119,7 +131,7 @@ def time_step(length: int, fmt: PageFormat) -> dict[str, float]:
 def time_attention(queries: int, length: int, fmt: PageFormat) -> dict[str, Any]:
     """`dense_attend` against dense attention to a 16-bit prefix."""
     pages, sets = length // PAGE, MOST_SETS if queries == 1 else 1
-    index, payload, balance = encoded_pages(fmt, 256)
+    index, payload, constants = encoded_pages(fmt, 256)
     source = torch.randint(index.shape[0], (sets * pages,), device="cuda")
     index, payload = index[source], payload[source]
     tables = torch.randperm(sets * pages, device="cuda").int().view(sets, 1, pages)
@@ -128,7 +140,7 @@ def time_attention(queries: int, length: int, fmt: PageFormat) -> dict[str, Any]
 
     def work() -> list[tuple[Tensor, Tensor]]:
         return [
-            ops.dense_attend(query, index, payload, table, counts, balance, DIM**-0.5, fmt.name)
+            ops.dense_attend(query, index, payload, table, counts, constants, DIM**-0.5, fmt.name)
             for table in tables
         ]
 
@@ -146,7 +158,10 @@ def table(result: dict[str, Any]) -> str:
     lines = ["prompt: encoding against causal attention, milliseconds"]
     for row in result["prompt"]:
         encode, dense = row["encode_one_call"] / 1e3, min(row["dense"].values()) / 1e3
-        lines.append(f"{row['length']:>7}  {encode:.2f}, dense {dense:.1f}: {row['share']:.2%}")
+        more = [f", {name} {row[name] / 1e3:.2f}" for name in ("statistics", "pinned") if name in row]
+        lines.append(
+            f"{row['length']:>7}  {encode:.2f}{''.join(more)}, dense {dense:.1f}: {row['share']:.2%}"
+        )
     step = result["decode"]
     lines.append(
         f"decode: a page {step['page']:.1f} us, {step['token']:.3f} us a token, dense step at "
@@ -166,13 +181,14 @@ def main() -> None:
     """Measure, write JSON, print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--preset", choices=PRESETS, default="balanced")
     parser.add_argument("--prompts", type=int, nargs="*", default=[32 << 10, 128 << 10])
     parser.add_argument("--chunk", type=int, default=2048)
     parser.add_argument("--prefixes", type=int, nargs="*", default=[32 << 10, 128 << 10])
     parser.add_argument("--steps", type=int, nargs="*", default=[1 << (10 + i) for i in range(5)])
     options = parser.parse_args()
     torch.manual_seed(0)
-    fmt = PageFormat("balanced", HEADS, DIM, PAGE)
+    fmt = PageFormat(options.preset, HEADS, DIM, PAGE)
     result: dict[str, Any] = {
         "environment": environment(),
         "shape": {"query_heads": HEADS * GROUPS, "kv_heads": HEADS, "head_dim": DIM},

@@ -38,15 +38,7 @@ WINDOW = (
     (256, 16, 2, torch.float32),
     (96, 5, 2, torch.float16),
 )
-KERNELS = {
-    "decode": 4,
-    "offloaded": 2,
-    "encode": 2,
-    "dense": 3,
-    "window": 4,
-    "balance": 2,
-    "statistics": 1,
-}
+KERNELS = {"decode": 4, "offloaded": 2, "encode": 2, "dense": 3, "window": 4, "balance": 2, "statistics": 1}
 # Everything for the architecture the kernels are tuned for, what differs most for the others.
 SHAPES = {
     "decode": DECODE,
@@ -55,9 +47,9 @@ SHAPES = {
     "dense": DENSE,
     "window": WINDOW,
     "balance": ENCODE,
+    "statistics": ENCODE,
 }
-SHAPES["statistics"] = tuple((*case[:2], 2, case[3]) for case in ENCODE)
-for name in ("decode", "encode", "dense"):
+for name in ("decode", "offloaded", "encode", "dense"):
     SHAPES[f"paper_{name}"] = tuple((*case[:2], 2, case[3]) for case in SHAPES[name])
     KERNELS[f"paper_{name}"] = KERNELS[name]
 CASES = [(90, module, case) for module, cases in SHAPES.items() for case in cases]

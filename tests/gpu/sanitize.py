@@ -67,6 +67,8 @@ for preset, dim, groups, bits, lengths in (
 keys = torch.randint(1, 500, (2, 2048), device="cuda").to(torch.int16)
 clusters = (1, 8, 16) if torch.cuda.get_device_capability()[0] >= 9 else (1,)
 for cluster in clusters:
-    select_keys(keys, torch.tensor([100, 2048], dtype=torch.int32, device="cuda"), 2048, cluster)
+    for preset in ("balanced", "paper"):
+        budgets = torch.tensor([100, 2048], dtype=torch.int32, device="cuda")
+        select_keys(16 * keys if preset == "paper" else keys, budgets, 2048, cluster, preset)
 torch.cuda.synchronize()
 print("ran")

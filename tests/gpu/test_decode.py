@@ -57,7 +57,7 @@ def test_decode_agrees_with_the_reference(preset, dim, heads, groups, bits, dtyp
             assert torch.isfinite(mass[b, h, 0, slots]).all(), "only existing tokens"
             wanted = set(best[b, h, 0, : budgets[b]].tolist())
             # A score of the paper preset is a sum of exact table entries, of balanced one of estimates.
-            assert len(wanted & set(slots)) >= (0.97 if preset == "paper" else 0.93) * budgets[b]
+            assert len(wanted & set(slots)) >= (0.98 if preset == "paper" else 0.93) * budgets[b]
             got_mass = mass[b, h, 0, slots].sum()
             assert got_mass >= 0.998 * mass[b, h, 0, sorted(wanted)].sum()
 

@@ -123,13 +123,23 @@ def arguments_of(cache, budgets, payload, held):
 
 @pytest.mark.parametrize("selections", [0, 0.2, 1, 4])
 @pytest.mark.parametrize(
-    ("dim", "groups", "bits", "shared"),
-    [(128, 4, 2, False), (128, 8, 3, True), (64, 1, 3, False), (96, 3, 3, True), (256, 2, 2, False)],
+    ("preset", "dim", "groups", "bits", "shared"),
+    [
+        ("balanced", 128, 4, 2, False),
+        ("balanced", 128, 8, 3, True),
+        ("balanced", 64, 1, 3, False),
+        ("balanced", 96, 3, 3, True),
+        ("balanced", 256, 2, 2, False),
+        ("paper", 128, 4, 2, True),
+        ("paper", 64, 1, 2, False),
+        ("paper", 96, 3, 2, False),
+        ("paper", 256, 2, 2, False),
+    ],
 )
-def test_a_cache_of_recent_tokens_changes_no_bit(dim, groups, bits, shared, selections, monkeypatch):
+def test_a_cache_of_recent_tokens_changes_no_bit(preset, dim, groups, bits, shared, selections, monkeypatch):
     """Of no room at all, of so little that most tokens find none, of one step, of several."""
     monkeypatch.setattr(recent, "SELECTIONS", selections)
-    cache = make_cache([5000, 700, 3000], dim, 2, groups, bits, short=(3,), shared=shared)
+    cache = make_cache([5000, 700, 3000], dim, 2, groups, bits, preset=preset, short=(3,), shared=shared)
     _, payload, held = offloaded(cache)
     budgets = [400, 0, 300]
     for _ in range(12):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from pages import page_format
+from pages import PRESETS, page_format
 
 from selfindex.backends.cuda import recent
 from selfindex.backends.cuda.recent import HEADER, WAYS, Recent, RecentParams
@@ -34,21 +34,23 @@ def test_room_follows_the_selections_up_to_the_pool_and_never_shrinks(held):
     assert 40 * 128 <= held.sets * WAYS <= 1.2 * 40 * 128
 
 
-@pytest.mark.parametrize("bits", [2, 3])
+@pytest.mark.parametrize(("preset", "bits"), PRESETS)
 @pytest.mark.parametrize("dim", [64, 96, 128, 256])
-def test_the_kernels_find_its_parts_side_by_side(dim, bits):
-    fmt = page_format(bits=bits, heads=3, dim=dim, page=128)
+def test_the_kernels_find_its_parts_side_by_side(dim, preset, bits):
+    fmt = page_format(preset, bits=bits, heads=3, dim=dim, page=128)
     held = Recent(fmt, torch.device("cpu"))
     held.fit(77, 40 * 128)
     params = RecentParams.of(held.tensor, torch.empty(4), fmt)
-    entries, entry = 3 * WAYS * params.sets, -(-(dim // 2 + (dim // 8 if bits == 3 else 0)) // 16) * 16
+    token = fmt.payload.record // 128 if preset == "paper" else dim // 2 + (dim // 8 if bits == 3 else 0)
+    entries, entry = 3 * WAYS * params.sets, -(-token // 16) * 16
     assert params.sets == held.sets
     assert (params.clock, params.fetched) == (held.address, held.address + 8)
     assert params.ways == held.address + HEADER == held.ways.data_ptr()
     assert params.data == params.ways + 8 * entries
     assert params.data % 16 == 0
     assert params.scales == params.data + entry * entries
-    assert params.scales + entries == held.address + held.tensor.numel()
+    end = held.address + held.tensor.numel()
+    assert params.scales + (0 if preset == "paper" else entries) == end, "paper: part of an entry"
     assert (held.ways == -1).all()
     assert len(held.ways) == entries
 

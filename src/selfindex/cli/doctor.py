@@ -72,8 +72,7 @@ def _backends() -> list[tuple[str, str]]:
     found = [("cpu", _cpu_backend())]
     for i in range(torch.cuda.device_count()):
         reason = _no_kernels(torch.device("cuda", i))
-        kernels = "CUDA kernels (balanced preset; plain PyTorch for the rest)"
-        found.append((f"cuda:{i}", kernels if reason is None else f"plain PyTorch: {reason}"))
+        found.append((f"cuda:{i}", "CUDA kernels" if reason is None else f"plain PyTorch: {reason}"))
     return found
 
 

@@ -12,7 +12,6 @@ from torch import Tensor
 from ..backends import ops, reference
 from ..backends.fallback import observed
 from ..codec import Codec, PageFormat, codec_for, measure_balance
-from ..codec.paper import prompt_statistics
 from ..codec.rotation import HEAD_DIMS
 from ..config import SelfIndexConfig
 from ..index.select import sum_of_softmax
@@ -44,7 +43,7 @@ class Check:
     """Outcome for one preset, head dimension and dtype.
 
     Attributes:
-        difference: largest relative difference from plain attention over the decoded tokens.
+        difference: largest relative difference from the plain operators and attention.
         failures: what went wrong, in words; empty if all is well.
         fast: what was served by compiled operators or CUDA kernels.
         slow: what was served by plain PyTorch.
@@ -117,7 +116,7 @@ def _check(run: _Run, preset: str, head_dim: int, device: torch.device, dtype: t
     query, keys, values = (x.to(device, dtype) for x in (query, keys, values))
     raw = tuple(x[0].unflatten(1, (PAGES, PAGE)).transpose(0, 1) for x in (keys, values))  # [M, H, P, d]
     counts = torch.full((PAGES,), PAGE, dtype=torch.int32, device=device)
-    constants = _constants(preset, keys, query)
+    constants = _constants(run, preset, keys, query)
     given = (raw[0], raw[1], counts, constants, name)
     index, payload = run("encode", ops.encode, *given)
     for got, wanted in zip((index, payload), reference.encode(*given), strict=True):
@@ -180,10 +179,12 @@ def _check_similarity(
         run.failures.append(f"compressed attention is unlike the exact one (cosine {float(similarity):.2f})")
 
 
-def _constants(preset: str, keys: Tensor, query: Tensor) -> Tensor:
-    keys, query = keys.float(), query.float()
+def _constants(run: _Run, preset: str, keys: Tensor, query: Tensor) -> Tensor:
     if preset == "paper":
-        return prompt_statistics(keys[0])[None]
+        found: Tensor = run("prompt_statistics", ops.prompt_statistics, keys[0])
+        run.compare("prompt_statistics", found, reference.prompt_statistics(keys[0]))
+        return found[None]
+    keys, query = keys.float(), query.float()
     return measure_balance(keys, query.square().mean((0, 2)).unflatten(0, (HEADS, GROUP)).mean(1))[None]
 
 

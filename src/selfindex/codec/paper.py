@@ -142,12 +142,14 @@ def choose_pinned(
     Returns:
         int64 [H, count], ascending; count <= prompt <= N.
     """
-    tokens, last = keys.shape[1], queries.shape[2]
-    logits = torch.einsum("hgtd,hnd->hgtn", queries.float(), keys.float()) * scaling
-    position = torch.arange(tokens, device=keys.device)
-    hidden = position[None, :] > position[tokens - last :, None]
-    votes = logits.masked_fill(hidden, float("-inf")).softmax(-1).sum((1, 2))
-    return votes[:, :prompt].topk(count).indices.sort(-1).values
+    last = queries.shape[2]
+    later = torch.ones(last, last, dtype=torch.bool, device=keys.device).triu(1)
+    votes = []
+    for own, asking in zip(keys, queries, strict=True):  # a head at a time: logits of all would fill memory
+        logits = (asking.float() @ own.float().T).mul_(scaling)  # [G, T, N]
+        logits[..., -last:].masked_fill_(later, float("-inf"))
+        votes.append(logits.softmax(-1).sum((0, 1)))
+    return torch.stack(votes)[:, :prompt].topk(count).indices.sort(-1).values
 
 
 def _quantise(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

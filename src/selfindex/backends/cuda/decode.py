@@ -368,16 +368,17 @@ class Decode:
         self.kernels["merge"]((self.groups, self.rows), MERGE_THREADS, [self.params], overlap=self.modern)
 
 
-def select_keys(keys: Tensor, budgets: Tensor, width: int, cluster: int) -> Tensor:
+def select_keys(keys: Tensor, budgets: Tensor, width: int, cluster: int, preset: str = "balanced") -> Tensor:
     """Run the selection alone on given keys, for tests.
 
     Args:
-        keys: int16 [rows, n], 0 (no token) to 2047; n a multiple of 128.
+        keys: int16 [rows, n], 0 (no token) to 2047, or 0 and 16 to 32767 (paper); n a multiple of 128.
         budgets: int32 [rows]; cluster: blocks a row.
     Returns:
         int32 [rows, width], undefined past a row's budget.
     """
-    kernels = load("decode", keys.device, 128, 4, 2, torch.bfloat16)
+    module = module_for("decode", PageFormat(preset, 1, 128, PAGE_SIZE))
+    kernels = load(module, keys.device, 128, 4, 2, torch.bfloat16)
     keys = keys.clone()  # the kernel overwrites them
     selected = torch.full((keys.shape[0], width), -1, dtype=torch.int32, device=keys.device)
     values: list[Any] = [

@@ -32,6 +32,7 @@ MODULES = {
         *("score_paper", "decode", "attend_paper", "merge"),
     ),
     "offloaded": ("common", "rotate", "fetch", "attend"),
+    "paper_offloaded": ("paper", "common", "rotate", "fetch", "attend_paper"),
     "encode": ("common", "rotate", "encode", "encode_balanced"),
     "paper_encode": ("paper", "common", "encode", "encode_paper"),
     "dense": ("common", "rotate", "dense_rows", "dense", "dense_wgmma"),

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...codec import PageFormat
 from .decode import Decode
-from .loader import load
+from .loader import load, module_for
 from .recent import RecentParams
 
 FETCH_TOKENS = 32
@@ -23,7 +23,7 @@ class OffloadedDecode(Decode):
         super().__init__(query, *rest)
         fmt = PageFormat.parse(rest[-1])
         self.kernels = self.kernels | load(
-            "offloaded", query.device, fmt.head_dim, self.groups, fmt.value_bits, query.dtype
+            module_for("offloaded", fmt), query.device, fmt.head_dim, self.groups, fmt.value_bits, query.dtype
         )
         self._place = torch.empty(self.rows * self.params.width, dtype=torch.int32, device=query.device)
         self._arguments = [self.params, RecentParams.of(recent, self._place, fmt)]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ...codec import PageFormat
+from ...codec.format import PAPER_GROUP
 from .decode import HEAD_DIMS, PAGE_SIZE
 
 WAYS = 8
@@ -43,22 +44,29 @@ class RecentParams(ctypes.Structure):
 
 
 def _entry_bytes(fmt: PageFormat) -> int:
-    """Of a token's magnitudes and values."""
+    """Of a token's magnitudes and values; paper: and of its scales and zero points."""
     token = fmt.payload.sections["magnitudes"].stride
     assert token is not None
+    if fmt.preset == "paper":
+        token += 4 * 2 * -(-fmt.head_dim // PAPER_GROUP)
     return -(-token // 16) * 16
 
 
+def _scale_bytes(fmt: PageFormat) -> int:
+    """Of a token's value scale, which lie in an array of their own."""
+    return 0 if fmt.preset == "paper" else 1
+
+
 def _entries(recent: Tensor, fmt: PageFormat) -> int:
-    return max(0, recent.numel() - HEADER) // (WORD + _entry_bytes(fmt) + 1)
+    return max(0, recent.numel() - HEADER) // (WORD + _entry_bytes(fmt) + _scale_bytes(fmt))
 
 
 class Recent:
     """A set-associative cache of single tokens of one pool, one part a KV head.
 
     It is one tensor, so that it can be passed to `sparse_decode`: the clock, the count of fetched tokens,
-    then the name of every entry, all their magnitudes and values, all their value scales. What it
-    holds never changes a result.
+    then the name of every entry, all their magnitudes and values, all their value scales (paper: what
+    groups of channels share is part of an entry). What it holds never changes a result.
 
     Attributes:
         tensor: uint8 [nbytes], empty as long as there is no room for any token.
@@ -75,7 +83,7 @@ class Recent:
     @staticmethod
     def serves(fmt: PageFormat) -> bool:
         """Whether there are kernels that use it for such pages."""
-        return fmt.preset == "balanced" and fmt.page_size == PAGE_SIZE and fmt.head_dim in HEAD_DIMS
+        return fmt.page_size == PAGE_SIZE and fmt.head_dim in HEAD_DIMS
 
     @property
     def nbytes(self) -> int:
@@ -111,7 +119,8 @@ class Recent:
             # The old one goes first: together they may not fit.
             self.tensor = self._header[:0]
             try:
-                grown = self._header.new_empty(HEADER + entries * (WORD + _entry_bytes(self._format) + 1))
+                one = WORD + _entry_bytes(self._format) + _scale_bytes(self._format)
+                grown = self._header.new_empty(HEADER + entries * one)
             except torch.OutOfMemoryError:
                 # It only makes steps faster, and they are to run where memory is short.
                 self._most = wanted

@@ -43,8 +43,9 @@ __device__ __forceinline__ void copy_scales(u8* to, const u8* from) {
     for (int i = 0; i < 3; i++) ((u16*)to)[i] = ((const u16*)from)[i];
   } else copy_async<SCALE>(to, from); }
 
-__device__ __forceinline__ float scale_at(const u8* token, int array, int r) {
-  return half_to_float(*(const u16*)(token + SCALES + array * SCALE_ROOM + 2 * r)); }
+// Scales of groups r and r + 1, r even, of one of the four arrays.
+__device__ __forceinline__ u32 two_scales(const u8* token, int array, int r) { return *(const u32*)(token + SCALES + array * SCALE_ROOM + 2 * r); }
+__device__ __forceinline__ float one_of(u32 pair, int r) { return half_to_float(r & 1 ? pair >> 16 : pair & 0xffff); }
 
 __device__ __forceinline__ void mma_bfloat(float* c, const u32* a, u32 b0, u32 b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
@@ -57,7 +58,12 @@ __device__ __forceinline__ u32 code_pair(u32 x, int c) {
   const int at = c == 3 ? 2 : c;
   return multiply_add_bfloat2(((c == 3 ? x >> 2 : x) & 0x00030003u << 2 * at) | 0x43004300u, gain[at], shift[at]); }
 
-extern "C" __global__ void __launch_bounds__(ATTEND_THREADS, G <= 4 && D < 256 ? 4 : 1) attend(const __grid_constant__ Params p) {
+#ifdef OFFLOADED   // fetch.cuh: tokens lie in the cache or in host memory
+#define RECENT , const __grid_constant__ Recent recent
+#else
+#define RECENT
+#endif
+extern "C" __global__ void __launch_bounds__(ATTEND_THREADS, G <= 4 && D < 256 ? 4 : 1) attend(const __grid_constant__ Params p RECENT) {
   __shared__ AttendMemory m;
   const int tid = threadIdx.x, lane = tid & 31, w = tid >> 5, g = lane >> 2, j = lane & 3;
   const int row = blockIdx.y, h = row % p.heads;
@@ -71,15 +77,26 @@ extern "C" __global__ void __launch_bounds__(ATTEND_THREADS, G <= 4 && D < 256 ?
     const i64 block = p.table[(i64)(row / p.heads) * p.pages + slot / PAGE];
     const u8* codes = p.index + block * p.index_stride + (i64)h * INDEX_RECORD + t * CODE;
     const u8* payload = p.payload + block * p.payload_stride + (i64)h * PAYLOAD_RECORD;
+    const u8* content = payload + t * TOKEN;
+    const u8* scales[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) scales[i] = payload + scales_of(i) + t * SCALE;
+#ifdef OFFLOADED
+    const int place = recent.place[(i64)row * p.width + min(first + tid, k - 1)];
+    if (place >= 0) {
+      content = recent.data + (i64)place * ENTRY;
+#pragma unroll
+      for (int i = 0; i < 4; i++) scales[i] = content + TOKEN + i * SCALE;
+    }
+#endif
     u8* to = m.tokens[tid];
 #pragma unroll
-    for (int i = 0; i < TOKEN; i += 16) copy_async<16>(to + i, payload + t * TOKEN + i);
+    for (int i = 0; i < TOKEN; i += 16) copy_async<16>(to + i, content + i);
     constexpr int UNIT = D == 96 ? 4 : D == 64 ? 8 : 16;
 #pragma unroll
     for (int i = 0; i < CODE; i += UNIT) copy_async<UNIT>(to + SIGNS + i, codes + i);
-    constexpr int arrays[4] = {KEY_SCALES, KEY_ZEROS, VALUE_SCALES, VALUE_ZEROS};
 #pragma unroll
-    for (int i = 0; i < 4; i++) copy_scales(to + SCALES + i * SCALE_ROOM, payload + arrays[i] + t * SCALE);
+    for (int i = 0; i < 4; i++) copy_scales(to + SCALES + i * SCALE_ROOM, scales[i]);
   }
   const u8* fragments = p.qfrag + (i64)row * G * 2 * FRAGMENT;
   for (int i = tid; i < G * 2 * FRAGMENT / 16; i += ATTEND_THREADS)
@@ -94,10 +111,10 @@ extern "C" __global__ void __launch_bounds__(ATTEND_THREADS, G <= 4 && D < 256 ?
   float logit[QUADS][4];
 #pragma unroll
   for (int quad = 0; quad < QUADS; quad++) logit[quad][0] = logit[quad][1] = logit[quad][2] = logit[quad][3] = 0.f;
+  u32 scales[4], zeros[4];
 #pragma unroll
   for (int r = 0; r < R; r++) {
     u32 level[4][2], sign[4][2];   // even and odd channels, signed bytes
-    float scale[4], zero[4];
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       const u32 codes = *(const u16*)(own[i] + r * 8 + j * 2), spread = spread_signs(own[i][SIGNS + r * 4 + j]);
@@ -107,8 +124,7 @@ extern "C" __global__ void __launch_bounds__(ATTEND_THREADS, G <= 4 && D < 256 ?
       level[i][1] = prmt(0xFDFEFF00u, 0x03020100u, odd);
       sign[i][0] = prmt(0xFFFFFFFFu, 0x01010101u, even);
       sign[i][1] = prmt(0xFFFFFFFFu, 0x01010101u, odd);
-      scale[i] = scale_at(own[i], 0, r);
-      zero[i] = scale_at(own[i], 1, r);
+      if (r % 2 == 0) { scales[i] = two_scales(own[i], 0, r); zeros[i] = two_scales(own[i], 1, r); }
     }
 #pragma unroll
     for (int quad = 0; quad < QUADS; quad++) {
@@ -121,8 +137,8 @@ extern "C" __global__ void __launch_bounds__(ATTEND_THREADS, G <= 4 && D < 256 ?
 #pragma unroll
         for (int i = 0; i < 2; i++) {
           float& sum = logit[quad][2 * t + i];
-          sum = fmaf(scale[2 * t + i], (float)(levels[2 * i] * 128 + levels[2 * i + 1]), sum);
-          sum = fmaf(zero[2 * t + i], (float)(signs[2 * i] * 128 + signs[2 * i + 1]), sum);
+          sum = fmaf(one_of(scales[2 * t + i], r), (float)(levels[2 * i] * 128 + levels[2 * i + 1]), sum);
+          sum = fmaf(one_of(zeros[2 * t + i], r), (float)(signs[2 * i] * 128 + signs[2 * i + 1]), sum);
         }
       }
     }
@@ -177,17 +193,17 @@ extern "C" __global__ void __launch_bounds__(ATTEND_THREADS, G <= 4 && D < 256 ?
 #pragma unroll
         for (int i = 0; i < 4; i++) a[step][c][i] = code_pair(pair[i >> 1], 2 * c + (i & 1));
     }
-    float scale[4], zero[4];
+    if (r % 2 == 0)
 #pragma unroll
-    for (int i = 0; i < 4; i++) { scale[i] = scale_at(own[i], 2, r); zero[i] = scale_at(own[i], 3, r); }
+      for (int i = 0; i < 4; i++) { scales[i] = two_scales(own[i], 2, r); zeros[i] = two_scales(own[i], 3, r); }
 #pragma unroll
     for (int quad = 0; quad < QUADS; quad++) {
-      float zeros = 0.f;
+      float zero = 0.f;
       __syncwarp();   // the weights before have been read
 #pragma unroll
       for (int i = 0; i < 4; i++) {
-        zeros = fmaf(probability[quad][i], zero[i], zeros);
-        const float weight = probability[quad][i] * scale[i];
+        zero = fmaf(probability[quad][i], one_of(zeros[i], r), zero);
+        const float weight = probability[quad][i] * one_of(scales[i], r);
         const u32 upper = bfloat_pair(weight) & 0xffff;
         // Token 8 i + g is the 2 i + g / 4-th of lane g % 4.
         u8* to = weights + 2 * j * WEIGHT_ROW + ((g & 3) * 8 + 2 * i + (g >> 2)) * 2;
@@ -195,7 +211,7 @@ extern "C" __global__ void __launch_bounds__(ATTEND_THREADS, G <= 4 && D < 256 ?
         *(u16*)(to + WEIGHT_ROW) = (u16)bfloat_pair(weight - __uint_as_float(upper << 16));
       }
 #pragma unroll
-      for (int s = 4; s < 32; s <<= 1) zeros += __shfl_xor_sync(~0u, zeros, s);
+      for (int s = 4; s < 32; s <<= 1) zero += __shfl_xor_sync(~0u, zero, s);
       __syncwarp();
       const uint4 b = *(const uint4*)(weights + g * WEIGHT_ROW + j * 16);
 #pragma unroll
@@ -203,8 +219,8 @@ extern "C" __global__ void __launch_bounds__(ATTEND_THREADS, G <= 4 && D < 256 ?
         float o[4] = {0.f, 0.f, 0.f, 0.f};
         mma_bfloat(o, a[0][c], b.x, b.y);
         mma_bfloat(o, a[1][c], b.z, b.w);
-        sum[quad][r][2 * c] = o[0] + o[1] + zeros;
-        sum[quad][r][2 * c + 1] = o[2] + o[3] + zeros;
+        sum[quad][r][2 * c] = o[0] + o[1] + zero;
+        sum[quad][r][2 * c + 1] = o[2] + o[3] + zero;
       }
     }
   }

@@ -24,9 +24,9 @@ constexpr int TOKEN = D / 4 + D / 4 + (VALUE_BITS == 3 ? D / 8 : 0);
 constexpr int CONSTANTS = 18 * D;    // float32 a head: mean [D], largest [D], codebook [D / 4, 16, 4]
 constexpr int INDEX_RECORD = PAGE * CODE;
 constexpr int SCALE = 2 * R;         // bytes of a token's float16, one for 32 channels, in one of four arrays
-constexpr int KEY_SCALES = PAGE * TOKEN, KEY_ZEROS = KEY_SCALES + PAGE * SCALE;
-constexpr int VALUE_SCALES = KEY_ZEROS + PAGE * SCALE, VALUE_ZEROS = VALUE_SCALES + PAGE * SCALE;
-constexpr int PAYLOAD_RECORD = VALUE_ZEROS + PAGE * SCALE;
+__device__ __forceinline__ constexpr int scales_of(int array) { return PAGE * (TOKEN + array * SCALE); }
+constexpr int KEY_SCALES = scales_of(0), KEY_ZEROS = scales_of(1), VALUE_SCALES = scales_of(2), VALUE_ZEROS = scales_of(3);
+constexpr int PAYLOAD_RECORD = scales_of(4);
 #else
 constexpr int CONSTANTS = D;         // float32 a head: balance
 constexpr int KEY_SCALES = PAGE * CODE;
@@ -158,7 +158,6 @@ __device__ __forceinline__ void allow_next() {
 
 __device__ __forceinline__ u32 load_shared(u32 at) { u32 v; asm volatile("ld.shared.u32 %0,[%1];" : "=r"(v) : "r"(at)); return v; }
 __device__ __forceinline__ void store_shared(u32 at, u32 v) { asm volatile("st.shared.u32 [%0],%1;" ::"r"(at), "r"(v) : "memory"); }
-__device__ __forceinline__ void store_shared_half(u32 at, u32 v) { asm volatile("st.shared.u16 [%0],%1;" ::"r"(at), "h"((u16)v) : "memory"); }
 __device__ __forceinline__ void load_shared2(u32* to, u32 at) { asm volatile("ld.shared.v2.u32 {%0,%1},[%2];" : "=r"(to[0]), "=r"(to[1]) : "r"(at)); }
 __device__ __forceinline__ void load_shared4(u32* to, u32 at) {
   asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3},[%4];" : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(at)); }

@@ -1,5 +1,5 @@
 // Score and select, one cluster a row (sequence x KV head), each block a contiguous run of pages: a
-// preset's `score_pages` leaves codes of the tokens' scores, from which its `make_keys` makes 11-bit keys
+// preset's `score_pages` leaves codes of the tokens' scores, from which its `make_keys` makes keys
 // once the whole row has been scored. Codes stay in shared memory, as far as they fit, the others in
 // scratch memory (the L2 cache). Keys lie over the codes of their page, or those of the others where the
 // ring was.
@@ -46,7 +46,7 @@ extern "C" __global__ void __launch_bounds__(256, 1) select_test(u16* keys, int 
   u16* own = keys + (i64)row * n + first * PAGE;
   for (int i = threadIdx.x; i < BINS; i += 256) m.histogram[i] = 0;
   __syncthreads();
-  for (int i = threadIdx.x; i < (last - first) * PAGE; i += 256) if (own[i]) atomicAdd(&m.histogram[own[i]], 1u);
+  for (int i = threadIdx.x; i < (last - first) * PAGE; i += 256) if (own[i]) atomicAdd(&m.histogram[own[i] >> FINE_BITS], 1u);
   __syncthreads();
   select_keys<8>(m, KeyPlaces{(u8*)own, (u8*)own, 0, 0, PAGE * 2}, last - first, (i64)first * PAGE, k, rank, size, selected + (i64)row * width);
 }

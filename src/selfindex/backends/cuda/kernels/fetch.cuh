@@ -8,12 +8,16 @@
 // the result does not depend on who came first; a token that found no way is read where it is.
 #define OFFLOADED 1
 constexpr int WAYS = 8, FETCH_TOKENS = 32, ATTEMPTS = 4;
+#if PAPER
+constexpr int ENTRY = (TOKEN + 4 * SCALE + 15) / 16 * 16; // bytes of a token in the cache: codes, then what 32 channels share
+#else
 constexpr int ENTRY = (TOKEN + 15) / 16 * 16;             // bytes of a token in the cache
+#endif
 
 struct Recent {
   u64* ways;          // [heads, sets, WAYS]
   u8* data;           // [heads, sets, WAYS, ENTRY]
-  u8* scales;         // [heads, sets, WAYS]: value scales
+  u8* scales;         // [heads, sets, WAYS]: value scales; paper: nothing
   u32* clock;         // [2]: number of this step; blocks that are done with it
   u64* fetched;       // tokens that came over the bus so far
   int* place;         // [rows, width]: where a selected token is in the cache, -1 where it is not
@@ -64,7 +68,12 @@ extern "C" __global__ void __launch_bounds__(FETCH_TOKENS * WAYS, 6) fetch(const
         } else {
           for (int part = way; part < TOKEN / 4; part += WAYS) ((u32*)to)[part] = ((const u32*)(from + t * TOKEN))[part];
         }
+#if PAPER
+#pragma unroll 1
+        for (int i = way; i < 4 * R; i += WAYS) ((u16*)(to + TOKEN))[i] = ((const u16*)(from + scales_of(i / R) + t * SCALE))[i % R];
+#else
         if (way == WAYS - 1) recent.scales[place] = from[VALUE_SCALES + t];
+#endif
       }
       missing = true;
     }

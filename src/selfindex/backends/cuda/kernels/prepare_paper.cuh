@@ -5,7 +5,7 @@
 // and parities of all 8 groups of a word are a few exclusive-ors of the word with itself. So a score is
 // a product of bits and weights u, which 16-bit integers keep as bit planes (score_paper.cuh). c does not
 // change the order. A parity has its bit in one of four feature words, at the place 4 group + bit:
-//   {b}     {b, b+1}     {b, b+1, b+2}     {0,2} {1,3} {0,1,2,3} -      bits of a group, modulo 4
+//   {b}     {b, b-1}     {b, b-1, b-2}     {0,2} {1,3} - {0,1,2,3}      bits of a group, modulo 4
 constexpr int FEATURES = 4;                 // words
 constexpr int LARGEST_WEIGHT = 32767;
 
@@ -50,13 +50,18 @@ __device__ __forceinline__ void publish_head(const Params& p, int row, int g) {
 
 // Everything in QueryMemory; one block of a row publishes what the attention needs of it.
 template <int WARPS> __device__ __forceinline__ void prepare_row(const Params& p, int row, QueryMemory& m, bool publish) {
-  constexpr int THREADS = WARPS * 32, ENTRIES = 4 * D;   // of the tables, a multiple of a warp
+  constexpr int THREADS = WARPS * 32, ENTRIES = 4 * D, OWN = (ENTRIES + THREADS - 1) / THREADS;   // of the tables, a multiple of a warp
   const int b = row / p.heads, h = row % p.heads, tid = threadIdx.x, lane = tid & 31, w = tid >> 5;
   const float* codebook = p.constants + b * p.constants_row + (i64)h * CONSTANTS + 2 * D;
   if (tid == 0) m.used = m.tokens = m.least = m.range = 0;
   __syncthreads();
   wait_previous();
   const int budget = p.budgets[b];
+  float centroid[OWN][4];   // on their way while the query comes
+#pragma unroll
+  for (int n = 0; n < OWN; n++)
+#pragma unroll
+    for (int c = 0; c < 4; c++) centroid[n][c] = codebook[min(tid + n * THREADS, ENTRIES - 1) * 4 + c];
   for (int c = tid; c < D; c += THREADS) {
     float sum = 0.f;
 #pragma unroll
@@ -69,10 +74,13 @@ template <int WARPS> __device__ __forceinline__ void prepare_row(const Params& p
   // The transform runs over 16 neighbouring lanes.
   const float sign = p.scale > 0.f ? -1.f : p.scale < 0.f ? 1.f : 0.f;
   float largest = 0.f;
-  for (int i = tid; i < ENTRIES; i += THREADS) {
+#pragma unroll
+  for (int n = 0; n < OWN; n++) {
+    const int i = tid + n * THREADS;
+    if (i >= ENTRIES) break;
     float x = 0.f;
 #pragma unroll
-    for (int c = 0; c < 4; c++) x = fmaf(codebook[i * 4 + c], m.mean[i / 16 * 4 + c], x);
+    for (int c = 0; c < 4; c++) x = fmaf(centroid[n][c], m.mean[i / 16 * 4 + c], x);
 #pragma unroll
     for (int s = 1; s < 16; s <<= 1) {
       const float other = __shfl_xor_sync(~0u, x, s);
@@ -101,7 +109,7 @@ template <int WARPS> __device__ __forceinline__ void prepare_row(const Params& p
   __syncthreads();
   for (int unit = w; unit < FEATURES * R; unit += WARPS) {   // lane = bit of a feature word
     const int feature = unit / R, word = unit % R;
-    const u32 sets = feature == 0 ? 0x8421 : feature == 1 ? 0x9C63 : feature == 2 ? 0xBDE7 : 0x0FA5;
+    const u32 sets = feature == 0 ? 0x8421 : feature == 1 ? 0xC639 : feature == 2 ? 0xE7BD : 0xF0A5;
     const int weight = m.weights[word * 8 + (lane >> 2)][sets >> 4 * (lane & 3) & 15];
     u32 own = 0;   // lane = bit of the weights
 #pragma unroll

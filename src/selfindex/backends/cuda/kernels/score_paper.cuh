@@ -1,30 +1,35 @@
 // Scores of every token of a block's pages, from the index alone, a warp a page: binary matrix products
 // (and + population count) of tokens' feature words with the bit planes of their weights
 // (prepare_paper.cuh), 8 planes a product. Scores are kept in 16 bits over the range that the weights
-// allow; keys are those in 11 bits over the range that the row's tokens take.
+// allow; keys are those in 15 bits over the range that the row's tokens take.
 constexpr int CHUNK_BYTES = 2 * PAGE;      // scores of a page, u16 [PAGE]
 constexpr int STEPS = (D + 127) / 128;     // products of 128 channels
 
-__device__ __forceinline__ void binary_mma(int* d, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-  asm("mma.sync.aligned.m16n8k256.row.col.s32.b1.b1.s32.and.popc {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
-      : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1)); }
+__device__ __forceinline__ void binary_mma(int* d, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1, const int* c) {
+  asm("mma.sync.aligned.m16n8k256.row.col.s32.b1.b1.s32.and.popc {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%10,%11,%12,%13};"
+      : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3])); }
 
-// Parities of the sets of a group's bits, for the 8 groups of a word.
+// Bits of a where the mask has ones, else of b.
+__device__ __forceinline__ u32 select_bits(u32 mask, u32 a, u32 b) { u32 d; asm("lop3.b32 %0,%1,%2,%3,0xCA;" : "=r"(d) : "r"(mask), "r"(a), "r"(b)); return d; }
+
+// Parities of the sets of a group's bits, for the 8 groups of a word. Few shifts go right: those to the
+// left are multiplications, which have a pipe of their own.
 __device__ __forceinline__ void features(u32* f, u32 x) {
-  const u32 next = (x >> 1 & 0x77777777) | (x << 3 & 0x88888888), second = (x >> 2 & 0x33333333) | (x << 2 & 0xcccccccc);
+  const u32 before = select_bits(0xeeeeeeee, x << 1, x >> 3), second = select_bits(0xcccccccc, x << 2, x >> 2);
   f[0] = x;
-  f[1] = x ^ next;
-  f[2] = f[1] ^ second;
-  f[3] = ((x ^ second) & 0x33333333) | ((f[2] ^ x << 1) & 0xcccccccc); }
+  f[1] = x ^ before;
+  f[2] = x ^ before ^ second;
+  f[3] = x ^ second ^ ((before ^ x << 3) & 0x88888888); }
 
-// Sign words of tokens 8 (first + i) + g, i = 0 .. 3, channels 128 step + 32 j ...
+// Sign words of tokens 8 (first + i) + g, i = 0 and 1, channels 128 step + 32 j ... Two at once, so that
+// they meet their other features in one run of registers without copies.
 __device__ __forceinline__ void load_signs(u32* a, u32 record, int first, int step, int lane) {
 #if D == 128
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3},[%4];"
-               : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3]) : "r"(record + (8 * first + lane) * CODE));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1},[%2];" : "=r"(a[0]), "=r"(a[1]) : "r"(record + (8 * first + (lane & 15)) * CODE));
 #else
 #pragma unroll
-  for (int i = 0; i < 4; i++)   // words past the head meet zero planes
+  for (int i = 0; i < 2; i++)   // words past the head meet zero planes
     a[i] = load_shared(record + (8 * (first + i) + (lane >> 2)) * CODE + min(step * 4 + (lane & 3), R - 1) * 4);
 #endif
 }
@@ -48,7 +53,11 @@ __device__ __forceinline__ void score_pages(const Params& p, int row, int first,
     for (int byte = 0; byte < 2; byte++)
 #pragma unroll
       for (int f = 0; f < FEATURES; f++) plane[step][byte][f] = step * 4 + j < R ? query.planes[byte * 8 + g][f][step * 4 + j] : 0;
-  const int last_bit = j == 3 ? -2 : 2;   // bit 15 counts negative
+  // What a count in this lane's four columns stands for; bit 15 counts negative.
+  int values[4] = {1 << 2 * j, 2 << 2 * j, 256 << 2 * j, j == 3 ? -(512 << 6) : 512 << 2 * j};
+#pragma unroll
+  for (int i = 0; i < 4; i++) asm volatile("" : "+r"(values[i]));   // products, not shifts
+  u8* near = ring_memory + WARPS * STAGES * SLOT;
   const int base = query.least;
   const float factor = 65535.f / (float)max(query.range, 1);
   u32 least = ~0u, most = 0;
@@ -58,31 +67,31 @@ __device__ __forceinline__ void score_pages(const Params& p, int row, int first,
     const int tokens = load_shared(record + SLOT - 16) >> 24;
     if (tokens < PAGE) *ragged = true;
     const int page = n * WARPS + w;
-    const bool near = page < p.resident;
-    u8* far = scratch + (i64)page * CHUNK_BYTES;
+    u16* codes = (u16*)((page < p.resident ? near : scratch) + (i64)page * CHUNK_BYTES);
 #pragma unroll
     for (int q = 0; q < 4; q++) {
-      int lower[2][4] = {}, upper[2][4] = {};
+      int lower[2][4], upper[2][4];
+      const int zero[4] = {0, 0, 0, 0};
 #pragma unroll
-      for (int step = 0; step < STEPS; step++) {
-        u32 a[4], f[4][FEATURES];
-        load_signs(a, record, 4 * q, step, lane);
+      for (int t = 0; t < 2; t++)
 #pragma unroll
-        for (int i = 0; i < 4; i++) features(f[i], a[i]);
+        for (int step = 0; step < STEPS; step++) {
+          u32 a[2], x[FEATURES], y[FEATURES];
+          load_signs(a, record, 4 * q + 2 * t, step, lane);
+          features(x, a[0]);
+          features(y, a[1]);
 #pragma unroll
-        for (int t = 0; t < 2; t++)
-#pragma unroll
-          for (int pair = 0; pair < FEATURES; pair += 2) {
-            const u32 *x = f[2 * t] + pair, *y = f[2 * t + 1] + pair;
-            binary_mma(lower[t], x[0], y[0], x[1], y[1], plane[step][0][pair], plane[step][0][pair + 1]);
-            binary_mma(upper[t], x[0], y[0], x[1], y[1], plane[step][1][pair], plane[step][1][pair + 1]);
+          for (int f = 0; f < FEATURES; f += 2) {
+            const u32 *low = plane[step][0] + f, *up = plane[step][1] + f;
+            binary_mma(lower[t], x[f], y[f], x[f + 1], y[f + 1], low[0], low[1], step || f ? lower[t] : zero);
+            binary_mma(upper[t], x[f], y[f], x[f + 1], y[f + 1], up[0], up[1], step || f ? upper[t] : zero);
           }
-      }
+        }
       int sum[4];   // of this lane's columns, tokens 8 (4 q + i) + g
 #pragma unroll
       for (int i = 0; i < 4; i++) {
         const int *lo = lower[i / 2] + i % 2 * 2, *up = upper[i / 2] + i % 2 * 2;
-        sum[i] = (lo[0] + 2 * lo[1] + 256 * (up[0] + last_bit * up[1])) << 2 * j;
+        sum[i] = lo[0] * values[0] + lo[1] * values[1] + up[0] * values[2] + up[1] * values[3];
       }
       // Of the four, lane j gets the j-th, over all columns.
       const bool high = j & 2, odd = j & 1;
@@ -92,8 +101,7 @@ __device__ __forceinline__ void score_pages(const Params& p, int row, int first,
       const int token = 8 * (4 * q + j) + g;
       const u32 code = min((u32)((float)(score - base) * factor), 65535u);
       if (token < tokens) { least = min(least, code); most = max(most, code); }
-      if (near) store_shared_half(resident + page * CHUNK_BYTES + token * 2, code);
-      else *(u16*)(far + token * 2) = (u16)code;
+      codes[token] = (u16)code;
     }
     __syncwarp();   // the slot may be filled again
   }
@@ -117,7 +125,8 @@ __device__ __forceinline__ void make_keys(const Params& p, SelectMemory<WARPS>& 
   // lane = block of the cluster
   const uint2 part = lane < size ? load_remote2(&summary.block, lane) : make_uint2(~0u, 0);
   const u32 least = __reduce_min_sync(~0u, part.x), range = __reduce_max_sync(~0u, part.y) - least;
-  const u32 factor = range > BINS - 2 ? (BINS - 2 << 16) / range : 1 << 16;
+  constexpr u32 KEYS = (BINS - 1) * FINE_BINS;   // but those of bin 0
+  const u32 factor = range >= KEYS ? (KEYS - 1 << 16) / range : 1 << 16;
   constexpr int BATCH = 4;   // loads under way
   for (int start = w; start < pages; start += WARPS * BATCH) {
     uint2 codes[BATCH];
@@ -130,7 +139,7 @@ __device__ __forceinline__ void make_keys(const Params& p, SelectMemory<WARPS>& 
     for (int i = 0; i < BATCH; i++) {
       const int page = start + i * WARPS;
       if (page >= pages) break;
-      const auto key = [&](u32 code) { return 1 + ((code - least) * factor >> 16) & 0xffff; };
+      const auto key = [&](u32 code) { return FINE_BINS + ((code - least) * factor >> 16) & 0xffff; };
       const auto two = [&](u32 pair) { return key(pair & 0xffff) | key(pair >> 16) << 16; };
       put_keys(m, keys.at(page), make_uint2(two(codes[i].x), two(codes[i].y)), ragged ? counts[first + page] : PAGE, lane);
     }

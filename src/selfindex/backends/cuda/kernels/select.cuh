@@ -1,15 +1,18 @@
-// Exact selection of the k largest of a row's 11-bit keys, ties to the lower slot, by a cluster: from
+// Exact selection of the k largest of a row's keys, ties to the lower slot, by a cluster: from
 // all blocks' histograms every block finds the threshold and how many tokens come before its own, a pass
 // over the keys leaves one bit a token (above the threshold, equal to it), and a prefix sum over warps
 // the place of every selected slot, so that slots come out ascending and the result does not depend on
-// timing. Key 0: no token here.
+// timing. The histogram has a bin for 11 bits of a key; its other bits (paper) are counted for the keys
+// of the bin in which the threshold is. A key of bin 0 is no token.
 //
 // A block's keys lie in chunks of 128 (one page), and are overwritten.
 constexpr int BINS = 2048, COARSE_BINS = BINS / 32;
+constexpr int FINE_BITS = PAPER ? 4 : 0, FINE_BINS = 1 << FINE_BITS;
 constexpr int SELECT_BYTES = 9 * 1024;    // room for SelectMemory
 
 template <int WARPS> struct SelectMemory {
   u32 histogram[BINS], coarse[COARSE_BINS];   // of the block; sums of 32 bins
+  u32 fine[FINE_BINS];                        // of the threshold's bin
   u32 threshold, ties, over_before, equal_before;   // tokens above and at the threshold in earlier blocks
   uint2 warp_counts[WARPS];                   // tokens above and at the threshold
 };
@@ -29,13 +32,13 @@ template <int WARPS> __device__ __forceinline__ void put_keys(SelectMemory<WARPS
   if (present < 2) pair.x &= present == 1 ? 0xffff : 0;
   *(uint2*)(page + lane * 8) = pair;
   // Bin 0 counts what does not exist; nobody reads it.
-  atomicAdd(&m.histogram[pair.x & 0xffff], 1u);
-  atomicAdd(&m.histogram[pair.x >> 16], 1u);
-  atomicAdd(&m.histogram[pair.y & 0xffff], 1u);
-  atomicAdd(&m.histogram[pair.y >> 16], 1u);
+  atomicAdd(&m.histogram[(pair.x & 0xffff) >> FINE_BITS], 1u);
+  atomicAdd(&m.histogram[pair.x >> 16 + FINE_BITS], 1u);
+  atomicAdd(&m.histogram[(pair.y & 0xffff) >> FINE_BITS], 1u);
+  atomicAdd(&m.histogram[pair.y >> 16 + FINE_BITS], 1u);
 }
 
-// Bit i is set where key i of eight is >= the threshold (1 .. 2048).
+// Bit i is set where key i of eight is >= the threshold (1 .. 32768).
 __device__ __forceinline__ u32 at_least(const uint4& keys, u32 threshold) {
   const u32 add = (0x8000 - threshold) * 0x10001;   // carries into bit 15 of a half
   u32 z = (keys.x + add) >> 15 & 0x10001;           // keys 0 and 1 at bits 0 and 16
@@ -78,6 +81,36 @@ template <int WARPS> __device__ __forceinline__ void find_threshold(SelectMemory
   if (here) { m.threshold = coarse * 32 + lane; m.ties = k - above; m.over_before = over; m.equal_before = earlier; }
 }
 
+// Counts this block's keys in the threshold's bin by their fine bits.
+template <int WARPS> __device__ __forceinline__ void count_fine(SelectMemory<WARPS>& m, const KeyPlaces& keys, int pages) {
+  const u32 first = m.threshold << FINE_BITS;
+  const int lane = threadIdx.x & 31;
+  for (int page = (threadIdx.x >> 5) * 2 + (lane >> 4); page < pages; page += WARPS * 2) {
+    const uint4 v = *(const uint4*)(keys.at(page) + (lane & 15) * 16);
+    const u32 words[4] = {v.x, v.y, v.z, v.w};
+    const u32 here = at_least(v, first) & ~at_least(v, first + FINE_BINS);
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+      if (here >> i & 1) atomicAdd(&m.fine[words[i / 2] >> i % 2 * 16 & FINE_BINS - 1], 1u);
+  }
+}
+
+// One warp: from the threshold's bin to the threshold itself.
+template <int WARPS> __device__ __forceinline__ void refine_threshold(SelectMemory<WARPS>& m, int rank, int size, int lane) {
+  const u32 k = m.ties, bin = m.threshold, over_before = m.over_before;
+  u32 all = 0, earlier = 0;   // one fine bin a lane
+  if (lane < FINE_BINS)
+    for (int other = 0; other < size; other++) {
+      const u32 v = load_remote(m.fine + lane, other);
+      all += v;
+      if (other < rank) earlier += v;
+    }
+  const u32 above = sum_above(all, lane);
+  const bool here = above < k && above + all >= k;
+  const u32 over = warp_sum(lane > __ffs(__ballot_sync(~0u, here)) - 1 ? earlier : 0);
+  if (here) { m.threshold = bin << FINE_BITS | lane; m.ties = k - above; m.over_before = over_before + over; m.equal_before = earlier; }
+}
+
 // The histogram of this block's keys > 0 is in memory.histogram; slots start at first_slot.
 template <int WARPS>
 __device__ __forceinline__ void select_keys(SelectMemory<WARPS>& m, const KeyPlaces& keys, int pages, i64 first_slot,
@@ -88,9 +121,16 @@ __device__ __forceinline__ void select_keys(SelectMemory<WARPS>& m, const KeyPla
     const u32 sum = warp_sum(m.histogram[i * 32 + lane]);
     if (lane == 0) m.coarse[i] = sum;
   }
+  if (FINE_BITS && threadIdx.x < FINE_BINS) m.fine[threadIdx.x] = 0;
   cluster_sync();
   if (w == 0) find_threshold(m, k, rank, size, lane);
   __syncthreads();
+  if (FINE_BITS) {
+    count_fine(m, keys, pages);
+    cluster_sync();
+    if (w == 0) refine_threshold(m, rank, size, lane);
+    __syncthreads();
+  }
   cluster_arrive();   // this block has read what it needs of the others
   const u32 threshold = m.threshold, ties = m.ties;
   // Each warp owns a contiguous range of pages, two at a time, a lane eight keys. The bits of a page

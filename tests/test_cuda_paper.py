@@ -1,0 +1,49 @@
+"""The arithmetic of the paper preset's scores on a GPU, as prepare_paper.cuh and score_paper.cuh do it."""
+
+import re
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from selfindex.backends.cuda import loader
+
+PREPARE = (loader.SOURCES / "prepare_paper.cuh").read_text()
+SETS = [int(x, 16) for x in re.search(r"sets = (.*);", PREPARE)[1].replace(":", " ").split() if x[:2] == "0x"]
+
+
+def parity(x):
+    return x.bit_count() & 1
+
+
+def features(x):
+    """Feature words of a word of sign bits, as in score_paper.cuh."""
+    before = (x << 1 & 0xEEEEEEEE) | (x >> 3 & 0x11111111)
+    second = (x << 2 & 0xCCCCCCCC) | (x >> 2 & 0x33333333)
+    return x, x ^ before, x ^ before ^ second, x ^ second ^ ((before ^ x << 3) & 0x88888888)
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_every_set_of_bits_has_its_parity_at_one_place(word):
+    found = {}
+    for feature, sets in zip(features(word), SETS, strict=True):
+        for group in range(8):
+            for bit in range(4):
+                members = sets >> 4 * bit & 15
+                if members:
+                    code = word >> 4 * group & 15
+                    assert feature >> (4 * group + bit) & 1 == parity(code & members)
+                    found.setdefault(members, []).append(group)
+    assert sorted(found) == list(range(1, 16))
+    assert all(groups == list(range(8)) for groups in found.values())
+
+
+def test_weights_of_the_sets_give_the_table_up_to_a_constant():
+    table = torch.randn(16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    signs = torch.tensor([[1 - 2 * parity(code & s) for code in range(16)] for s in range(16)]).double()
+    weights = -(signs @ table) / 8
+    sums = torch.tensor(
+        [sum(float(weights[s]) * parity(code & s) for s in range(1, 16)) for code in range(16)]
+    )
+    constant = table - sums
+    torch.testing.assert_close(constant, constant[:1].expand(16).clone(), atol=1e-6, rtol=0)
