@@ -3,8 +3,9 @@
     python benchmarks/cpu_decode.py --output cpu_decode.json
 
 One row, 8 KV heads and 4 query heads each, 5 % budget (at least 128 tokens), the compiled operators.
-Medians; the inputs of one size go round through several sets, so that small ones do not stay in the
-cache of the processor.
+Ways to attend take turns in random order, so that what else the machine does meets all of them; medians.
+The inputs of one size go round through several sets, so that small ones do not stay in the cache of the
+processor.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import itertools
 import json
 import os
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -27,6 +29,7 @@ import torch.nn.functional as F
 from selfindex.backends import ops
 from selfindex.backends.cpu.loader import instruction_set
 from selfindex.codec import PageFormat
+from selfindex.config import PRESETS
 
 HEADS, GROUPS, PAGE, BUDGET = 8, 4, 128, 0.05
 FLUSH = 256 << 20
@@ -34,19 +37,27 @@ FLUSH = 256 << 20
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def timed(calls: list[Callable[[], object]], seconds: float) -> float:
-    """Median microseconds of a call."""
-    for call in calls[:2]:
-        call()
-    times: list[float] = []
+Calls = list[Callable[[], object]]
+
+
+def timed(ways: dict[str, Calls], seconds: float) -> dict[str, float]:
+    """Median microseconds of a call of every way, measured for `seconds` in all, at least five times."""
+    for calls in ways.values():
+        for call in calls[:2]:
+            call()
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    rounds = {name: itertools.cycle(calls) for name, calls in ways.items()}
+    order, shuffled = list(ways), random.Random(0)
     end = time.perf_counter() + seconds
-    for call in itertools.cycle(calls):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-        if times[-1] + start > end and len(times) >= 5:
-            return 1e6 * statistics.median(times)
-    raise AssertionError
+    while time.perf_counter() < end or min(map(len, times.values())) < 5:
+        # A long call uses up the process's share of the processor: the next one may be interrupted.
+        shuffled.shuffle(order)
+        for name in order:
+            call = next(rounds[name])
+            start = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - start)
+    return {name: 1e6 * statistics.median(each) for name, each in times.items()}
 
 
 def sets_of(size: int) -> int:
@@ -54,13 +65,17 @@ def sets_of(size: int) -> int:
     return max(1, min(16, -(-FLUSH // size)))
 
 
-def sparse(dim: int, length: int, dtype: torch.dtype, seconds: float) -> float:
-    """Microseconds of `sparse_decode`."""
-    fmt = PageFormat("balanced", HEADS, dim, PAGE)
+def sparse(preset: str, dim: int, length: int, dtype: torch.dtype) -> Calls:
+    """`sparse_decode`."""
+    fmt = PageFormat(preset, HEADS, dim, PAGE)
     pages = length // PAGE
-    balance = torch.ones(1, HEADS, dim)
     keys, values = (torch.randn(64, HEADS, PAGE, dim) for _ in range(2))
-    index, payload = ops.encode(keys, values, torch.full((64,), PAGE, dtype=torch.int32), balance, fmt.name)
+    if preset == "paper":
+        constants = ops.prompt_statistics(keys.transpose(0, 1).flatten(1, 2))[None]
+    else:
+        constants = torch.ones(1, HEADS, dim)
+    full = torch.full((64,), PAGE, dtype=torch.int32)
+    index, payload = ops.encode(keys, values, full, constants, fmt.name)
     budget = min(length, max(128, round(BUDGET * length)))
     counts = torch.full((1, pages), PAGE, dtype=torch.int32)
     wanted = torch.tensor([budget], dtype=torch.int32)
@@ -73,16 +88,16 @@ def sparse(dim: int, length: int, dtype: torch.dtype, seconds: float) -> float:
 
         def call(pools: Any = pools, table: Any = table, query: Any = query) -> object:
             return ops.sparse_decode(
-                query, *pools, table, counts, wanted, budget, balance, dim**-0.5, fmt.name
+                query, *pools, table, counts, wanted, budget, constants, dim**-0.5, fmt.name
             )
 
         calls.append(call)
-    return timed(calls, seconds)
+    return calls
 
 
-def dense(dim: int, length: int, dtype: torch.dtype, seconds: float) -> float:
-    """Microseconds of SDPA, the better of grouped heads and of repeated query groups as rows."""
-    calls: dict[str, list[Callable[[], object]]] = {"grouped": [], "rows": []}
+def dense(dim: int, length: int, dtype: torch.dtype) -> dict[str, Calls]:
+    """SDPA with grouped heads, and with the query heads of a group as rows."""
+    calls: dict[str, Calls] = {"grouped": [], "rows": []}
     for _ in range(sets_of(2 * HEADS * length * dim * dtype.itemsize)):
         query = torch.randn(1, HEADS * GROUPS, 1, dim).to(dtype)
         keys, values = (torch.randn(1, HEADS, length, dim).to(dtype) for _ in range(2))
@@ -92,7 +107,7 @@ def dense(dim: int, length: int, dtype: torch.dtype, seconds: float) -> float:
             lambda q=query, k=keys, v=values: F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
         )
         calls["rows"].append(lambda q=rows, k=keys, v=values: F.scaled_dot_product_attention(q, k, v))
-    return min(timed(way, seconds) for way in calls.values())
+    return calls
 
 
 def processor() -> str:
@@ -124,26 +139,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, help="JSON file to write")
     parser.add_argument("--lengths", type=int, nargs="+", default=[1 << (10 + i) for i in range(6)])
+    parser.add_argument("--presets", nargs="+", choices=PRESETS, default=list(PRESETS))
     parser.add_argument("--dims", type=int, nargs="+", default=[64, 128])
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=0.7, help="per measurement")
+    parser.add_argument("--seconds", type=float, default=2.8, help="per size, for all ways together")
     options = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(options.threads)
     rows = []
-    print(f"{'d':>4} {'dtype':>9} {'tokens':>7} {'SDPA us':>9} {'sparse us':>9}  ratio")
+    print(f"{'d':>4} {'dtype':>9} {'tokens':>7} {'preset':>9} {'SDPA us':>9} {'sparse us':>9}  ratio")
     for dim, (name, dtype), length in itertools.product(options.dims, DTYPES.items(), options.lengths):
-        found = {
-            "dim": dim,
-            "dtype": name,
-            "length": length,
-            "dense": dense(dim, length, dtype, options.seconds),
-            "sparse": sparse(dim, length, dtype, options.seconds),
-        }
-        found["ratio"] = found["dense"] / found["sparse"]
-        rows.append(found)
-        times = f"{found['dense']:>9.0f} {found['sparse']:>9.0f} {found['ratio']:>6.2f}"
-        print(f"{dim:>4} {name:>9} {length:>7} {times}", flush=True)
+        ways = {preset: sparse(preset, dim, length, dtype) for preset in options.presets}
+        times = timed(ways | dense(dim, length, dtype), options.seconds)
+        best = min(times["grouped"], times["rows"])
+        for preset in options.presets:
+            size = {"dim": dim, "dtype": name, "length": length, "preset": preset}
+            ratio = best / times[preset]
+            rows.append(size | {"dense": best, "sparse": times[preset], "ratio": ratio})
+            numbers = f"{best:>9.0f} {times[preset]:>9.0f} {ratio:>6.2f}"
+            print(f"{dim:>4} {name:>9} {length:>7} {preset:>9} {numbers}", flush=True)
     if options.output:
         result = {
             "environment": environment(options.threads),

@@ -8,7 +8,7 @@ that what else the machine does meets all of them; medians.
   - transformers: its DynamicCache with SDPA, as users have it. Every step copies the cache.
   - in place: SDPA on keys and values that lie in place, the better of grouped heads and of query heads
     as rows of their KV head: the strongest dense step.
-  - selfindex: SelfIndexCache with its defaults.
+  - selfindex: SelfIndexCache with its defaults, and with preset="paper".
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 import selfindex
+from selfindex.config import PRESETS
 from selfindex.evaluation.models import load, quiet
 from selfindex.integrations.transformers.attention import NewKeys
 
@@ -72,19 +73,20 @@ class InPlace(CacheLayerMixin):
         """Filled from the start."""
 
 
-def ways(model: Any, length: int, dtype: torch.dtype, steps: int) -> dict[str, Callable[[], object]]:
+def ways(model: Any, length: int, dtype: torch.dtype, presets: list[str]) -> dict[str, Callable[[], object]]:
     """A decode step of every way, over `length` tokens."""
     config, ids = model.config, torch.zeros(1, 1, dtype=torch.long)
     heads, dim = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
-    ours = selfindex.SelfIndexCache(model)
+    ours = {preset: selfindex.SelfIndexCache(model, preset=preset) for preset in presets}
     dynamic, grouped, rows = DynamicCache(config=config), [], []
     for i in range(config.num_hidden_layers):
         keys, values = torch.randn(2, 1, heads, length, dim).to(dtype)
         query = torch.randn(1, config.num_attention_heads, length, dim).to(dtype)
-        layer = ours.compressed_layers[i]
-        layer.lazy_initialization(keys, values)
-        layer.store.append(keys, values, query, None, dim**-0.5)
-        layer.positions = length
+        for cache in ours.values():
+            layer = cache.compressed_layers[i]
+            layer.lazy_initialization(keys, values)
+            layer.store.append(keys, values, query, None, dim**-0.5)
+            layer.positions = length
         dynamic.update(keys, values, i)
         grouped.append(InPlace(keys, values, rows=False))
         rows.append(InPlace(keys, values, rows=True))
@@ -96,14 +98,14 @@ def ways(model: Any, length: int, dtype: torch.dtype, steps: int) -> dict[str, C
         "transformers": forward(dynamic),
         "grouped": forward(Cache(layers=grouped)),
         "rows": forward(Cache(layers=rows)),
-        "selfindex": forward(ours),
+        **{preset: forward(cache) for preset, cache in ours.items()},
     }
 
 
-def measure(model: Any, length: int, dtype: torch.dtype, steps: int) -> dict[str, float]:
+def measure(model: Any, length: int, dtype: torch.dtype, steps: int, presets: list[str]) -> dict[str, float]:
     """Median milliseconds a step of every way; the better way in place as `in place`."""
     times: dict[str, list[float]] = {}
-    calls = ways(model, length, dtype, steps)
+    calls = ways(model, length, dtype, presets)
     for _ in range(steps):
         for name, call in calls.items():
             start = time.perf_counter()
@@ -120,6 +122,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSON file to write")
     parser.add_argument("--lengths", type=int, nargs="+", default=[1 << (10 + i) for i in range(6)])
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--presets", nargs="+", choices=PRESETS, default=list(PRESETS))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--steps", type=int, default=20)
     options = parser.parse_args()
@@ -130,10 +133,12 @@ def main() -> None:
     for name in options.dtypes:
         model = load("smollm2", "cpu", name).model
         for length in options.lengths:
-            found = measure(model, length, DTYPES[name], options.steps)
+            found = measure(model, length, DTYPES[name], options.steps, options.presets)
             results.append({"dtype": name, "length": length, "ms": found})
-            times = ", ".join(f"{way} {found[way]:.1f}" for way in ("transformers", "in place", "selfindex"))
-            print(f"{name} {length}: {times} ms; {found['in place'] / found['selfindex']:.2f}x", flush=True)
+            shown = ("transformers", "in place", *options.presets)
+            times = ", ".join(f"{way} {found[way]:.1f}" for way in shown)
+            ratios = ", ".join(f"{found['in place'] / found[way]:.2f}x" for way in options.presets)
+            print(f"{name} {length}: {times} ms; {ratios}", flush=True)
             gc.collect()
     if options.output:
         result = {

@@ -15,6 +15,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from selfindex.codec import PageFormat
+from selfindex.config import PRESETS
 from selfindex.evaluation.markdown import head, paragraph, row
 
 ROOT = Path(__file__).parents[1]
@@ -248,10 +249,10 @@ def cpu_section(result: dict[str, Any]) -> list[str]:
         "One row, 32 query heads, 8 KV heads, 5 % budget (at least 128 tokens). Microseconds; SDPA is the",
         "better of grouped heads and of query heads as rows of their KV head.",
     )
-    lines += head("head_dim", "dtype", "tokens", "SDPA", "sparse", "times as fast")
+    lines += head("head_dim", "dtype", "tokens", "preset", "SDPA", "sparse", "times as fast")
     for each in result["results"]:
         times = f"{each['dense']:.0f}", f"{each['sparse']:.0f}", f"{each['ratio']:.1f}"
-        lines.append(row(each["dim"], each["dtype"], f"{each['length'] // 1024}k", *times))
+        lines.append(row(each["dim"], each["dtype"], f"{each['length'] // 1024}k", each["preset"], *times))
     return [*lines, ""]
 
 
@@ -317,13 +318,16 @@ def cpu_model_section(result: dict[str, Any]) -> list[str]:
         "SDPA on keys and values that lie in place, the strongest dense step; *selfindex*",
         "has the default budget.",
     )
-    lines += head("dtype", "tokens", "transformers", "in place", "selfindex",
+    lines += head("dtype", "tokens", "transformers", "in place", "preset", "selfindex",
                   "times as fast as transformers", "as in place")  # fmt: skip
     for each in result["results"]:
         ms = each["ms"]
-        times = [f"{ms[way]:.0f}" for way in ("transformers", "in place", "selfindex")]
-        ratios = [f"{ms[way] / ms['selfindex']:.2f}" for way in ("transformers", "in place")]
-        lines.append(row(each["dtype"], size(each["length"]), *times, *ratios))
+        dense = [f"{ms[way]:.0f}" for way in ("transformers", "in place")]
+        for preset in (name for name in PRESETS if name in ms):
+            ratios = [f"{ms[way] / ms[preset]:.2f}" for way in ("transformers", "in place")]
+            lines.append(
+                row(each["dtype"], size(each["length"]), *dense, preset, f"{ms[preset]:.0f}", *ratios)
+            )
     return [*lines, ""]
 
 

@@ -39,11 +39,9 @@ class Backend:
             self.slow.append((name, [tuple(x.shape) for x in arguments if isinstance(x, torch.Tensor)]))
 
     def _left_to_pytorch(self, name, arguments):
-        """Whether that is as documented: no queries, `paper` on a CPU, on a GPU several that select."""
-        if name == "sparse_decode" and self.device == "cuda" and arguments[0].shape[2] > 1:
-            return True
-        paper = any(isinstance(x, str) and x.startswith("paper") for x in arguments)
-        return arguments[0].numel() == 0 or (paper and self.device == "cpu")
+        """Whether that is as documented: no queries; on a GPU several that select for themselves."""
+        several = name == "sparse_decode" and self.device == "cuda" and arguments[0].shape[2] > 1
+        return arguments[0].numel() == 0 or several
 
     def check_ran(self, *names):
         """These operators have run, and not only their PyTorch forms."""

@@ -4,12 +4,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-from pages import block_table, gaussian
+from pages import block_table, constants_for, gaussian
 from torch import Tensor
 
 from selfindex.backends import reference
 from selfindex.backends.cpu import operators
-from selfindex.codec import PageFormat
+from selfindex.codec import PageFormat, codec_for
 from selfindex.index.select import sum_of_softmax
 
 
@@ -41,8 +41,25 @@ class Cache:
 
     def votes(self):
         """Scores that the reference selects by, [B, H, T, S]."""
-        dense = self.dense_arguments()
-        return sum_of_softmax(reference.score(*dense[:2], *dense[3:]), self.fmt.kv_heads)
+        query, index, _, *rest = self.dense_arguments()
+        if self.fmt.preset == "paper":
+            return reference.score(self.mean_query, index, *rest)
+        return sum_of_softmax(reference.score(query, index, *rest), self.fmt.kv_heads)
+
+    @property
+    def mean_query(self):
+        """[B, H, T, d], what the paper preset scores."""
+        return self.query.float().unflatten(1, (self.fmt.kv_heads, -1)).mean(2)
+
+    def near_tie(self):
+        """Paper preset: how far apart scores may be that compiled tables order the other way, [B, H, T].
+
+        An entry is rounded to a step, 1 / 16382 of the range of the widest group: half a step in each of
+        the d / 4 groups of two tokens.
+        """
+        table = codec_for(self.fmt.name).lut(self.mean_query, self.constants)
+        widest = (table.amax(-1) - table.amin(-1)).amax(-1)
+        return self.scaling * widest / 16382 * self.fmt.head_dim / 4
 
     def decode(self, budgets, width=None):
         """(output, log-sum-exp, selected slots) of the compiled operator."""
@@ -70,15 +87,18 @@ def make_cache(
     short=(),
     shared=False,
     seed=0,
+    preset="balanced",
 ):
     """Rows of `lengths` encoded tokens in scattered blocks.
 
     Args:
+        bits: of the values, of `balanced`.
         short: pages of every row whose count is cut to an arbitrary smaller number.
         shared: all rows use the blocks of the longest one.
     """
     pages = [-(-n // page) for n in lengths]
-    blocks, fmt = sum(pages) + 1, PageFormat("balanced", heads, dim, page, bits)
+    fmt = PageFormat(preset, heads, dim, page, bits if preset == "balanced" else 2)
+    blocks = sum(pages) + 1
     query, constants, index, payload = _pools(fmt.name, len(lengths), blocks, groups, queries, seed)
     order = torch.randperm(blocks, generator=torch.Generator().manual_seed(seed)).int()
     table, counts = block_table(lengths, order, page, short, shared)
@@ -87,7 +107,7 @@ def make_cache(
 
 @lru_cache(maxsize=100)
 def _pools(name, batch, blocks, groups, queries, seed):
-    """Queries, balance and encoded pages, which one instruction set after the other is tested on."""
+    """Queries, constants and encoded pages, which one instruction set after the other is tested on."""
     fmt = PageFormat.parse(name)
     heads, dim, page = fmt.kv_heads, fmt.head_dim, fmt.page_size
     query = 2 * gaussian(batch, heads * groups, queries, dim, seed=seed)
@@ -95,6 +115,6 @@ def _pools(name, batch, blocks, groups, queries, seed):
     # Some keys point along a query, as in real attention.
     along = (gaussian(blocks, heads, page, 1, seed=seed + 3) > 2) * query[:1, ::groups, :1]
     values = gaussian(blocks, heads, page, dim, seed=seed + 4)
-    constants = torch.linspace(0.5, 2.0, heads * dim).view(1, heads, dim)
-    full = torch.full((blocks,), page, dtype=torch.int32)
-    return query, constants, *reference.encode(keys + 0.4 * along, values, full, constants, name)
+    full, keys = torch.full((blocks,), page, dtype=torch.int32), keys + 0.4 * along
+    constants = constants_for(fmt, keys)
+    return query, constants, *reference.encode(keys, values, full, constants, name)

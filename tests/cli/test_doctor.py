@@ -50,19 +50,12 @@ def test_check_passes_and_says_who_ran(backend, preset, dtype):
     assert found.failures == []
     # A page of 128 tokens, one new token and chunks below and above what kernels for few queries take.
     shapes = [f"{operator} of a {chunk}" for operator, chunk in SHAPES]
-    served = {"encode", "window_attend", *shapes, *(["prompt_statistics"] if preset == "paper" else [])}
-    fast = {
-        ("reference", "balanced"): set(),
-        ("reference", "paper"): set(),
-        ("compiled", "balanced"): {"encode", "window_attend", *shapes},
-        ("compiled", "paper"): {"window_attend"},
-        ("cuda", "balanced"): served,
-        ("cuda", "paper"): served,
-    }[backend.name, preset]
+    every = {"encode", "window_attend", *shapes}
+    if preset == "paper":
+        every.add("prompt_statistics")
+    fast = set() if backend.name == "reference" else every
     assert set(found.fast) == fast
-    if backend.name != "cuda":
-        served -= {"prompt_statistics"}  # PyTorch's alone
-    assert set(found.slow) == served - fast
+    assert set(found.slow) == every - fast
 
 
 SHAPES = [
@@ -78,11 +71,14 @@ SHAPES = [
 def test_doctor_says_what_runs_and_what_is_slower(backend, invoke):
     lines = invoke("doctor").output.splitlines()
     if backend.name == "compiled":
-        assert any(line.startswith("balanced: compiled operators") and "everything" in line for line in lines)
-        assert not any(line.startswith("balanced: plain PyTorch") for line in lines)
+        for preset in ("balanced", "paper"):
+            assert any(
+                line.startswith(f"{preset}: compiled operators") and "everything" in line for line in lines
+            )
+            assert not any(line.startswith(f"{preset}: plain PyTorch") for line in lines)
     else:
-        assert "balanced: plain PyTorch, which is slower, ran everything" in lines
-    assert any(line.startswith("paper: plain PyTorch, which is slower, ran ") for line in lines)
+        for preset in ("balanced", "paper"):
+            assert f"{preset}: plain PyTorch, which is slower, ran everything" in lines
     assert any("pages of 128 tokens" in line for line in lines)
 
 
@@ -102,6 +98,7 @@ def test_doctor_runs_the_kernels_of_a_gpu(invoke):
         ("sparse_decode", "sparse_decode of a decode step differs"),
         ("dense_attend", "dense_attend of a long chunk differs"),
         ("window_attend", "window_attend differs"),
+        ("prompt_statistics", "prompt_statistics differs"),
     ],
 )
 def test_doctor_fails_where_a_compiled_operator_is_wrong(backend, invoke, monkeypatch, name, match):
@@ -113,7 +110,7 @@ def test_doctor_fails_where_a_compiled_operator_is_wrong(backend, invoke, monkey
             result[1][:, ::50] += 1
             return result
         # As much as one exchanged token.
-        return result * 1.01 if name == "window_attend" else (result[0] * 1.01, result[1])
+        return (result[0] * 1.01, result[1]) if isinstance(result, tuple) else result * 1.01
 
     monkeypatch.setattr(ops, name, wrong)
     result = invoke("doctor")

@@ -21,11 +21,14 @@ def raw(n, heads, page, dim, dtype):
 
 
 def check(fmt, got, wanted, constants):
-    """Bytes of codes, scales and means equal but for ties; the float32 fields to rounding.
+    """Bytes of codes, scales and means equal but for ties; the float32 fields to rounding. All of `paper`'s.
 
     Sums over channels and tokens are in another order here, so that a channel on a threshold or a
     scale between two bytes may fall to either side.
     """
+    if fmt.preset == "paper":  # no sums
+        assert all(map(torch.equal, got, wanted))
+        return
     for plane, ours, theirs in zip(("index", "payload"), got, wanted, strict=True):
         assert ours.shape == theirs.shape
         rest = ours.clone(), theirs.clone()
@@ -45,18 +48,24 @@ def check(fmt, got, wanted, constants):
         assert (mine - other).double().norm() <= 2e-3 * other.double().norm()
 
 
+every_preset = pytest.mark.parametrize("preset", ["balanced", "paper"])
+
+
 @pytest.mark.parametrize("dim", DIMS)
 @pytest.mark.parametrize(
-    ("bits", "dtype", "page", "heads"),
+    ("preset", "bits", "dtype", "page", "heads"),
     [
-        (2, torch.float32, 128, 2),
-        (3, torch.bfloat16, 40, 3),
-        (2, torch.float16, 8, 1),
-        (3, torch.float32, 24, 1),
+        ("balanced", 2, torch.float32, 128, 2),
+        ("balanced", 3, torch.bfloat16, 40, 3),
+        ("balanced", 2, torch.float16, 8, 1),
+        ("balanced", 3, torch.float32, 24, 1),
+        ("paper", 2, torch.float32, 128, 2),
+        ("paper", 2, torch.bfloat16, 40, 3),
+        ("paper", 2, torch.float16, 8, 1),
     ],
 )
-def test_bytes_equal_the_reference_but_for_ties(isa, dim, bits, dtype, page, heads):
-    fmt = page_format("balanced", bits, heads, dim, page)
+def test_bytes_equal_the_reference_but_for_ties(isa, dim, preset, bits, dtype, page, heads):
+    fmt = page_format(preset, bits, heads, dim, page)
     keys, values = raw(6, heads, page, dim, dtype)
     counts = torch.tensor([page, page, 1, 0, page - 3, page // 2 + 1], dtype=torch.int32)
     constants = constants_for(fmt, keys)
@@ -66,17 +75,19 @@ def test_bytes_equal_the_reference_but_for_ties(isa, dim, bits, dtype, page, hea
     assert all(map(torch.equal, got, again)), "strides do not matter"
 
 
-def test_a_balance_per_page_and_counts_past_the_page(isa):
-    fmt = page_format("balanced", 2, 2, 64, 16)
+@every_preset
+def test_constants_per_page_and_counts_past_the_page(isa, preset):
+    fmt = page_format(preset, 2, 2, 64, 16)
     keys, values = raw(3, 2, 16, 64, torch.float32)
-    constants = gaussian(3, 2, 64).abs() + 0.5
+    constants = constants_for(fmt, keys) * (0.5 + torch.arange(3)[:, None, None])
     counts = torch.tensor([16, 5, 99])
     got = ops.encode(keys, values, counts, constants, fmt.name)
     check(fmt, got, reference.encode(keys, values, counts, constants, fmt.name), constants)
 
 
-def test_what_is_past_the_count_is_not_read(isa):
-    fmt = page_format("balanced", 3, 2, 96, 24)
+@every_preset
+def test_what_is_past_the_count_is_not_read(isa, preset):
+    fmt = page_format(preset, 3 if preset == "balanced" else 2, 2, 96, 24)
     keys, values = raw(2, 2, 24, 96, torch.bfloat16).clone()
     counts = torch.tensor([20, 3], dtype=torch.int32)
     constants = constants_for(fmt, keys)
@@ -86,9 +97,10 @@ def test_what_is_past_the_count_is_not_read(isa):
     assert all(map(torch.equal, ops.encode(keys, values, counts, constants, fmt.name), wanted))
 
 
-@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e12])
-def test_very_small_and_very_large_numbers(isa, scale):
-    fmt = page_format("balanced", 2, 1, 64, 16)
+@every_preset
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e5, 1e12])
+def test_very_small_and_very_large_numbers(isa, preset, scale):
+    fmt = page_format(preset, 2, 1, 64, 16)
     keys, values = scale * raw(2, 1, 16, 64, torch.float32)
     counts, constants = torch.full((2,), 16, dtype=torch.int32), constants_for(fmt, keys)
     got = ops.encode(keys, values, counts, constants, fmt.name)
@@ -108,8 +120,22 @@ def test_every_half_number_is_read_right(isa):
     assert torch.equal(ours, theirs)
 
 
-def test_threads_do_not_change_the_bytes(isa):
-    fmt = page_format("balanced", 2, 3, 64, 128)
+def test_what_is_not_a_number_stays_one_in_the_paper_preset(isa):
+    fmt = page_format("paper")
+    keys, values = gaussian(2, 3, 2, 16, 64)
+    constants, counts = constants_for(fmt, keys), torch.full((3,), 16, dtype=torch.int32)
+    keys[0, 1, 3, 40], values[1, 0, 15, 5] = torch.nan, torch.nan
+    keys[2, 0, 0, 9], values[2, 1, 7, 33] = torch.inf, -torch.inf
+    got = ops.encode(keys, values, counts, constants, fmt.name)
+    wanted = reference.encode(keys, values, counts, constants, fmt.name)
+    for mine, other in zip(decode(fmt, *got, constants), decode(fmt, *wanted, constants), strict=True):
+        assert other.isfinite().sum() < other.numel()
+        torch.testing.assert_close(mine, other, rtol=0, atol=0, equal_nan=True)
+
+
+@every_preset
+def test_threads_do_not_change_the_bytes(isa, preset):
+    fmt = page_format(preset, 2, 3, 64, 128)
     keys, values = raw(5, 3, 128, 64, torch.float32)
     counts, constants = torch.full((5,), 128, dtype=torch.int32), constants_for(fmt, keys)
     alone = ops.encode(keys, values, counts, constants, fmt.name)

@@ -26,13 +26,22 @@ def tokens(heads, count, dim, dtype, batch=4):
     return gaussian(2, batch, count, heads, dim, seed=dim, dtype=dtype).transpose(2, 3)
 
 
+every_preset = pytest.mark.parametrize("preset", ["balanced", "paper"])
+
+
+def own_bits(preset, bits):
+    """Value bits: those of `balanced`, 2 of `paper`."""
+    return bits if preset == "balanced" else 2
+
+
+@every_preset
 @pytest.mark.parametrize("dim", DIMS)
 @pytest.mark.parametrize(
     ("heads", "bits", "page", "dtype"), zip((1, 2, 3), (2, 3, 2), (128, 24, 16), DTYPES, strict=True)
 )
 @pytest.mark.parametrize("blocks", [(5, 0, 3, 7), (-1, 6, -1, 1), (-1, -1, -1, -9)])
-def test_encode_into_writes_the_bytes_of_encode(isa, dim, heads, bits, page, dtype, blocks):
-    fmt = page_format("balanced", bits, heads, dim, page)
+def test_encode_into_writes_the_bytes_of_encode(isa, preset, dim, heads, bits, page, dtype, blocks):
+    fmt = page_format(preset, own_bits(preset, bits), heads, dim, page)
     keys, values = tokens(heads, page, dim, dtype)
     counts = torch.tensor([page, 1, page - 3, 0], dtype=torch.int32)
     constants = constants_for(fmt, keys)
@@ -44,18 +53,19 @@ def test_encode_into_writes_the_bytes_of_encode(isa, dim, heads, bits, page, dty
     check(found, wanted, blocks)
 
 
+@every_preset
 @pytest.mark.parametrize("dim", DIMS)
 @pytest.mark.parametrize(("heads", "bits", "dtype"), zip((1, 2, 3), (2, 3, 2), DTYPES, strict=True))
 @pytest.mark.parametrize("size", [8, 16])
-def test_encode_paged_takes_its_tokens_from_blocks(isa, dim, heads, bits, dtype, size):
-    fmt = page_format("balanced", bits, heads, dim)
+def test_encode_paged_takes_its_tokens_from_blocks(isa, preset, dim, heads, bits, dtype, size):
+    fmt = page_format(preset, own_bits(preset, bits), heads, dim)
     keys, values = tokens(heads, 50, dim, dtype)
     held, table = window(keys, values, [40, 16, -1, 50], size)
     # A short first page, from the middle of a block; a whole one; one of no row; a short last one.
     first = torch.tensor([5, 0, -16, 43], dtype=torch.int32)
     counts = torch.tensor([11, 16, 16, 7], dtype=torch.int32)
     blocks = torch.tensor([2, 0, -1, 4], dtype=torch.int32)
-    own = 1 + gaussian(4, heads, dim).abs()  # a balance per row
+    own = constants_for(fmt, keys) * (0.5 + torch.arange(4)[:, None, None])  # constants per row
     found, before = empty_pools(fmt, 6), held.clone()
     ops.encode_paged(held, table, first, counts, blocks, *found, own, fmt.name)
     packed = []
@@ -77,8 +87,9 @@ def test_nothing_to_encode_reads_nothing(isa):
     check(found, found, [-1, -1])
 
 
-def test_threads_do_not_change_the_bytes(isa):
-    fmt = page_format("balanced", 2, 3, 64, 128)
+@every_preset
+def test_threads_do_not_change_the_bytes(isa, preset):
+    fmt = page_format(preset, 2, 3, 64, 128)
     keys, values = tokens(3, 128, 64, torch.float32)
     counts, blocks = torch.full((4,), 128, dtype=torch.int32), torch.tensor([3, -1, 0, 1], dtype=torch.int32)
     found = empty_pools(fmt, 4), empty_pools(fmt, 4)
@@ -91,8 +102,9 @@ def test_threads_do_not_change_the_bytes(isa):
     assert all(map(torch.equal, *found))
 
 
-def test_places_that_do_not_exist_are_refused_before_anything_is_written(isa):
-    fmt = page_format()
+@every_preset
+def test_places_that_do_not_exist_are_refused_before_anything_is_written(isa, preset):
+    fmt = page_format(preset)
     keys, values = tokens(2, 16, 64, torch.float32, batch=2)
     constants, counts = constants_for(fmt, keys), torch.full((2,), 16, dtype=torch.int32)
     found = empty_pools(fmt, 3)
@@ -118,14 +130,16 @@ def test_places_that_do_not_exist_are_refused_before_anything_is_written(isa):
     check(found, found, [-1] * 3)
 
 
+@every_preset
 @pytest.mark.parametrize("gap", [0, 48])
-def test_pools_of_the_same_bytes_far_apart_are_read_alike(isa, gap):
+def test_pools_of_the_same_bytes_far_apart_are_read_alike(isa, preset, gap):
     from encoded_cache import make_cache
 
     for dim, heads, groups, page, queries in (
         (64, 3, 3, 128, 1), (96, 2, 1, 24, 2), (128, 1, 8, 128, 1), (256, 2, 4, 8, 100),
     ):  # fmt: skip
-        cache = make_cache([900, 0, 61], dim, heads, groups, 2, page, queries, torch.bfloat16, short=(1, 2))
+        shape = dim, heads, groups, 2, page, queries, torch.bfloat16
+        cache = make_cache([900, 0, 61], *shape, short=(1, 2), preset=preset)
         together = *cache.decode([100, 0, 50]), *ops.dense_attend(*cache.dense_arguments())
         cache.index, cache.payload = pools(cache.fmt, cache.index, cache.payload, gap)
         apart = *cache.decode([100, 0, 50]), *ops.dense_attend(*cache.dense_arguments())

@@ -52,6 +52,10 @@ def check(given):
     return got
 
 
+every_preset = pytest.mark.parametrize("preset", ["balanced", "paper"])
+
+
+@every_preset
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize(
     ("dim", "heads", "groups", "bits", "page", "with_sink"),
@@ -59,14 +63,16 @@ def check(given):
      (256, 1, 16, 3, 40, False)],
 )  # fmt: skip
 @pytest.mark.parametrize("budgets", [None, [200, 41, 0]])
-def test_a_step_is_its_operators(isa, dtype, dim, heads, groups, bits, page, with_sink, budgets):
-    cache = make_cache([700, 41, 0], dim, heads, groups, bits, page, 1, dtype, short=(1, 2))
+def test_a_step_is_its_operators(isa, preset, dtype, dim, heads, groups, bits, page, with_sink, budgets):
+    shape = dim, heads, groups, bits, page, 1, dtype
+    cache = make_cache([700, 41, 0], *shape, short=(1, 2), preset=preset)
     check(arguments(cache, with_sink, budgets))
 
 
+@every_preset
 @pytest.mark.parametrize("budgets", [None, [200, 41, 30]])
-def test_a_step_is_near_the_reference(isa, budgets, monkeypatch):
-    cache = make_cache([700, 41, 90], 128, 2, 4)
+def test_a_step_is_near_the_reference(isa, preset, budgets, monkeypatch):
+    cache = make_cache([700, 41, 90], 128, 2, 4, preset=preset)
     given = arguments(cache, True, budgets)
     got = ops.step_attend(*given)
     monkeypatch.setenv("SELFINDEX_CPU", "reference")
@@ -75,16 +81,18 @@ def test_a_step_is_near_the_reference(isa, budgets, monkeypatch):
     assert (got - wanted).norm() < (1e-3 if budgets is None else 3e-2) * wanted.norm()
 
 
-def test_pools_far_apart_and_a_balance_per_row(isa):
-    cache = make_cache([700, 41, 90])
+@every_preset
+def test_pools_far_apart_and_constants_per_row(isa, preset):
+    cache = make_cache([700, 41, 90], preset=preset)
     cache.constants = torch.cat([cache.constants * (1 + i) for i in range(3)])
     cache.index, cache.payload = pools(cache.fmt, cache.index, cache.payload, gap=48)
     for budgets in (None, [30, 20, 10]):
         check(arguments(cache, budgets=budgets))
 
 
-def test_threads_do_not_change_the_result(isa):
-    cache = make_cache([1500, 41, 90], 64, 3, 3)
+@every_preset
+def test_threads_do_not_change_the_result(isa, preset):
+    cache = make_cache([1500, 41, 90], 64, 3, 3, preset=preset)
     for budgets in (None, [300, 20, 10]):
         given = arguments(cache, budgets=budgets)
         alone = ops.step_attend(*given)
@@ -96,17 +104,19 @@ def test_threads_do_not_change_the_result(isa):
             torch.set_num_threads(1)
 
 
-def test_numbers_that_are_none_are_not_hidden(isa):
+@every_preset
+def test_numbers_that_are_none_are_not_hidden(isa, preset):
     for budgets in (None, [30, 20, 10]):
-        given = arguments(make_cache([700, 41, 90]), budgets=budgets)
+        given = arguments(make_cache([700, 41, 90], preset=preset), budgets=budgets)
         given[0][1] = torch.nan
         got = ops.step_attend(*given)
         assert got[1].isnan().all()
         assert torch.isfinite(got[[0, 2]]).all()
 
 
-def test_places_that_do_not_exist_are_refused_before_anything_is_written(isa):
-    cache = make_cache([700, 41, 90])
+@every_preset
+def test_places_that_do_not_exist_are_refused_before_anything_is_written(isa, preset):
+    cache = make_cache([700, 41, 90], preset=preset)
     for budgets in (None, [30, 20, 10]):
         given = arguments(cache, budgets=budgets)
         before = given[9].clone()

@@ -115,8 +115,8 @@ def code_sums(keys: Tensor, mean: Tensor) -> Tensor:
     """
     centred = keys.float() - mean[:, None, :]
     groups = centred.unflatten(-1, (-1, 4)).transpose(1, 2)  # [H, d / 4, N, 4]
-    codes = packing.group_codes(packing.pack_bits(centred >= 0)).transpose(1, 2).long()  # [H, d / 4, N]
-    onehot = torch.nn.functional.one_hot(codes, 16).float()
+    codes = packing.group_codes(packing.pack_bits(centred >= 0)).transpose(1, 2)  # [H, d / 4, N]
+    onehot = (codes[..., None] == torch.arange(16, device=keys.device)).float()
     return torch.cat((onehot.transpose(-1, -2) @ groups, onehot.sum(2)[..., None]), -1)
 
 

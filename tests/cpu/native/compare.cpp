@@ -125,6 +125,49 @@ int main(int, char** arguments) {
       f[i].resize(c);
     }
     CHECK(f[0] == f[1], "reaching");
+    std::vector<int16_t> halves(2 * 100);
+    for (auto& v : halves)
+      v = rnd() % 8129;
+    std::vector<float> joined[2];
+    for (int i = 0; i < 2; i++) {
+      joined[i].assign(100, 0);
+      k[i]->join_sums(halves.data(), halves.data() + 100, 100, joined[i].data());
+    }
+    CHECK(joined[0] == joined[1], "join_sums");
+    // Tokens of the paper preset.
+    int shared = (dim + kPaperGroup - 1) / kPaperGroup;
+    std::vector<float> ends(2 * 16 * shared), row(4 * dim);
+    for (auto& v : ends)
+      v = gauss();
+    for (auto& v : row)
+      v = gauss();
+    for (int n : {1, 7, 16}) {
+      GroupedTokens keys{cr, sg, ends.data(), ends.data() + 16 * shared, n, dim}, values = keys;
+      values.signs = nullptr;
+      for (int rows : {1, 2, 3, 4, 7}) {
+        std::vector<float> queries(rows * dim), d[2], s[2];
+        for (size_t j = 0; j < queries.size(); j++)
+          queries[j] = row[j % row.size()];
+        for (int i = 0; i < 2; i++) {
+          d[i].assign(rows * kTile, 0);
+          k[i]->grouped_dots(keys, queries.data(), rows, d[i].data());
+          s[i].assign(rows * width, 0.5f);
+          k[i]->grouped_sums(values, row.data(), 16, rows, s[i].data(), width);
+        }
+        for (int j = 0; j < rows * kTile; j++)
+          CHECK(std::fabs(d[0][j] - d[1][j]) <= 1e-3f, "grouped_dots %f %f", d[0][j], d[1][j]);
+        for (int j = 0; j < rows * width; j++)
+          CHECK(std::fabs(s[0][j] - s[1][j]) <= 1e-4f, "grouped_sums %f %f", s[0][j], s[1][j]);
+      }
+      std::vector<float> w[2];
+      for (int i = 0; i < 2; i++) {
+        w[i].assign(2 * n * dim, 0);
+        k[i]->grouped_widen(keys, row.data(), row.data() + dim, w[i].data());
+        k[i]->grouped_widen(values, nullptr, nullptr, w[i].data() + n * dim);
+      }
+      for (int j = 0; j < 2 * n * dim; j++)
+        CHECK(std::fabs(w[0][j] - w[1][j]) <= 1e-5f, "grouped_widen %f %f", w[0][j], w[1][j]);
+    }
     std::vector<float> mx[2];
     for (int i = 0; i < 2; i++) {
       mx[i].assign(97, 0);
@@ -231,6 +274,40 @@ int main(int, char** arguments) {
             di += I[0][j] != I[1][j];
           CHECK(diff <= 2 && di <= 2, "encode dim %d fmt %d bits %d live %d: %d %d bytes of %zu",
                 dim, fmt, bits, live, diff, di, P[0].size());
+          Layout paper = L;
+          paper.preset = kPaper;
+          paper.token = dim / 2;
+          paper.key_scale = paper.token * 40;
+          paper.key_zero = paper.key_scale + 40 * 2 * shared;
+          paper.value_scale = paper.key_zero + 40 * 2 * shared;
+          paper.value_zero = paper.value_scale + 40 * 2 * shared;
+          paper.payload_record = paper.value_zero + 40 * 2 * shared;
+          std::vector<float> statistics(2 * dim);  // mean and alpha, one of them 0
+          for (auto& v : statistics)
+            v = std::fabs(gauss());
+          statistics[dim + 3] = 0;
+          for (int i = 0; i < 2; i++) {
+            I[i].assign(L.index_record, 0);
+            P[i].assign(paper.payload_record, 0);
+            k[i]->encode_paper({&paper, (Format)fmt, raw.data(), raw.data() + 40 * dim * sz,
+                                (int64_t)dim * sz, (int64_t)dim * sz, live, statistics.data(), nullptr, 1,
+                                nullptr, I[i].data(), P[i].data(), nullptr, nullptr});
+          }
+          std::vector<float> channels[2], largest[2], codes[2];
+          std::vector<int32_t> members[2];
+          for (int i = 0; i < 2; i++) {
+            channels[i].assign(dim, 0);
+            largest[i].assign(dim, 0);
+            codes[i].assign(16 * dim, 0);
+            members[i].assign(4 * dim, 0);
+            k[i]->channel_sums(raw.data(), (Format)fmt, (int64_t)dim * sz, live, dim, channels[i].data());
+            k[i]->code_sums(raw.data(), (Format)fmt, (int64_t)dim * sz, live, dim, statistics.data(),
+                            largest[i].data(), codes[i].data(), members[i].data());
+          }
+          CHECK(channels[0] == channels[1], "channel_sums dim %d fmt %d live %d", dim, fmt, live);
+          CHECK(largest[0] == largest[1] && codes[0] == codes[1] && members[0] == members[1],
+                "code_sums dim %d fmt %d live %d", dim, fmt, live);
+          CHECK(I[0] == I[1] && P[0] == P[1], "encode_paper dim %d fmt %d live %d", dim, fmt, live);
           // The window, over the same numbers.
           int groups = 3;
           std::vector<float> part(groups * dim), lse(groups), sink(groups), lg2(4 * 40);

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...codec import PageFormat
-from ...codec.rotation import KEY_SEED, VALUE_SEED, block_order, hadamard, sign_diagonal
+from ...codec.rotation import HEAD_DIMS, KEY_SEED, VALUE_SEED, block_order, hadamard, sign_diagonal
 from .loader import instruction_set, native
 from .tensors import CPU, FORMATS, adjacent, integers, is_paged_window, is_pool, layout, paged, strided
 
@@ -34,14 +34,17 @@ class _Pages:
         constants: Tensor,
         fmt: PageFormat,
     ) -> None:
-        counts, blocks = integers(counts), integers(blocks)
-        order, block, key_signs, value_factor = _rotation_parts(fmt.head_dim)
-        key_factor = (constants.to(torch.float32) * key_signs).contiguous()
-        self._kept = counts, blocks, index_pool, payload_pool, key_factor
-        own = key_factor.stride(0) if len(key_factor) > 1 else 0
+        counts, blocks, constants = integers(counts), integers(blocks), constants.to(torch.float32)
+        rotation = 0, 1, 0
+        if fmt.preset == "balanced":
+            order, block, key_signs, value_factor = _rotation_parts(fmt.head_dim)
+            constants, rotation = constants * key_signs, (value_factor.data_ptr(), order, block.data_ptr())
+        constants = constants.contiguous()
+        self._kept = counts, blocks, index_pool, payload_pool, constants
+        own = constants.stride(0) if len(constants) > 1 else 0
         self.numbers = [
-            *(FORMATS[dtype], len(counts), counts.data_ptr(), key_factor.data_ptr(), own),
-            *(value_factor.data_ptr(), order, block.data_ptr(), blocks.data_ptr()),
+            *(FORMATS[dtype], len(counts), counts.data_ptr(), constants.data_ptr(), own),
+            *(*rotation, blocks.data_ptr()),
             min(index_pool.shape[0], payload_pool.shape[0]),
             *(index_pool.data_ptr(), payload_pool.data_ptr(), fmt.index_bytes, fmt.payload_bytes),
             *(index_pool.stride(0), payload_pool.stride(0), torch.get_num_threads()),
@@ -49,21 +52,12 @@ class _Pages:
 
 
 def _served(fmt: PageFormat, index_pool: Tensor, payload_pool: Tensor) -> bool:
-    return (
-        fmt.preset == "balanced"
-        and is_pool(index_pool, fmt.index_bytes)
-        and is_pool(payload_pool, fmt.payload_bytes)
-    )
+    return is_pool(index_pool, fmt.index_bytes) and is_pool(payload_pool, fmt.payload_bytes)
 
 
 def encode_supported(keys: Tensor, values: Tensor, counts: Tensor, constants: Tensor, format: str) -> bool:
     """Whether `encode` serves these arguments."""
-    return (
-        PageFormat.parse(format).preset == "balanced"
-        and keys.dtype == values.dtype
-        and keys.dtype in FORMATS
-        and keys.shape[0] > 0
-    )
+    return keys.dtype == values.dtype and keys.dtype in FORMATS and keys.shape[0] > 0
 
 
 def encode(
@@ -151,3 +145,18 @@ def encode_paged(
     table, first = integers(table), integers(first)
     pages = _Pages(window.dtype, counts, blocks, index_pool, payload_pool, constants, fmt)
     native().encode_paged(name, layout(fmt), [*paged(window, table), first.data_ptr(), *pages.numbers])
+
+
+def statistics_supported(keys: Tensor) -> bool:
+    """Whether `prompt_statistics` serves these keys."""
+    return keys.dtype in FORMATS and keys.shape[2] in HEAD_DIMS and keys.shape[0] > 0 and keys.shape[1] > 0
+
+
+def prompt_statistics(keys: Tensor) -> Tensor:
+    """See `reference.prompt_statistics`."""
+    name, keys = instruction_set(), adjacent(keys[None])
+    _, heads, tokens, dim = keys.shape
+    constants = torch.empty(heads, 18 * dim, device=CPU)
+    numbers = FORMATS[keys.dtype], *strided(keys), heads, tokens, dim, torch.get_num_threads()
+    native().prompt_statistics(name, [*numbers, constants.data_ptr()])
+    return constants

@@ -41,7 +41,7 @@ class Call:
         query = plain(query.detach(), torch.float32)
         self.output = torch.empty_like(query)
         self.lse = query.new_empty(query.shape[:3])
-        pools = Pools(index_pool, payload_pool, block_table, page_counts, constants, fmt.head_dim)
+        pools = Pools(index_pool, payload_pool, block_table, page_counts, constants, fmt)
         self._kept = query, pools
         self.cache = module.Cache(layout(fmt), pools.numbers, scaling)
         self.queries = module.Queries(
@@ -58,8 +58,7 @@ def attention_supported(query: Tensor, index_pool: Tensor, payload_pool: Tensor,
     """Whether `sparse_decode` and `dense_attend` serve these arguments."""
     fmt = PageFormat.parse(next(x for x in rest if isinstance(x, str)))
     return (
-        fmt.preset == "balanced"
-        and query.dtype in FORMATS
+        query.dtype in FORMATS
         and query.shape[1] > 0
         and query.shape[2] > 0
         and is_pool(index_pool, fmt.index_bytes)

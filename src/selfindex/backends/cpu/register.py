@@ -1,7 +1,7 @@
 """The compiled operators as implementations of the package's operators on CPU tensors.
 
-Calls they do not serve, such as those of the paper preset, run the reference implementation. So do
-all calls where the compiled module is missing, announced once.
+Calls they do not serve run the reference implementation. So do all calls where the compiled module is
+missing, announced once.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ SERVED: dict[str, tuple[Callable[..., Any], Callable[..., bool]]] = {
     "encode": (encode.encode, encode.encode_supported),
     "encode_into": (encode.encode_into, encode.encode_into_supported),
     "encode_paged": (encode.encode_paged, encode.encode_paged_supported),
+    "prompt_statistics": (encode.prompt_statistics, encode.statistics_supported),
     "sparse_decode": (operators.sparse_decode, operators.attention_supported),
     "dense_attend": (operators.dense_attend, operators.attention_supported),
     "step_attend": (window.step_attend, window.step_supported),

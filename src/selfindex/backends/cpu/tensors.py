@@ -17,23 +17,26 @@ CPU = torch.device("cpu")
 FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Dtypes of a model, numbered as `enum Format` in native/kernels.h."""
 
+PRESET_NUMBERS = {"balanced": 0, "paper": 1}
+"""Presets, numbered as `enum Preset` in native/cache.h."""
+
 
 @lru_cache(maxsize=256)
 def layout(fmt: PageFormat) -> Any:
     """Byte offsets of a format, in the order of `struct Layout` in native/cache.h."""
     index, payload = fmt.index.sections, fmt.payload.sections
     names = ("codes", "key_scale", "mean", "mean_step", "key_base", "value_base")
-    magnitudes, signs = payload["magnitudes"], payload.get("value_signs")
+    later = ("magnitudes", "values", "value_signs", "value_scale", "key_zero", "value_zero")
+    sections = payload | index  # no name is in both planes of a preset
+
+    def offset(name: str) -> int:
+        return sections[name].offset if name in sections else 0
+
     numbers = [
         *(fmt.kv_heads, fmt.head_dim, fmt.page_size, fmt.value_bits),
-        fmt.index.record,
-        *(index[name].offset for name in names),
-        fmt.payload.record,
-        magnitudes.stride or 0,
-        magnitudes.offset,
-        payload["values"].offset,
-        signs.offset if signs else 0,
-        payload["value_scale"].offset,
+        *(fmt.index.record, *map(offset, names)),
+        *(fmt.payload.record, payload["magnitudes"].stride or 0, *map(offset, later)),
+        PRESET_NUMBERS[fmt.preset],
     ]
     return native().Layout(numbers)
 
@@ -79,11 +82,11 @@ class Pools:
         block_table: Tensor,
         page_counts: Tensor,
         constants: Tensor,
-        dim: int,
+        fmt: PageFormat,
     ) -> None:
         table, counts = integers(block_table), integers(page_counts)
-        balance = plain(constants, torch.float32)
-        self._kept = index_pool, payload_pool, table, counts, balance
+        constants = plain(constants, torch.float32)
+        self._kept = index_pool, payload_pool, table, counts, constants
         self.numbers = [
             *(index_pool.data_ptr(), index_pool.stride(0), payload_pool.data_ptr(), payload_pool.stride(0)),
             *(
@@ -92,7 +95,8 @@ class Pools:
                 counts.data_ptr(),
                 *table.shape,
             ),
-            *(balance.data_ptr(), balance.stride(0) if balance.shape[0] > 1 else 0, *_rotations(dim)[2]),
+            *(constants.data_ptr(), constants.stride(0) if constants.shape[0] > 1 else 0),
+            *(_rotations(fmt.head_dim)[2] if fmt.preset == "balanced" else (0, 0)),
         ]
 
 

@@ -143,7 +143,7 @@ def step_attend(
     """
     fmt = PageFormat.parse(format)
     step = _Step(query, new_keys, new_values, lengths, None, sink_logit)
-    pools = Pools(index_pool, payload_pool, block_table, page_counts, constants, fmt.head_dim)
+    pools = Pools(index_pool, payload_pool, block_table, page_counts, constants, fmt)
     wanted = None if budgets is None else integers(budgets)
     numbers = [
         *(keys.data_ptr(), values.data_ptr(), keys.shape[2]),

@@ -1,6 +1,7 @@
 #include "attend.h"
 
 #include "operators.h"
+#include "paper.h"
 #include "parallel.h"
 
 #include <algorithm>
@@ -93,14 +94,15 @@ void AttendScratch::allocate(Arena& arena, int rows, int64_t tokens) {
   token = arena.take<const uint8_t*>(tokens);
 }
 
-void attend(const Kernels& kernels, const Cache& cache, const Rows& rows, const int32_t* slots,
-            int64_t n, AttendScratch& scratch, Part& part) {
+namespace {
+
+void key_logits(const Kernels& kernels, const Cache& cache, const Rows& rows, const int32_t* slots,
+                int64_t n, AttendScratch& scratch) {
   const Layout& layout = cache.layout;
-  const bool signed_values = layout.value_bits == 3;
   const int width = rows.width;
   alignas(64) int8_t levels[kTile * kMaxDim];
   int32_t dots[kTile * 4];
-  const uint8_t *crumbs[kTile], *signs[kTile];
+  const uint8_t* crumbs[kTile];
   Tile tiles[2];
   Locator locator(cache, rows.row, rows.head);
 
@@ -129,14 +131,17 @@ void attend(const Kernels& kernels, const Cache& cache, const Rows& rows, const 
     }
   }
 
-  for (int r = 0; r < rows.count; r++) {
-    float* logits = scratch.logits + r * n;
-    part.top[r] = largest(kernels, logits, n);
-    part.mass[r] = n ? kernels.exponentiate(logits, n, 1.0f, part.top[r]) : 0.0f;
-    for (int64_t t = 0; t < n; t++) logits[t] *= scratch.value_scale[t];
-  }
+}
 
-  std::fill(part.sums, part.sums + static_cast<int64_t>(rows.count) * width, 0.0f);
+void add_values(const Kernels& kernels, const Cache& cache, const Rows& rows, int64_t n,
+                const AttendScratch& scratch, Part& part) {
+  const Layout& layout = cache.layout;
+  const bool signed_values = layout.value_bits == 3;
+  const int width = rows.width;
+  alignas(64) int8_t levels[kTile * kMaxDim];
+  const uint8_t *crumbs[kTile], *signs[kTile];
+  for (int r = 0; r < rows.count; r++)
+    for (int64_t t = 0; t < n; t++) scratch.logits[r * n + t] *= scratch.value_scale[t];
   for (int64_t start = 0; start < n; start += kTile) {
     const int live = static_cast<int>(std::min<int64_t>(kTile, n - start));
     for (int t = 0; t < live; t++) {
@@ -149,9 +154,27 @@ void attend(const Kernels& kernels, const Cache& cache, const Rows& rows, const 
   }
 }
 
+}  // namespace
+
+void attend(const Kernels& kernels, const Cache& cache, const Rows& rows, const int32_t* slots,
+            int64_t n, AttendScratch& scratch, Part& part) {
+  const bool paper = cache.layout.preset == kPaper;
+  if (paper) key_logits_paper(kernels, cache, rows, slots, n, scratch);
+  else key_logits(kernels, cache, rows, slots, n, scratch);
+  for (int r = 0; r < rows.count; r++) {
+    float* logits = scratch.logits + r * n;
+    part.top[r] = largest(kernels, logits, n);
+    part.mass[r] = n ? kernels.exponentiate(logits, n, 1.0f, part.top[r]) : 0.0f;
+  }
+  std::fill(part.sums, part.sums + static_cast<int64_t>(rows.count) * rows.width, 0.0f);
+  if (paper) add_values_paper(kernels, cache, rows, slots, n, scratch, part);
+  else add_values(kernels, cache, rows, n, scratch, part);
+}
+
 void read_tokens(const Kernels& kernels, const Cache& cache, int64_t row, const int32_t* slots,
                  int64_t n, int threads, float* keys, float* values) {
   const Layout& layout = cache.layout;
+  if (layout.preset == kPaper) return read_tokens_paper(kernels, cache, row, slots, n, threads, keys, values);
   const int dim = layout.dim, width = padded(dim);
   const bool signed_values = layout.value_bits == 3;
   const int64_t tiles = (n + kTile - 1) / kTile, share = 8;  // tiles of a task
@@ -209,8 +232,8 @@ void merge(const Kernels& kernels, const Cache& cache, const Rows& rows, const P
     }
     if (mass > 0)
       for (int i = 0; i < dim; i++) sum[i] /= mass;
-    kernels.rotate(sum, cache.value_rotation, 1, dim, left);
-    std::copy(left, left + dim, output + r * stride);
+    if (cache.value_rotation) kernels.rotate(sum, cache.value_rotation, 1, dim, left);
+    std::copy_n(cache.value_rotation ? left : sum, dim, output + r * stride);
     lse[r * lse_stride] = top == kNone ? kNone : top + std::log(mass);
   }
 }

@@ -5,11 +5,23 @@
 
 namespace selfindex {
 
-// Byte offsets of docs/format.md, "balanced", as src/selfindex/codec/format.py computes them.
+enum Preset : int { kBalanced, kPaper };
+
+// Channels of the paper preset that share a scale and a zero point.
+constexpr int kPaperGroup = 32;
+
+// Byte offsets of docs/format.md, as src/selfindex/codec/format.py computes them; 0 for what a preset
+// does not have. Key scales are in the index record of `balanced` and in the payload record of `paper`.
 struct Layout {
   int heads, dim, page, value_bits;
   int64_t index_record, codes, key_scale, mean, mean_step, key_base, value_base;
   int64_t payload_record, token, magnitudes, values, value_signs, value_scale;
+  int64_t key_zero, value_zero;
+  Preset preset;
+
+  int groups() const { return (dim + kPaperGroup - 1) / kPaperGroup; }
+  // Numbers of a head that its pages share: the balance; or mean, alpha and codebook [dim / 4][16][4].
+  int64_t constants() const { return preset == kPaper ? int64_t{18} * dim : dim; }
 };
 
 struct Cache {
@@ -18,9 +30,10 @@ struct Cache {
   int64_t index_stride, payload_stride, blocks;
   const int32_t *table, *counts;  // [batch][pages]
   int64_t batch, pages;
-  const float* balance;  // [1 or batch][heads][dim]
-  int64_t balance_stride;
-  const float *key_rotation, *value_rotation;  // x @ rotation enters / leaves the coded domain
+  const float* constants;  // [1 or batch][heads][layout.constants()]
+  int64_t constants_stride;
+  // x @ rotation enters / leaves the coded domain; null where that is the model's own.
+  const float *key_rotation, *value_rotation;
   float scaling;
 
   int64_t slots() const { return pages * layout.page; }
@@ -34,6 +47,9 @@ struct Cache {
     int64_t sum = 0;
     for (int64_t page = 0; page < pages; page++) sum += count(row, page);
     return sum;
+  }
+  const float* constants_of(int64_t row, int64_t head) const {
+    return constants + row * constants_stride + head * layout.constants();
   }
   const uint8_t* index_of(int64_t row, int64_t page, int64_t head) const {
     return index + table[row * pages + page] * index_stride + head * layout.index_record;

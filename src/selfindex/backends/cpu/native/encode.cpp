@@ -67,10 +67,10 @@ void encode_pages(const Kernels& kernels, const Pages& pages, int64_t bytes, con
     std::memset(index, 0, layout.index_record);
     std::memset(payload, 0, layout.payload_record);
     const Raw from = raw(page, head, memory[worker]);
-    kernels.encode({&layout, pages.format, from.keys, from.values, from.key_stride, from.value_stride,
-                    live_tokens(pages, page), pages.key_factor + page * pages.factor_stride + head * dim,
-                    pages.value_factor, pages.order, pages.block, index, payload, scratch[worker],
-                    scales[worker]});
+    const auto encode = layout.preset == kPaper ? kernels.encode_paper : kernels.encode;
+    encode({&layout, pages.format, from.keys, from.values, from.key_stride, from.value_stride,
+            live_tokens(pages, page), pages.constants + page * pages.constants_stride + head * layout.constants(),
+            pages.value_factor, pages.order, pages.block, index, payload, scratch[worker], scales[worker]});
   });
 }
 

@@ -2,14 +2,14 @@
 // Vectors hold one channel of kLanes tokens, so that sums over channels need no shuffles.
 // Included inside a namespace, after formats_body.h.
 
-// Rows of kLanes tokens, times a factor per channel, to channels: turned [dim]. Rows past `live`
-// are zeros.
+// Rows of kLanes tokens, times a factor per channel if there is one, to channels: turned [dim]. Rows
+// past `live` are zeros.
 template <Format kFormat>
 inline void turn(const uint8_t* rows, int64_t stride, int live, const float* factor, int dim,
                  Floats* turned) {
   for (int i = 0; i < dim; i += kLanes) {
     Floats x[kLanes], y[kLanes];
-    const Floats f = load<Floats>(factor + i);
+    const Floats f = factor ? load<Floats>(factor + i) : spread(1.0f);
     for (int t = 0; t < kLanes; t++)
       x[t] = t < live ? read<kFormat>(rows + t * stride + (int64_t)i * bytes_of(kFormat)) * f : Floats{};
     // Every step rotates the address (token, channel) of all numbers by one bit.
@@ -165,7 +165,7 @@ void encode_keys(const EncodeRecord& record) {
     const int live = record.live - start < kLanes ? record.live - start : kLanes;
     Floats* x = rotated + start / kLanes * dim;
     turn<kFormat>(record.keys + start * record.key_stride, record.key_stride, live,
-                  record.key_factor, dim, x);
+                  record.constants, dim, x);
     hadamard(x, dim, record.order, record.block);
     for (int i = 0; i < dim; i++) sum[i] += x[i];
   }

@@ -28,7 +28,8 @@ struct EncodeRecord {
   const uint8_t *keys, *values;
   int64_t key_stride, value_stride;
   int live;                                 // tokens
-  const float *key_factor, *value_factor;   // [dim], what channels are multiplied by before H
+  const float* constants;                   // of the head: balanced: as value_factor; paper: mean, alpha
+  const float* value_factor;                // [dim], balanced: what channels are multiplied by before H
   int order;                                // of `block`, 1 for none
   const float* block;                       // [order][order]
   uint8_t *index, *payload;                 // records, zeros
@@ -60,6 +61,14 @@ struct WindowMerge {
   uint8_t* output;                      // [groups][dim]
 };
 
+// Tokens of the paper preset: 2-bit codes, and a scale and a zero point for kPaperGroup channels each.
+struct GroupedTokens {
+  const uint8_t* const* crumbs;  // [n]
+  const uint8_t* const* signs;   // [n], or null
+  const float *scale, *zero;     // [n][groups]
+  int n, dim;
+};
+
 // Channels padded to whole steps of the decoder. Padding channels hold arbitrary bytes.
 inline int padded(int dim) { return (dim + 31) / 32 * 32; }
 
@@ -84,6 +93,9 @@ struct Kernels {
 
   // maxima[i] = the largest of scores[i + j * parts], j < size.
   void (*maxima)(const float* scores, int64_t size, int64_t parts, float* maxima);
+
+  // scores[t] = 128 * high[t] + low[t].
+  void (*join_sums)(const int16_t* high, const int16_t* low, int n, float* scores);
 
   // Indices of the scores that are at least `threshold`, ascending, to `found` [n]; returns how many.
   int64_t (*reaching)(const float* scores, int64_t n, float threshold, int32_t* found);
@@ -114,7 +126,30 @@ struct Kernels {
   // to[i] = levels[i] * scale + mean[i]; `mean` may be null.
   void (*widen)(const int8_t* levels, int dim, float scale, const float* mean, float* to);
 
+  // Of the paper preset. What a token's channels are: x = zero + scale * code, or -x where the sign bit
+  // is not set.
+
+  // dots[r][t] = row[r] . x[t]; rows [rows][dim], dots [rows][kTile].
+  void (*grouped_dots)(const GroupedTokens& tokens, const float* row, int rows, float* dots);
+
+  // sums[r] += sum over t of weight[r][t] * x[t]; rows of weights and sums are as far apart as said.
+  void (*grouped_sums)(const GroupedTokens& tokens, const float* weight, int64_t weight_stride, int rows,
+                       float* sums, int64_t sums_stride);
+
+  // to[t] = x[t] * factor + add, [dim] each; or x[t] where these are null.
+  void (*grouped_widen)(const GroupedTokens& tokens, const float* factor, const float* add, float* to);
+
   void (*encode)(const EncodeRecord& record);
+
+  void (*encode_paper)(const EncodeRecord& record);
+
+  // sums[i] += channel i of n tokens, `stride` bytes apart.
+  void (*channel_sums)(const uint8_t* tokens, Format format, int64_t stride, int64_t n, int dim, float* sums);
+
+  // Of n tokens less the mean [dim]: alpha[i], the largest magnitude, where it grows; and for every code
+  // of 4 channels the sum of those that have it, sums [dim / 4][16][4], and how many, members [dim / 4][16].
+  void (*code_sums)(const uint8_t* tokens, Format format, int64_t stride, int64_t n, int dim,
+                    const float* mean, float* alpha, float* sums, int32_t* members);
 
   void (*window)(const WindowHead& head);
 

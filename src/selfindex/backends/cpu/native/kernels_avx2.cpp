@@ -28,6 +28,7 @@ struct Lanes {
 #include "kernels_body.h"
 #include "formats_body.h"
 #include "encode_body.h"
+#include "paper_body.h"
 #include "window_body.h"
 #include "decode_avx2.h"
 
@@ -100,9 +101,10 @@ struct Vec {
 }  // namespace
 
 extern const Kernels kernels;
-const Kernels kernels = {"avx2", lookup, to_logits, exponentiate, weigh, maxima, reaching,
+const Kernels kernels = {"avx2", lookup, to_logits, exponentiate, weigh, maxima, join_sums, reaching,
                          mean_dots, rotate, expand, level_dots, dot_logits, accumulate, widen,
-                         encode, window, window_merge, to_floats};
+                         grouped_dots, grouped_sums, grouped_widen, encode, encode_paper,
+                         channel_sums, code_sums, window, window_merge, to_floats};
 
 }  // namespace avx2
 }  // namespace selfindex

@@ -32,6 +32,7 @@ struct Lanes {
 #include "kernels_body.h"
 #include "formats_body.h"
 #include "encode_body.h"
+#include "paper_body.h"
 #include "window_body.h"
 #include "decode_avx2.h"
 #include "decode_avx512.h"
@@ -84,9 +85,10 @@ struct Vec {
 }  // namespace
 
 extern const Kernels kernels;
-const Kernels kernels = {"avx512", lookup, to_logits, exponentiate, weigh, maxima, reaching,
+const Kernels kernels = {"avx512", lookup, to_logits, exponentiate, weigh, maxima, join_sums, reaching,
                          mean_dots, rotate, expand_wide, level_dots, dot_logits, accumulate, widen,
-                         encode, window, window_merge, to_floats};
+                         grouped_dots, grouped_sums, grouped_widen, encode, encode_paper,
+                         channel_sums, code_sums, window, window_merge, to_floats};
 
 }  // namespace avx512
 }  // namespace selfindex

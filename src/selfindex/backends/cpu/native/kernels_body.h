@@ -128,6 +128,13 @@ void maxima(const float* scores, int64_t size, int64_t parts, float* maxima) {
   }
 }
 
+void join_sums(const int16_t* high, const int16_t* low, int n, float* scores) {
+  int i = 0;
+  for (; i + kLanes <= n; i += kLanes)
+    store(scores + i, (Floats)Lanes::floats(high + i) * 128.0f + (Floats)Lanes::floats(low + i));
+  for (; i < n; i++) scores[i] = (float)high[i] * 128.0f + (float)low[i];
+}
+
 int64_t reaching(const float* scores, int64_t n, float threshold, int32_t* found) {
   int64_t count = 0, i = 0;
   for (; i + kLanes <= n; i += kLanes)

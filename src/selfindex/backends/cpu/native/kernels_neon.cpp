@@ -29,6 +29,7 @@ struct Lanes {
 #include "kernels_body.h"
 #include "formats_body.h"
 #include "encode_body.h"
+#include "paper_body.h"
 #include "window_body.h"
 
 struct Vec {
@@ -120,9 +121,10 @@ void level_dots(const int8_t* levels, int n, int width, const int16_t* row, int 
 }  // namespace
 
 extern const Kernels kernels;
-const Kernels kernels = {"neon", lookup, to_logits, exponentiate, weigh, maxima, reaching,
+const Kernels kernels = {"neon", lookup, to_logits, exponentiate, weigh, maxima, join_sums, reaching,
                          mean_dots, rotate, expand, level_dots, dot_logits, accumulate, widen,
-                         encode, window, window_merge, to_floats};
+                         grouped_dots, grouped_sums, grouped_widen, encode, encode_paper,
+                         channel_sums, code_sums, window, window_merge, to_floats};
 
 }  // namespace neon
 }  // namespace selfindex

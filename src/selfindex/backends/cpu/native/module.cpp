@@ -33,10 +33,11 @@ const Kernels& named(const std::string& name) {
 }
 
 Layout layout(const std::vector<int64_t>& n) {
-  if (n.size() != 17) throw std::invalid_argument("a layout has 17 numbers");
+  if (n.size() != 20) throw std::invalid_argument("a layout has 20 numbers");
   const auto small = [&](int i) { return static_cast<int>(n[i]); };
   return {small(0), small(1), small(2), small(3), n[4],  n[5],  n[6],  n[7], n[8],
-          n[9],     n[10],    n[11],    n[12],    n[13], n[14], n[15], n[16]};
+          n[9],     n[10],    n[11],    n[12],    n[13], n[14], n[15], n[16], n[17],
+          n[18],    static_cast<Preset>(n[19])};
 }
 
 Queries queries(uintptr_t query, int64_t groups, int64_t count, int threads, uintptr_t output,
@@ -78,8 +79,8 @@ Cache cache(const Layout& layout, Numbers& n, float scaling) {
   c.counts = n.address<const int32_t>();
   c.batch = n.take();
   c.pages = n.take();
-  c.balance = n.address<const float>();
-  c.balance_stride = n.take();
+  c.constants = n.address<const float>();
+  c.constants_stride = n.take();
   c.key_rotation = n.address<const float>();
   c.value_rotation = n.address<const float>();
   c.scaling = scaling;
@@ -105,8 +106,8 @@ Pages pages(const Layout& layout, Numbers& n) {
   p.format = static_cast<Format>(n.take());
   p.count = n.take();
   p.counts = n.address<const int32_t>();
-  p.key_factor = n.address<const float>();
-  p.factor_stride = n.take();
+  p.constants = n.address<const float>();
+  p.constants_stride = n.take();
   p.value_factor = n.address<const float>();
   p.order = n.small();
   p.block = n.address<const float>();
@@ -207,6 +208,18 @@ NB_MODULE(_native, m) {
     nb::gil_scoped_release release;
     encode_paged(kernels, given, tokens, first);
   });
+  m.def("prompt_statistics", [](const std::string& name, const std::vector<int64_t>& numbers) {
+    const Kernels& kernels = named(name);
+    Numbers n(numbers);
+    const Format format = static_cast<Format>(n.take());
+    const Strided keys = n.strided();
+    const int64_t heads = n.take(), tokens = n.take();
+    const int dim = n.small(), threads = n.small();
+    float* constants = n.address<float>();
+    n.end();
+    nb::gil_scoped_release release;
+    prompt_statistics(kernels, format, keys, heads, tokens, dim, threads, constants);
+  });
   m.def("window_attend", [](const std::string& name, const std::vector<int64_t>& numbers, float scaling) {
     const Kernels& kernels = named(name);
     Numbers n(numbers);
@@ -250,6 +263,9 @@ NB_MODULE(_native, m) {
   });
   m.def("make_tables", [](uintptr_t query, int dim, uintptr_t tables) {
     return make_tables(at<const float>(query), dim, at<uint8_t>(tables));
+  });
+  m.def("make_split_tables", [](uintptr_t query, uintptr_t codebook, int dim, uintptr_t tables) {
+    return make_split_tables(at<const float>(query), at<const float>(codebook), dim, at<uint8_t>(tables));
   });
   m.def("lookup", [](const std::string& name, uintptr_t codes, int tokens, int bytes,
                      uintptr_t tables, int rows, uintptr_t sums) {

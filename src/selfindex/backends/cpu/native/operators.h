@@ -49,16 +49,16 @@ struct PagedTokens {
   }
 };
 
-// Where pages go, and what their tokens are multiplied by.
+// Where pages go, and what encoding their tokens takes.
 struct Pages {
   Layout layout;
   Format format;
   int64_t count;
   const int32_t* counts;  // [count], tokens of each page
-  const float* key_factor;  // [1 or count][heads][dim]
-  int64_t factor_stride;
-  const float* value_factor;  // [dim]
-  int order;                  // see EncodeRecord
+  const float* constants;  // [1 or count][heads][layout.constants()], see EncodeRecord, as the next three
+  int64_t constants_stride;
+  const float* value_factor;
+  int order;
   const float* block;
   const int32_t* blocks;  // [count], of the pools; a page whose block is negative is skipped
   int64_t room;           // blocks of the pools
@@ -70,6 +70,10 @@ struct Pages {
 // keys, values [count][heads][page][dim]. Throws std::out_of_range, before anything is written, where
 // a block is not in the pools.
 void encode(const Kernels& kernels, const Pages& pages, const Strided& keys, const Strided& values);
+
+// Of keys [heads][tokens][dim], tokens > 0: constants [heads][18 dim] of the paper preset.
+void prompt_statistics(const Kernels& kernels, Format format, const Strided& keys, int64_t heads,
+                       int64_t tokens, int dim, int threads, float* constants);
 
 // The page of row b holds its positions from first[b] on; also throws as `PagedTokens::block_of`.
 void encode_paged(const Kernels& kernels, const Pages& pages, const PagedTokens& tokens,

@@ -54,21 +54,51 @@ float make_tables(const float* query, int dim, uint8_t* tables) {
   return top / kTableLevels;
 }
 
+float make_split_tables(const float* query, const float* codebook, int dim, uint8_t* tables) {
+  constexpr int kEntries = 128, kLevels = (kEntries * kEntries - 1) / 2;
+  const int groups = dim / 4, size = groups * kGroupEntries;
+  float entries[kMaxDim / 4 * kGroupEntries], middle[kMaxDim / 4], top = 0, sum = 0;
+  for (int group = 0; group < groups; group++) {
+    float low = std::numeric_limits<float>::infinity(), high = -low;
+    for (int code = 0; code < kGroupEntries; code++) {
+      const int at = group * kGroupEntries + code;
+      float entry = 0;
+      for (int i = 0; i < 4; i++) entry += query[4 * group + i] * codebook[4 * at + i];
+      entries[at] = entry;
+      low = std::min(low, entry);
+      high = std::max(high, entry);
+      sum += std::fabs(entry);
+    }
+    middle[group] = low + (high - low) / 2;
+    top = std::max(top, (high - low) / 2);
+  }
+  const bool finite = std::isfinite(sum);
+  const float inverse = top > 0 ? kLevels / top : 0;
+  for (int at = 0; at < size; at++) {
+    const float level = (entries[at] - middle[at / kGroupEntries]) * inverse;
+    const long entry = finite ? kLevels + std::lrint(std::min(std::max(level, -1.0f * kLevels), 1.0f * kLevels)) : 0;
+    tables[at] = static_cast<uint8_t>(entry / kEntries);
+    tables[size + at] = static_cast<uint8_t>(entry % kEntries);
+  }
+  return finite ? top / kLevels : kNan;
+}
+
 void Rows::allocate(Arena& arena, const Cache& cache, bool scored) {
   const int dim = cache.layout.dim;
   width = padded(dim);
   mapped = arena.take<float>(static_cast<int64_t>(count) * dim);
   whole = arena.take<int16_t>(static_cast<int64_t>(count) * width);
   whole_step = arena.take<float>(count);
-  tables = scored ? arena.take<uint8_t>(static_cast<int64_t>(count) * dim / 4 * kGroupEntries) : nullptr;
-  table_step = arena.take<float>(count);
-  offsets = arena.take<float>(cache.pages * count);
+  const bool paper = cache.layout.preset == kPaper;
+  tables = scored ? arena.take<uint8_t>(int64_t{paper ? 2 : count} * dim / 4 * kGroupEntries) : nullptr;
+  table_step = arena.take<float>(paper ? 1 : count);
+  offsets = arena.take<float>(paper ? count : cache.pages * count);
 }
 
 void Rows::prepare(const Kernels& kernels, const Cache& cache) {
   const int dim = cache.layout.dim;
-  const float* balance =
-      cache.balance + row * cache.balance_stride + head * static_cast<int64_t>(dim);
+  if (cache.layout.preset == kPaper) return prepare_paper(cache);
+  const float* balance = cache.constants_of(row, head);
   // The rotation is linear: 4 queries at a time keep its matrix in registers' reach.
   float balanced[4 * kMaxDim];
   for (int r = 0; r < count; r += 4) {
@@ -86,8 +116,28 @@ void Rows::prepare(const Kernels& kernels, const Cache& cache) {
   }
 }
 
+void Rows::prepare_paper(const Cache& cache) {
+  const int dim = cache.layout.dim;
+  const float *mean = cache.constants_of(row, head), *alpha = mean + dim, *codebook = alpha + dim;
+  float middle[kMaxDim] = {};
+  for (int r = 0; r < count; r++) {
+    const float* q = query + r * stride;
+    float offset = 0;
+    for (int i = 0; i < dim; i++) {
+      mapped[static_cast<int64_t>(r) * dim + i] = q[i] * alpha[i];
+      offset += q[i] * mean[i];
+      middle[i] += q[i];
+    }
+    offsets[r] = offset;
+  }
+  if (!tables) return;
+  for (int i = 0; i < dim; i++) middle[i] /= static_cast<float>(count);
+  table_step[0] = make_split_tables(middle, codebook, dim, tables);
+}
+
 void Rows::page_offsets(const Kernels& kernels, const Cache& cache, int64_t first, int64_t last) {
   const Layout& layout = cache.layout;
+  if (layout.preset == kPaper) return;  // all pages have one, from `prepare`
   for (int64_t page = first; page < last; page++) {
     if (!cache.count(row, page)) continue;
     const uint8_t* index = cache.index_of(row, page, head);

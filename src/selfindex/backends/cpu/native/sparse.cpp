@@ -27,7 +27,7 @@ struct Unit {
   Rows rows;
   int64_t query;  // which of the new ones
   int64_t budget;
-  float* logits;  // [rows][slots], then votes in the first row
+  float* logits;  // [rows][slots], then votes in the first row; paper: scores [slots]
   float* tops;    // [tasks][rows], of the logits
   float* masses;  // [tasks][rows], sums of exponentials
   int32_t* slots;
@@ -42,7 +42,8 @@ class SparseDecode {
   SparseDecode(const Kernels& kernels, const Cache& cache, const Queries& queries,
                const int32_t* budgets, int64_t width, int32_t* chosen, const Beside* beside)
       : kernels_(kernels), cache_(cache), queries_(queries), width_(width), chosen_(chosen), beside_(beside),
-        groups_(static_cast<int>(queries.groups)), slots_(cache.slots()),
+        groups_(static_cast<int>(queries.groups)),
+        scored_(cache.layout.preset == kPaper ? 1 : groups_), slots_(cache.slots()),
         task_pages_(std::max<int64_t>(1, kTaskSlots / cache.layout.page)),
         ranges_((cache.pages + task_pages_ - 1) / task_pages_),
         selectors_(std::max(1, queries.threads)), scratch_(std::max(1, queries.threads)) {
@@ -52,7 +53,7 @@ class SparseDecode {
 
   void run() {
     const int64_t all = cache_.batch * cache_.layout.heads * queries_.queries;
-    const int64_t bytes = std::max<int64_t>(1, 4 * groups_ * slots_);
+    const int64_t bytes = std::max<int64_t>(1, 4 * scored_ * slots_);
     const int64_t at_once = std::max<int64_t>(1, kMostBytes / bytes);
     for (int64_t first = 0; first < all; first += at_once)
       wave(first, std::min(all, first + at_once));
@@ -72,7 +73,8 @@ class SparseDecode {
         queries_.threads, units,
         {{1, [&](int64_t u, int64_t, int) { units_[u].rows.prepare(kernels_, cache_); }},
          {ranges_, [&](int64_t u, int64_t range, int) { score(units_[u], range); }},
-         {ranges_, [&](int64_t u, int64_t range, int) { normalise(units_[u], range); }},
+         // Scores of the paper preset are compared as they are.
+         {paper() ? 0 : ranges_, [&](int64_t u, int64_t range, int) { normalise(units_[u], range); }},
          {1, [&](int64_t u, int64_t, int worker) { select(units_[u], selectors_[worker]); }},
          {shares + (beside_ ? 1 : 0),
           [&](int64_t u, int64_t i, int worker) {
@@ -110,11 +112,31 @@ class SparseDecode {
 
   void allocate(Unit& unit) {
     unit.rows.allocate(arena_, cache_, true);
-    unit.logits = arena_.take<float>(groups_ * slots_);
+    unit.logits = arena_.take<float>(scored_ * slots_);
     unit.tops = arena_.take<float>(ranges_ * groups_);
     unit.masses = arena_.take<float>(ranges_ * groups_);
     unit.slots = arena_.take<int32_t>(unit.budget + 1);
     for (Part& part : unit.parts) part.allocate(arena_, unit.rows);
+  }
+
+  bool paper() const { return cache_.layout.preset == kPaper; }
+
+  // The tables' sums for the mean query of the group.
+  void score_paper(Unit& unit, int64_t page) const {
+    const Layout& layout = cache_.layout;
+    const Rows& rows = unit.rows;
+    const int live = cache_.count(rows.row, page);
+    float* scores = unit.logits + page * layout.page;
+    std::fill(scores + live, scores + layout.page, kNone);
+    if (!live) return;
+    const uint8_t* codes = cache_.index_of(rows.row, page, rows.head) + layout.codes;
+    constexpr int kPiece = 512;
+    alignas(64) int16_t sums[2 * kPiece];
+    for (int start = 0; start < live; start += kPiece) {
+      const int n = std::min(kPiece, live - start);
+      kernels_.lookup(codes + int64_t{start} * (layout.dim / 8), n, layout.dim / 8, rows.tables, 2, sums, kPiece);
+      kernels_.join_sums(sums, sums + kPiece, n, scores + start);
+    }
   }
 
   void score(Unit& unit, int64_t range) const {
@@ -123,6 +145,10 @@ class SparseDecode {
     const float* scales = scale_values();
     const int zero = kTableZero * layout.dim / 4;
     const int64_t first = range * task_pages_, last = std::min(cache_.pages, first + task_pages_);
+    if (paper()) {
+      for (int64_t page = first; page < last; page++) score_paper(unit, page);
+      return;
+    }
     float* top = unit.tops + range * groups_;
     std::fill(top, top + groups_, kNone);
     rows.page_offsets(kernels_, cache_, first, last);
@@ -174,11 +200,18 @@ class SparseDecode {
   }
 
   void select(Unit& unit, SelectScratch& scratch) const {
-    const Layout& layout = cache_.layout;
     if (unit.budget == 0) {
       unit.selected = 0;
       return;
     }
+    if (paper()) unit.broken = std::isnan(unit.rows.table_step[0]);
+    else vote(unit);
+    unit.selected = top_k(kernels_, unit.logits, slots_, unit.budget, unit.slots, scratch);
+  }
+
+  // Exponentials of all query heads to votes, in the first row.
+  void vote(Unit& unit) const {
+    const Layout& layout = cache_.layout;
     std::vector<float>& weight = unit.weights;
     weight.assign(groups_, 0.0f);
     for (int64_t range = 0; range < ranges_; range++)
@@ -191,7 +224,6 @@ class SparseDecode {
     for (int64_t page = 0; page < cache_.pages; page++)
       std::fill(votes + page * layout.page + cache_.count(unit.rows.row, page),
                 votes + (page + 1) * layout.page, kNone);
-    unit.selected = top_k(kernels_, votes, slots_, unit.budget, unit.slots, scratch);
   }
 
   void finish(Unit& unit) const {
@@ -218,7 +250,7 @@ class SparseDecode {
   const int64_t width_;
   int32_t* const chosen_;
   const Beside* const beside_;
-  const int groups_;
+  const int groups_, scored_;  // query heads of a KV head, and how many scores of theirs a token has
   const int64_t slots_, task_pages_, ranges_;
   std::vector<SelectScratch> selectors_;
   std::vector<AttendScratch> scratch_;
