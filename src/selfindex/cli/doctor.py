@@ -78,7 +78,7 @@ def _backends() -> list[tuple[str, str]]:
 
 def _cpu_backend() -> str:
     try:
-        return f"compiled operators, {instruction_set()} (balanced preset; plain PyTorch for the rest)"
+        return f"compiled operators, {instruction_set()}"
     except NativeUnavailable as error:
         return f"plain PyTorch: {error}"
 
