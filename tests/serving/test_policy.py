@@ -61,13 +61,13 @@ def test_prefixes_are_shared(tmp_path):
 
 
 def test_several_answers_to_a_prompt(tmp_path):
+    """They share the prompt's pages; each of them is the likeliest."""
     make_model("llama", tmp_path)
     with serving(tmp_path, OPTIONS, enable_prefix_caching=True) as recorded:
-        ((one,),) = recorded.generate(prompts(300))
-        (several,) = recorded.generate(prompts(300), n=3, temperature=1e-6, seed=1)
-    # A hit starts without recent tokens in full precision, so they may part from `one` later on.
-    assert several[1:] == several[:-1]
-    assert several[0][0] == one[0]
+        (several,) = recorded.generate(prompts(300), n=3, temperature=1.0, top_k=1)
+        assert recorded.metric("prefix_cache_hits") >= 2 * 256
+        assert recorded.used_blocks() == 0
+    assert several[1] == several[2]  # the first computed the prompt, and read none of its pages
 
 
 def test_drafts_change_no_token(tmp_path):
@@ -79,11 +79,3 @@ def test_drafts_change_no_token(tmp_path):
     with serving(tmp_path, OPTIONS, speculative_config=drafter) as recorded:
         assert recorded.generate(asked, 150) == wanted
         assert recorded.metric("spec_decode_num_accepted_tokens") > 0
-
-
-def test_an_engine_without_the_option_is_as_ever(tmp_path):
-    make_model("llama", tmp_path)
-    with serving(tmp_path, None) as recorded:
-        recorded.generate(prompts(40), 4)
-        assert not any(name.endswith(".window") for name in recorded.layers)
-        assert not recorded.constants()
