@@ -38,7 +38,15 @@ WINDOW = (
     (256, 16, 2, torch.float32),
     (96, 5, 2, torch.float16),
 )
-KERNELS = {"decode": 4, "offloaded": 2, "encode": 2, "dense": 3, "window": 4, "balance": 2}
+KERNELS = {
+    "decode": 4,
+    "offloaded": 2,
+    "encode": 2,
+    "dense": 3,
+    "window": 4,
+    "balance": 2,
+    "statistics": 1,
+}
 # Everything for the architecture the kernels are tuned for, what differs most for the others.
 SHAPES = {
     "decode": DECODE,
@@ -48,11 +56,14 @@ SHAPES = {
     "window": WINDOW,
     "balance": ENCODE,
 }
+SHAPES["statistics"] = tuple((*case[:2], 2, case[3]) for case in ENCODE)
+for name in ("decode", "encode", "dense"):
+    SHAPES[f"paper_{name}"] = tuple((*case[:2], 2, case[3]) for case in SHAPES[name])
+    KERNELS[f"paper_{name}"] = KERNELS[name]
 CASES = [(90, module, case) for module, cases in SHAPES.items() for case in cases]
 for other in (80, 100):
-    CASES += [(other, "decode", case) for case in DECODE[:3]]
-    for module in ("offloaded", "encode", "dense", "window", "balance"):
-        CASES += [(other, module, case) for case in SHAPES[module][:2]]
+    for module, cases in SHAPES.items():
+        CASES += [(other, module, case) for case in cases[: 3 if module.endswith("decode") else 2]]
 
 
 @pytest.mark.slow

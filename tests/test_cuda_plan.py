@@ -18,21 +18,23 @@ def at_once(warps, cluster, shared):
 @given(
     rows=st.integers(1, 4096),
     pages=st.integers(1, 20_000),
+    preset=st.sampled_from(["balanced", "paper"]),
     dim=st.sampled_from(decode.HEAD_DIMS),
-    quads=st.integers(1, 4),
+    groups=st.integers(1, decode.MAX_GROUPS),
     clusters=st.booleans(),
     room=st.sampled_from([99, 163, 227]),
 )
-def test_plans_cover_every_page_within_the_memory(rows, pages, dim, quads, clusters, room):
-    record = decode.PageFormat("balanced", 8, dim, decode.PAGE_SIZE).index.record
+def test_plans_cover_every_page_within_the_memory(rows, pages, preset, dim, groups, clusters, room):
+    fmt = decode.PageFormat(preset, 8, dim, decode.PAGE_SIZE)
+    chunk = decode.chunk_bytes(fmt, groups)
     limits = dict.fromkeys(ROOM, room * 1024)
-    found = decode.plan(rows, pages, record, quads, limits, clusters, SMS, at_once)
+    found = decode.plan(rows, pages, fmt.index.record, chunk, limits, clusters, SMS, at_once)
     assert found.warps in limits
     assert 1 <= found.cluster <= (16 if clusters else 1)
     assert found.cluster * found.pages >= pages
     assert (found.cluster - 1) * found.pages < pages, "no more blocks than pages"
     assert 0 <= found.resident <= found.pages
-    ring = found.shared - found.resident * 528 * quads
+    ring = found.shared - found.resident * chunk
     assert found.shared <= limits[found.warps]
     assert ring >= decode.SELECT_BYTES, "the selection lies where the records were"
     assert (found.scratch == 0) == (found.resident == found.pages)
@@ -42,7 +44,7 @@ def test_plans_cover_every_page_within_the_memory(rows, pages, dim, quads, clust
 
 def test_rows_are_spread_until_the_gpu_is_full():
     def cluster(rows, pages):
-        return decode.plan(rows, pages, 2320, 1, ROOM, True, SMS, at_once).cluster
+        return decode.plan(rows, pages, 2320, 528, ROOM, True, SMS, at_once).cluster
 
     assert cluster(8, 1024) >= 8  # one sequence of 128k
     assert cluster(64, 1024) == 2  # eight of them: 128 blocks for 132 multiprocessors
@@ -59,6 +61,6 @@ def test_the_plans_that_are_remembered_are_bounded():
 
     decoders = ((8, Kernel()),)
     for pages in range(1, 1100):
-        assert decode._plan_for(decoders, 8, pages, 2048, 1, False, 4).pages == pages
+        assert decode._plan_for(decoders, 8, pages, 2048, 528, False, 4).pages == pages
     info = decode._plan_for.cache_info()
     assert info.currsize == info.maxsize < 1100

@@ -45,6 +45,7 @@ def arguments(request):
             constants,
             fmt.name,
         ),
+        "prompt_statistics": (keys[0],),
         "paged_window_attend": (*new, paged, table, starts, lengths, 2, *rest),
         "score": (query, index, table, counts, *tail),
         "select": (scores, budgets, 7),

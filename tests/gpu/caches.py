@@ -3,11 +3,12 @@
 from dataclasses import dataclass
 
 import torch
-from pages import block_table
+from pages import block_table, constants_for
 from torch import Tensor
 
 from selfindex.backends import reference
 from selfindex.codec import PageFormat
+from selfindex.index.select import sum_of_softmax
 
 DEVICE = "cuda"
 
@@ -49,6 +50,7 @@ def make_cache(
     groups=4,
     bits=2,
     dtype=torch.bfloat16,
+    preset="balanced",
     seed=0,
     short=(),
     shared=False,
@@ -66,7 +68,7 @@ def make_cache(
     def normal(*shape):
         return torch.randn(*shape, generator=generator, device=DEVICE)
 
-    fmt = PageFormat("balanced", heads, dim, 128, bits)
+    fmt = PageFormat(preset, heads, dim, 128, bits)
     batch, pages = len(lengths), [-(-n // 128) for n in lengths]
     blocks = sum(pages) + 3
     query = 2 * normal(batch, heads * groups, 1, dim)
@@ -78,7 +80,7 @@ def make_cache(
     values = normal(blocks, heads, 128, dim) * torch.rand(
         blocks, heads, 128, 1, generator=generator, device=DEVICE
     )
-    constants = torch.linspace(0.5, 2.0, heads * dim, device=DEVICE).view(1, heads, dim)
+    constants = constants_for(fmt, keys).to(DEVICE)
     order = torch.randperm(blocks, generator=generator, device=DEVICE).int()
     table, counts = (x.to(DEVICE) for x in block_table(lengths, order.cpu(), 128, short, shared))
     full = torch.full((blocks,), 128, dtype=torch.int32, device=DEVICE)
@@ -92,6 +94,16 @@ def make_cache(
             payload = torch.empty(blocks, fmt.payload_bytes, dtype=torch.uint8, device=DEVICE)
         index[part], payload[part] = encoded
     return Cache(fmt, query.to(dtype), index, payload, table, counts, constants, dim**-0.5)
+
+
+def votes(cache):
+    """What tokens are selected by, positive: [B, H, 1, S]; -inf where there is none."""
+    stored = cache.index, cache.table, cache.counts, cache.constants, cache.scaling, cache.fmt.name
+    if cache.fmt.preset == "balanced":
+        return sum_of_softmax(reference.score(cache.query, *stored), cache.fmt.kv_heads)
+    mean = cache.query.float().unflatten(1, (cache.fmt.kv_heads, -1)).mean(2)
+    scores = reference.score(mean, *stored)
+    return scores.softmax(-1).masked_fill(scores == -torch.inf, -torch.inf)
 
 
 def tokens(cache):

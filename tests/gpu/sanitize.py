@@ -17,13 +17,17 @@ from selfindex.backends.cuda.decode import select_keys
 from selfindex.backends.cuda.recent import Recent
 from selfindex.store.host import HostRows
 
-for dim, groups, bits, lengths in (
-    (128, 4, 2, [1300, 300]),
-    (64, 3, 3, [400, 0]),
-    (96, 5, 2, [200, 129]),
-    (256, 2, 3, [260]),
+for preset, dim, groups, bits, lengths in (
+    ("balanced", 128, 4, 2, [1300, 300]),
+    ("balanced", 64, 3, 3, [400, 0]),
+    ("balanced", 96, 5, 2, [200, 129]),
+    ("balanced", 256, 2, 3, [260]),
+    ("paper", 128, 4, 2, [1300, 300]),
+    ("paper", 64, 3, 2, [400, 0]),
+    ("paper", 96, 5, 2, [200, 129]),
+    ("paper", 256, 2, 2, [260]),
 ):
-    cache = make_cache(lengths, dim, 1, groups, bits, short=(1,))
+    cache = make_cache(lengths, dim, 1, groups, bits, preset=preset, short=(1,))
     arguments = cache.decode_arguments([n // 4 for n in tokens(cache)])
     ops.sparse_decode(*arguments)
     strided = pools(cache.fmt, cache.index, cache.payload, 16)

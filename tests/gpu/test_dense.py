@@ -3,6 +3,7 @@
 import pytest
 import torch
 from caches import make_cache
+from pages import PRESETS as KINDS
 from pages import relative_error
 
 from selfindex.backends import ops, reference
@@ -25,6 +26,9 @@ SHAPES = [
     (256, 2, 4, 2, torch.bfloat16),
     (256, 1, 16, 3, torch.float16),
 ]
+CASES = [("balanced", *shape) for shape in SHAPES]
+CASES += [("paper", *shape[:3], 2, shape[4]) for shape in SHAPES]
+PRESETS = ("balanced", "paper")
 QUERIES = (1, 5, 16, 33, 300)
 
 
@@ -55,9 +59,9 @@ def check(call, tolerance=4e-3, lse_tolerance=8e-3):
 
 
 @pytest.mark.parametrize("queries", QUERIES)
-@pytest.mark.parametrize(("dim", "heads", "groups", "bits", "dtype"), SHAPES)
-def test_dense_agrees_with_the_reference(dim, heads, groups, bits, dtype, queries):
-    cache = make_cache([2500, 0, 41, 1300], dim, heads, groups, bits, dtype, short=(3, 5))
+@pytest.mark.parametrize(("preset", "dim", "heads", "groups", "bits", "dtype"), CASES)
+def test_dense_agrees_with_the_reference(preset, dim, heads, groups, bits, dtype, queries):
+    cache = make_cache([2500, 0, 41, 1300], dim, heads, groups, bits, dtype, preset, short=(3, 5))
     call = arguments(cache, queries)
     output, lse = check(call)
     assert (output[1] == 0).all()
@@ -68,18 +72,19 @@ def test_dense_agrees_with_the_reference(dim, heads, groups, bits, dtype, querie
 
 
 @pytest.mark.parametrize("dim", [64, 128])
-@pytest.mark.parametrize("bits", [2, 3])
-def test_the_kernel_of_other_generations_than_hopper(dim, bits, monkeypatch):
+@pytest.mark.parametrize(("preset", "bits"), KINDS)
+def test_the_kernel_of_other_generations_than_hopper(dim, preset, bits, monkeypatch):
     def load_others(*specialised):
         return {name: kernel for name, kernel in load(*specialised).items() if "wgmma" not in name}
 
     monkeypatch.setattr(dense, "load", load_others)
-    check(arguments(make_cache([2500, 0, 41, 1300], dim, bits=bits, short=(3, 5)), 100))
+    check(arguments(make_cache([2500, 0, 41, 1300], dim, bits=bits, preset=preset, short=(3, 5)), 100))
 
 
+@pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("queries", [1, 64])
-def test_pages_without_tokens_are_skipped_anywhere(queries):
-    cache = make_cache([3000, 3000])
+def test_pages_without_tokens_are_skipped_anywhere(queries, preset):
+    cache = make_cache([3000, 3000], preset=preset)
     cache.counts[0, 3:9] = 0
     cache.counts[0, 0] = 0
     cache.counts[1, -5:] = 0
@@ -112,15 +117,41 @@ def test_pages_of_very_different_values(queries, bits):
     check((*call[:6], 0.5, call[7]), 1e-2, 4e-2)
 
 
-def test_rows_that_share_blocks_and_a_balance_per_row():
-    cache = make_cache([3000, 2000], shared=True)
+@pytest.mark.parametrize("queries", [1, 64])
+def test_tokens_of_very_different_values_and_keys_far_beyond_the_prompts(queries):
+    """The paper preset has scales and zero points in half precision, decoded up to four times its range."""
+    cache = make_cache([1000], preset="paper")
+
+    def array(name):
+        return cache.fmt.view(cache.payload, cache.fmt.payload, name)
+
+    small, large = cache.table[0, 2:].long(), cache.table[0, :2].long()
+    for name in ("value_scale", "value_zero"):
+        array(name)[small] *= 2**-7
+        array(name)[large] *= 2**7
+        array(name)[small[-1], :, 3:50] = 0
+    call = arguments(cache, queries)
+    check(call)
+    array("value_scale")[large[0], 0, 7] = -60000  # mirrored: from the largest number down
+    check(call)
+    array("key_zero")[large] = 0
+    array("key_scale")[large] = 0
+    array("key_zero")[small[0], :, 9] = 65504
+    array("key_scale")[small[0], :, 9] = 60000
+    check((*call[:6], 1e-6, call[7]), 2e-2, 4e-2)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_rows_that_share_blocks_and_constants_per_row(preset):
+    cache = make_cache([3000, 2000], preset=preset, shared=True)
     cache.constants = torch.cat((cache.constants, 2 * cache.constants))
     check(arguments(cache, 40))
 
 
+@pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("queries", [1, 200])
-def test_a_call_can_be_captured_and_replayed_with_other_lengths(queries):
-    cache = make_cache([4000, 4000])
+def test_a_call_can_be_captured_and_replayed_with_other_lengths(queries, preset):
+    cache = make_cache([4000, 4000], preset=preset)
     call = arguments(cache, queries)
     ops.dense_attend(*call)
     graph = torch.cuda.CUDAGraph()

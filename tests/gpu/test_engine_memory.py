@@ -7,7 +7,7 @@ import torch
 from caches import make_cache, tokens
 from engine_memory import check_pools, empty_pools, pools, window
 from paged_window import SINKS, check_stored, given, moved, packed
-from pages import gaussian, page_format, relative_error
+from pages import PRESETS, constants_for, gaussian, page_format, relative_error
 
 from selfindex.backends import ops, reference
 from selfindex.backends.cuda import window as paged
@@ -40,17 +40,21 @@ def captured(call):
 
 @pytest.mark.parametrize("gap", [0, 16, 4096])
 @pytest.mark.parametrize(
-    ("dim", "heads", "groups", "bits", "dtype"),
+    ("preset", "dim", "heads", "groups", "bits", "dtype"),
     [
-        (128, 2, 4, 2, torch.bfloat16),
-        (128, 1, 7, 3, torch.float16),
-        (64, 3, 1, 3, torch.float32),
-        (96, 1, 4, 3, torch.bfloat16),
-        (256, 1, 16, 2, torch.float16),
+        ("balanced", 128, 2, 4, 2, torch.bfloat16),
+        ("balanced", 128, 1, 7, 3, torch.float16),
+        ("balanced", 64, 3, 1, 3, torch.float32),
+        ("balanced", 96, 1, 4, 3, torch.bfloat16),
+        ("balanced", 256, 1, 16, 2, torch.float16),
+        ("paper", 128, 2, 4, 2, torch.bfloat16),
+        ("paper", 64, 3, 1, 2, torch.float32),
+        ("paper", 96, 1, 4, 2, torch.bfloat16),
+        ("paper", 256, 1, 16, 2, torch.float16),
     ],
 )
-def test_pools_with_strides_change_no_bit(dim, heads, groups, bits, dtype, gap):
-    cache = make_cache([5000, 41, 1300], dim, heads, groups, bits, dtype, short=(3, 5))
+def test_pools_with_strides_change_no_bit(preset, dim, heads, groups, bits, dtype, gap):
+    cache = make_cache([5000, 41, 1300], dim, heads, groups, bits, dtype, preset, short=(3, 5))
     cache.counts[2, 3:] = 0
     budgets, strided = [400, 0, 130], pools(cache.fmt, cache.index, cache.payload, gap)
     arguments = cache.decode_arguments(budgets, width=450)
@@ -76,10 +80,11 @@ def test_a_pool_that_begins_anywhere_is_the_references():
     assert relative_error(got[0], wanted[0]) < 1e-5
 
 
-def pages_of(dim, heads, dtype, n=6):
-    raw = gaussian(2, n, 128, heads, dim, seed=dim) + torch.linspace(-1, 1, dim)
+def pages_of(fmt, dtype, n=6):
+    dim = fmt.head_dim
+    raw = gaussian(2, n, 128, fmt.kv_heads, dim, seed=dim) + torch.linspace(-1, 1, dim)
     keys, values = raw.to(dtype).cuda().transpose(2, 3)
-    return keys, values, torch.linspace(0.5, 2.0, heads * dim, device="cuda").view(1, heads, dim)
+    return keys, values, constants_for(fmt, keys[:1]).cuda()
 
 
 def numbers(*values):
@@ -87,11 +92,11 @@ def numbers(*values):
 
 
 @pytest.mark.parametrize("dim", [64, 96, 128, 256])
-@pytest.mark.parametrize("bits", [2, 3])
+@pytest.mark.parametrize(("preset", "bits"), PRESETS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_encode_into_writes_the_bytes_of_encode_and_can_be_replayed(dim, bits, dtype):
-    fmt = page_format("balanced", bits, 3, dim, 128)
-    keys, values, constants = pages_of(dim, 3, dtype)
+def test_encode_into_writes_the_bytes_of_encode_and_can_be_replayed(dim, preset, bits, dtype):
+    fmt = page_format(preset, bits, 3, dim, 128)
+    keys, values, constants = pages_of(fmt, dtype)
     counts, blocks = numbers(128, 1, 77, 128, 0, 127), numbers(3, -1, 0, 8, 5, -1)
     found = empty_pools(fmt, 9, "cuda")
     with served():
@@ -114,9 +119,10 @@ def test_encode_into_writes_the_bytes_of_encode_and_can_be_replayed(dim, bits, d
     check_pools(found, found, [-1] * 9)
 
 
-def test_pages_may_have_a_balance_of_their_own():
-    fmt = page_format("balanced", 2, 2, 128, 128)
-    keys, values, constants = pages_of(128, 2, torch.bfloat16)
+@pytest.mark.parametrize("preset", ["balanced", "paper"])
+def test_pages_may_have_constants_of_their_own(preset):
+    fmt = page_format(preset, 2, 2, 128, 128)
+    keys, values, constants = pages_of(fmt, torch.bfloat16)
     own = constants * torch.linspace(1, 2, 6, device="cuda")[:, None, None]
     counts, found = numbers(*[128] * 6), empty_pools(fmt, 6, "cuda")
     ops.encode_into(keys, values, counts, numbers(*range(6)), *found, own, fmt.name)
@@ -127,14 +133,14 @@ def test_pages_may_have_a_balance_of_their_own():
 
 
 @pytest.mark.parametrize("dim", [64, 96, 128, 256])
-@pytest.mark.parametrize("bits", [2, 3])
+@pytest.mark.parametrize(("preset", "bits"), PRESETS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [16, 32])
-def test_encode_paged_takes_its_tokens_from_blocks_and_can_be_replayed(dim, bits, dtype, size):
-    fmt, heads, lengths = page_format("balanced", bits, 3, dim, 128), 3, [300, 128, -1, 200]
+def test_encode_paged_takes_its_tokens_from_blocks_and_can_be_replayed(dim, preset, bits, dtype, size):
+    fmt, heads, lengths = page_format(preset, bits, 3, dim, 128), 3, [300, 128, -1, 200]
     keys, values = gaussian(2, 4, heads, 300, dim, seed=dim, dtype=dtype)
     held, table = (moved(x, "cuda") for x in window(keys, values, lengths, size))
-    _, _, constants = pages_of(dim, heads, dtype, 1)
+    _, _, constants = pages_of(fmt, dtype, 1)
     # A short first page, whole ones from the middle of a block, and a row that is none.
     first, counts = numbers(16, 0, -128, 77), numbers(112, 128, 128, 123)
     blocks, found = numbers(2, -1, -1, 4), empty_pools(fmt, 6, "cuda")
@@ -230,12 +236,13 @@ def test_rows_of_padding_and_null_blocks_in_a_graph(with_sink):
     assert not got.any()
 
 
-def test_a_step_of_an_engine_in_one_graph():
+@pytest.mark.parametrize("preset", ["balanced", "paper"])
+def test_a_step_of_an_engine_in_one_graph(preset):
     """A page is encoded, all of them are selected from, the new token is stored: three operators."""
     arguments, held = given(128, 2, 4, torch.bfloat16, starts=[0] * 3, lengths=[200, 180, 140], device="cuda")
     query, _, _, memory, table, starts, *_ = arguments
-    fmt = page_format("balanced", 2, 2, 128, 128)
-    found, constants = empty_pools(fmt, 4, "cuda"), pages_of(128, 2, torch.bfloat16, 1)[2]
+    fmt = page_format(preset, 2, 2, 128, 128)
+    found, constants = empty_pools(fmt, 4, "cuda"), pages_of(fmt, torch.bfloat16, 1)[2]
     first, encoded = numbers(SINKS, SINKS, SINKS), numbers(-1, 2, -1)
     pages, counts = numbers(1, 2, 3)[:, None], numbers(0, 128 - SINKS, 0)[:, None]
     per_page, budgets = numbers(*[128 - SINKS] * 3), numbers(50, 50, 50)

@@ -134,3 +134,22 @@ def test_blocks_that_do_not_follow_each_other_are_encoded_into():
     added = pool.add_encoded(pool.encode(parts))
     assert sorted(added) == sorted(blocks[i] for i in (2, 5, 7))
     check_encoded(pool, added, parts)
+
+
+@pytest.mark.parametrize("grow", [0, 30])
+def test_pages_that_become_free_meanwhile_are_not_taken_for_encoded_ones(grow):
+    pool = make_pool()
+    held = pool.add(*pages(*range(10)))
+    pool.reserve(5)
+    parts = [part([16, 16, 16], 1)]
+    planned = pool.encode(parts)
+    pool.release([held[i] for i in (7, 2)])
+    assert pool.used == 8
+    pool.reserve(grow)
+    added = pool.add_encoded(planned)
+    assert not set(added) & set(held)
+    check_encoded(pool, added, parts)
+    assert pool.used == 11
+    others = pool.add(*pages(*range(20, 20 + pool.capacity - 11)))
+    assert len({*others, *added, *(held[i] for i in (0, 1, 3, 4, 5, 6, 8, 9))}) == pool.capacity
+    check_encoded(pool, added, parts)

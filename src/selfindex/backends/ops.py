@@ -12,6 +12,7 @@ from .operators.encode_into import operator as encode_into
 from .operators.encode_paged import operator as encode_paged
 from .operators.measure_balance import operator as measure_balance
 from .operators.paged_window_attend import operator as paged_window_attend
+from .operators.prompt_statistics import operator as prompt_statistics
 from .operators.score import operator as score
 from .operators.select import operator as select
 from .operators.sparse_attend import operator as sparse_attend
@@ -25,6 +26,7 @@ __all__ = [
     "encode_paged",
     "measure_balance",
     "paged_window_attend",
+    "prompt_statistics",
     "register_kernel",
     "score",
     "select",

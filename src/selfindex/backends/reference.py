@@ -6,6 +6,7 @@ from .operators.encode_into import encode_into
 from .operators.encode_paged import encode_paged
 from .operators.measure_balance import measure_balance
 from .operators.paged_window_attend import paged_window_attend
+from .operators.prompt_statistics import prompt_statistics
 from .operators.score import score
 from .operators.select import select
 from .operators.sparse_attend import sparse_attend
@@ -19,6 +20,7 @@ __all__ = [
     "encode_paged",
     "measure_balance",
     "paged_window_attend",
+    "prompt_statistics",
     "score",
     "select",
     "sparse_attend",

@@ -14,6 +14,8 @@ from . import packing
 from .format import PAPER_GROUP, PageFormat
 
 _LARGEST_HALF = torch.finfo(torch.float16).max
+_STATISTICS_TOKENS = 8192
+"""Tokens at a time of the prompt's statistics: bounds float32 temporaries."""
 
 
 class PaperCodec:
@@ -89,23 +91,43 @@ class PaperCodec:
 
 
 def prompt_statistics(keys: Tensor) -> Tensor:
-    """One pass over a prompt's keys [H, N, d] -> float32 constants [H, 18 d].
+    """Statistics of a prompt's keys [H, N, d] -> float32 constants [H, 18 d].
 
     mean: per channel. alpha: largest |centred key| per channel. codebook: mean of the centred
     sub-vectors that have a code; a code nobody has gets its sign pattern times the mean |key|.
     """
-    x = keys.float()
-    mean = x.mean(1)
-    centred = x - mean[:, None, :]
-    alpha = centred.abs().amax(1)
+    mean = keys.mean(1, dtype=torch.float32)
+    low, high = (extreme.float() for extreme in (keys.amin(1), keys.amax(1)))
+    alpha = torch.maximum(high - mean, mean - low)
+    sums = keys.new_zeros(keys.shape[0], keys.shape[2] // 4, 16, 5, dtype=torch.float32)
+    for part in keys.split(_STATISTICS_TOKENS, 1):
+        sums += code_sums(part, mean)
+    return statistics_from_sums(mean, alpha, sums, keys.shape[1])
+
+
+def code_sums(keys: Tensor, mean: Tensor) -> Tensor:
+    """Per group of 4 channels and code: sums of its centred sub-vectors, and how many there are.
+
+    Args:
+        keys: [H, N, d]; mean: float32 [H, d].
+    Returns:
+        float32 [H, d / 4, 16, 5].
+    """
+    centred = keys.float() - mean[:, None, :]
     groups = centred.unflatten(-1, (-1, 4)).transpose(1, 2)  # [H, d / 4, N, 4]
     codes = packing.group_codes(packing.pack_bits(centred >= 0)).transpose(1, 2).long()  # [H, d / 4, N]
     onehot = torch.nn.functional.one_hot(codes, 16).float()
-    members = onehot.sum(2)  # [H, d / 4, 16]
-    sums = onehot.transpose(-1, -2) @ groups
-    patterns = (torch.arange(16, device=x.device)[:, None] >> torch.arange(4, device=x.device)) & 1
-    unused = (patterns.float() * 2 - 1) * groups.abs().mean(2)[:, :, None, :]
-    codebook = torch.where(members[..., None] > 0, sums / members.clamp(min=1)[..., None], unused)
+    return torch.cat((onehot.transpose(-1, -2) @ groups, onehot.sum(2)[..., None]), -1)
+
+
+def statistics_from_sums(mean: Tensor, alpha: Tensor, sums: Tensor, tokens: int) -> Tensor:
+    """Constants of a prompt, see `prompt_statistics`, from the sums of `code_sums` over its tokens."""
+    totals, members = sums[..., :4], sums[..., 4:]
+    patterns = (torch.arange(16, device=sums.device)[:, None] >> torch.arange(4, device=sums.device)) & 1
+    signs = patterns.float() * 2 - 1
+    # Within a code signs are fixed: its sums are those of the channels' sizes.
+    size = (totals * signs).sum(2, keepdim=True) / tokens
+    codebook = torch.where(members > 0, totals / members.clamp(min=1), signs * size)
     return torch.cat((mean, alpha, codebook.flatten(1)), dim=-1)
 
 

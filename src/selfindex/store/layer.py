@@ -14,7 +14,6 @@ from torch import Tensor
 from ..backends import ops
 from ..backends.operators.measure_balance import square_of
 from ..codec import PageFormat, measure_balance
-from ..codec.paper import prompt_statistics
 from ..config import SelfIndexConfig
 from ..errors import InputError, StateError
 from .change import Change, RowChange, Statistics, check_finite
@@ -256,10 +255,10 @@ class LayerStore:
             fresh, prompts = {}, list(now.prompt_tokens)
             for b, row in enumerate(rows):
                 if row.prompt is not None:
-                    fresh[b] = prompt_statistics(row.prompt)
+                    fresh[b] = ops.prompt_statistics(row.prompt)
                     prompts[b] = max(prompts[b], row.prompt.shape[1])
                 elif row.encode[0].shape[1] and not now.has_constants[b]:
-                    fresh[b] = prompt_statistics(row.encode[0])
+                    fresh[b] = ops.prompt_statistics(row.encode[0])
             if not fresh:
                 return now
             first = next(iter(fresh.values()))

@@ -263,9 +263,14 @@ class BlockPool:
         return self._free[-count:][::-1] if count else []
 
     def _take(self, blocks: list[int]) -> None:
-        """Take `_next` blocks, once they are written: what failed before that has cost nothing."""
+        """Take free blocks, once they are written: what failed before that has cost nothing."""
         self._turn += 1
-        del self._free[len(self._free) - len(blocks) :]
+        start = len(self._free) - len(blocks)
+        if self._free[start:] == blocks[::-1]:
+            del self._free[start:]
+        else:  # others have become free since these were the next
+            taken = set(blocks)
+            self._free = [block for block in self._free if block not in taken]
         for block in blocks:
             self._references[block] = 1
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...codec import PageFormat
 from .launch import Kernel, KernelsUnavailable
-from .loader import INPUT_TYPES, load
+from .loader import INPUT_TYPES, load, module_for
 
 HEAD_DIMS, PAGE_SIZE, MAX_GROUPS = (64, 96, 128, 256), 128, 16
 MOST_QUERIES = 8
@@ -27,8 +27,8 @@ STAGES, SELECT_BYTES = 2, 9 * 1024
 """As in the kernels' ring.cuh and select.cuh."""
 WARPS, CLUSTERS = (8, 16), range(1, 17)
 """Warps of a block and blocks of a row that the score + select kernel may be launched with."""
-ATTEND_TOKENS = 256
-"""Selected tokens a block of the attention kernel takes."""
+ATTEND_THREADS = 256
+"""Of a block of the attention kernel."""
 MERGE_THREADS = 256
 """As in merge.cuh."""
 RESERVED = 6 * 1024
@@ -48,14 +48,14 @@ class Params(ctypes.Structure):
         ("query", _pointer),
         ("query_row", _long),
         ("query_head", _long),
-        ("balance", _pointer),
-        ("balance_row", _long),
+        ("constants", _pointer),
+        ("constants_row", _long),
         ("index", _pointer),
         ("index_stride", _long),
         ("payload", _pointer),
         ("payload_stride", _long),
         *((name, ctypes.c_void_p) for name in ("table", "counts", "budgets", "scratch", "take", "qfrag")),
-        *((name, ctypes.c_void_p) for name in ("qstep", "crec", "selected")),
+        *((name, ctypes.c_void_p) for name in ("qstep", "offsets", "selected")),
         *((name, ctypes.c_void_p) for name in ("parts", "out", "lse")),
         *((name, ctypes.c_int) for name in ("heads", "pages", "width", "splits", "cluster", "cta_pages")),
         *((name, ctypes.c_int) for name in ("resident", "ring_keys")),
@@ -90,9 +90,19 @@ CLUSTER_COST, CLUSTER_BLOCK_COST, CROWD_COST = 2.0, 0.15, 6.0
 microseconds of a cluster, each of its blocks, and of sharing a multiprocessor, on an H100."""
 
 
-def layout(cluster: int, warps: int, pages: int, record: int, quads: int, room: int) -> Plan:
+def chunk_bytes(fmt: PageFormat, groups: int) -> int:
+    """Bytes of a page's score codes: 8 bits a query head and maxima, or 16 bits for the group."""
+    return 2 * PAGE_SIZE if fmt.preset == "paper" else 528 * -(-groups // 4)
+
+
+def attend_tokens(fmt: PageFormat) -> int:
+    """Selected tokens that a block of the attention kernel takes."""
+    return 128 if fmt.preset == "paper" and fmt.head_dim == 256 else 256
+
+
+def layout(cluster: int, warps: int, pages: int, record: int, chunk: int, room: int) -> Plan:
     """A plan whose blocks keep as many score codes in `room` bytes of shared memory as fit."""
-    share, chunk = -(-pages // cluster), 528 * quads
+    share = -(-pages // cluster)
     ring = warps * STAGES * (-(-(record + 16) // 128) * 128)
     resident = max(0, min(share, (room - ring) // chunk))
     rest = share - resident
@@ -104,7 +114,7 @@ def plan(
     rows: int,
     pages: int,
     record: int,
-    quads: int,
+    chunk: int,
     limits: dict[int, int],
     clusters: bool,
     sms: int,
@@ -114,7 +124,7 @@ def plan(
 
     Args:
         rows: (sequence, KV head) pairs; pages: most pages of a row.
-        record: bytes of a head's index record; quads: groups of 4 query heads.
+        record: bytes of a head's index record; chunk: bytes of a page's score codes.
         limits: dynamic shared memory of a block, by warps.
         clusters: whether the device has thread block clusters; sms: its multiprocessors.
         at_once: (warps, cluster, shared bytes) -> rows that fit on the device together.
@@ -129,7 +139,7 @@ def plan(
         for warps, limit in limits.items():
             for blocks in (1, 2, 3):  # on a multiprocessor: each leaves the others their shared memory
                 room = (limit - RESERVED * (blocks - 1)) // blocks
-                choice = layout(cluster, warps, pages, record, quads, room)
+                choice = layout(cluster, warps, pages, record, chunk, room)
                 together = min(rows, at_once(warps, cluster, choice.shared)) if choice.shared <= limit else 0
                 if together:
                     reading = together * pages * record / BYTES_PER_US
@@ -171,8 +181,7 @@ def supported(
 ) -> bool:
     """Whether the kernels serve this call; the reference operator serves the others."""
     return (
-        fmt.preset == "balanced"
-        and fmt.page_size == PAGE_SIZE
+        fmt.page_size == PAGE_SIZE
         and fmt.head_dim in HEAD_DIMS
         and query.shape[2] <= MOST_QUERIES
         and query.shape[1] // fmt.kv_heads <= MAX_GROUPS
@@ -221,7 +230,7 @@ def _plan_for(
     rows: int,
     pages: int,
     record: int,
-    quads: int,
+    chunk: int,
     clusters: bool,
     sms: int,
 ) -> Plan:
@@ -232,7 +241,7 @@ def _plan_for(
     def at_once(warps: int, cluster: int, shared: int) -> int:
         return known[warps].at_once(32 * warps, cluster, shared, sms)
 
-    return plan(rows, pages, record, quads, limits, clusters, sms, at_once)
+    return plan(rows, pages, record, chunk, limits, clusters, sms, at_once)
 
 
 class Decode:
@@ -256,21 +265,25 @@ class Decode:
         heads, pages = fmt.kv_heads, block_table.shape[1]
         groups = query_heads // heads
         rows, quads = batch * heads, -(-groups // 4)
-        self.kernels: dict[str, Kernel] = load("decode", device, dim, groups, fmt.value_bits, query.dtype)
+        self.kernels: dict[str, Kernel] = load(
+            module_for("decode", fmt), device, dim, groups, fmt.value_bits, query.dtype
+        )
         properties = torch.cuda.get_device_properties(device)
         self.modern = properties.major >= 9
-        splits = -(-width // ATTEND_TOKENS)
+        self.attend_threads = min(attend_tokens(fmt), ATTEND_THREADS)
+        splits = -(-width // attend_tokens(fmt))
         sizes = {
             "take": 4 * rows,
             "qfrag": rows * groups * 2 * 4 * (128 if dim == 96 else dim),
             "qstep": rows * groups * 4,
-            "crec": rows * pages * (4 * quads + 4) * 4,
+            "offsets": 4 * rows * (groups if fmt.preset == "paper" else pages * (4 * quads + 4)),
             "selected": rows * width * 4,
             "parts": rows * splits * groups * (dim + 4) * 4,
         }
         decoders = tuple((n, self.kernels[f"decode{n}"]) for n in WARPS if f"decode{n}" in self.kernels)
         sms = properties.multi_processor_count
-        self.plan = _plan_for(decoders, rows, pages, fmt.index.record, quads, self.modern, sms)
+        chunk = chunk_bytes(fmt, groups)
+        self.plan = _plan_for(decoders, rows, pages, fmt.index.record, chunk, self.modern, sms)
         sizes["scratch"] = self.plan.scratch * rows * self.plan.cluster
         starts, total = {}, 0
         for name, size in sizes.items():
@@ -289,14 +302,14 @@ class Decode:
             page_counts.int().contiguous(),
             budgets.to(device, torch.int32).contiguous(),
         )
-        _, balance, index, payload, table, counts, wanted = self.inputs
+        _, shared, index, payload, table, counts, wanted = self.inputs
         base = self.workspace.data_ptr()
         self.params = Params(
             query=query.data_ptr(),
             query_row=query.stride(0),
             query_head=query.stride(1),
-            balance=balance.data_ptr(),
-            balance_row=balance.stride(0) if balance.shape[0] > 1 else 0,
+            constants=shared.data_ptr(),
+            constants_row=shared.stride(0) if shared.shape[0] > 1 else 0,
             index=index.data_ptr(),
             index_stride=index.stride(0),
             payload=payload.data_ptr(),
@@ -344,7 +357,9 @@ class Decode:
                 # Starting early, it gets the cache that the first kernel left beside its shared memory:
                 # too little for its gathers where codes fill that.
                 overlap = self.modern and not plan.scratch
-                self.kernels["attend"]((self.splits, self.rows), 256, arguments, overlap=overlap)
+                self.kernels["attend"](
+                    (self.splits, self.rows), self.attend_threads, arguments, overlap=overlap
+                )
                 self._merge()
         return self.output, self.lse
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from ...codec import PageFormat
 from .decode import HEAD_DIMS, LOG2_E, PAGE_SIZE, addressable
 from .launch import Kernel
-from .loader import INPUT_TYPES, load
+from .loader import INPUT_TYPES, load, module_for
 
 NARROW_ROWS = 16
 """Query rows of a tile whose warps share the tokens of a page."""
@@ -29,8 +29,8 @@ class DenseParams(ctypes.Structure):
     _fields_ = (
         ("query", ctypes.c_void_p),
         *((f"query_{what}", ctypes.c_longlong) for what in ("row", "head", "token")),
-        ("balance", ctypes.c_void_p),
-        ("balance_row", ctypes.c_longlong),
+        ("constants", ctypes.c_void_p),
+        ("constants_row", ctypes.c_longlong),
         ("index", ctypes.c_void_p),
         ("index_stride", ctypes.c_longlong),
         ("payload", ctypes.c_void_p),
@@ -46,8 +46,7 @@ def supported(
 ) -> bool:
     """Whether the kernels serve this call; the reference operator serves the others."""
     return (
-        fmt.preset == "balanced"
-        and fmt.page_size == PAGE_SIZE
+        fmt.page_size == PAGE_SIZE
         and fmt.head_dim in HEAD_DIMS
         and query.dtype in INPUT_TYPES
         and query.stride(3) == 1
@@ -83,6 +82,8 @@ def shape_for(query_rows: int, fmt: PageFormat, wgmma: bool) -> Shape:
         shared = 1024 + 2 * 128 * dim + max(decoded, 8 * sums) + 2 * page
         return Shape("decode_all_wgmma", 128, 512, shared)
     staged = 2 * page + 2 * 4 * PAGE_SIZE
+    if fmt.preset == "paper":  # tables of levels and lines of values, for 32 channels each
+        staged += 12 * PAGE_SIZE * (dim // 32)
     narrow = query_rows <= MOST_NARROW_TILES * NARROW_ROWS
     rows = NARROW_ROWS if narrow else 64 if dim == 256 else 128
     name = "decode_all_narrow" if narrow else "decode_all_wide"
@@ -129,7 +130,7 @@ def dense_attend(
     batch, query_heads, queries, dim = query.shape
     heads, pages = fmt.kv_heads, block_table.shape[1]
     groups = query_heads // heads
-    kernels = load("dense", device, dim, 1, fmt.value_bits, query.dtype)
+    kernels = load(module_for("dense", fmt), device, dim, 1, fmt.value_bits, query.dtype)
     shape = shape_for(groups * queries, fmt, "decode_all_wgmma" in kernels and scaling > 0)
     kernel, tiles = kernels[shape.kernel], -(-groups * queries // shape.rows)
     splits = splits_for(tiles * batch * heads, pages, _at_once(kernel, shape, device))
@@ -140,13 +141,13 @@ def dense_attend(
     )
     output = query.new_empty(query.shape, dtype=torch.float32)
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
-    balance = constants.contiguous()
+    constants = constants.contiguous()
     table, counts = block_table.int().contiguous(), page_counts.int().contiguous()
     params = DenseParams(
         query.data_ptr(),
         *query.stride()[:3],
-        balance.data_ptr(),
-        balance.stride(0) if balance.shape[0] > 1 else 0,
+        constants.data_ptr(),
+        constants.stride(0) if constants.shape[0] > 1 else 0,
         index_pool.data_ptr(),
         index_pool.stride(0),
         payload_pool.data_ptr(),

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...codec import PageFormat
 from .decode import HEAD_DIMS, PAGE_SIZE, addressable
-from .loader import INPUT_TYPES, load
+from .loader import INPUT_TYPES, load, module_for
 
 
 class EncodeParams(ctypes.Structure):
@@ -29,8 +29,8 @@ class EncodeParams(ctypes.Structure):
             for what in ("page", "head", "token")
         ),
         ("counts", ctypes.c_void_p),
-        ("balance", ctypes.c_void_p),
-        ("balance_row", ctypes.c_longlong),
+        ("constants", ctypes.c_void_p),
+        ("constants_row", ctypes.c_longlong),
         *((name, ctypes.c_void_p) for name in ("blocks", "index", "payload")),
         *((f"{of}_stride", ctypes.c_longlong) for of in ("index", "payload")),
         *((f"{of}_bytes", ctypes.c_longlong) for of in ("index", "payload")),
@@ -53,8 +53,7 @@ def supported(keys: Tensor, values: Tensor, fmt: PageFormat, pools: tuple[Tensor
     `pools` are those that the pages go to, if there are any.
     """
     return (
-        fmt.preset == "balanced"
-        and fmt.page_size == PAGE_SIZE
+        fmt.page_size == PAGE_SIZE
         and fmt.head_dim in HEAD_DIMS
         and keys.dtype == values.dtype
         and keys.dtype in INPUT_TYPES
@@ -125,9 +124,9 @@ def _launch(
 ) -> None:
     """Encode a page a count; keys and values are pages of their own, or blocks in which `tokens` are."""
     device, n = keys.device, counts.shape[0]
-    kernels = load("encode", device, fmt.head_dim, 1, fmt.value_bits, keys.dtype)
+    kernels = load(module_for("encode", fmt), device, fmt.head_dim, 1, fmt.value_bits, keys.dtype)
     keys, values = (x if x.stride(3) == 1 else x.contiguous() for x in (keys, values))
-    counts, balance = counts.to(device, torch.int32).contiguous(), constants.contiguous()
+    counts, constants = counts.to(device, torch.int32).contiguous(), constants.contiguous()
     blocks = None if blocks is None else blocks.to(device, torch.int32).contiguous()
     params = EncodeParams(
         keys.data_ptr(),
@@ -135,8 +134,8 @@ def _launch(
         *keys.stride()[:3],
         *values.stride()[:3],
         counts.data_ptr(),
-        balance.data_ptr(),
-        balance.stride(0) if balance.shape[0] > 1 else 0,
+        constants.data_ptr(),
+        constants.stride(0) if constants.shape[0] > 1 else 0,
         None if blocks is None else blocks.data_ptr(),
         *(pool.data_ptr() for pool in pools),
         *(pool.stride(0) for pool in pools),

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from ...codec import PageFormat
 from ...codec.balanced import SIGN_GAIN
 from ...codec.rotation import hadamard
 from ...index.select import SHARPNESS
@@ -23,12 +24,19 @@ from .launch import Kernel, KernelsUnavailable, open_module
 SOURCES = Path(__file__).with_name("kernels")
 MODULES = {
     "decode": (
-        *("common", "rotate", "prepare", "cluster", "ring", "score", "select", "decode"),
+        *("common", "rotate", "count", "prepare", "cluster", "ring", "select", "score", "decode"),
         *("attend", "merge"),
     ),
+    "paper_decode": (
+        *("paper", "common", "rotate", "count", "prepare_paper", "cluster", "ring", "select"),
+        *("score_paper", "decode", "attend_paper", "merge"),
+    ),
     "offloaded": ("common", "rotate", "fetch", "attend"),
-    "encode": ("common", "rotate", "encode"),
+    "encode": ("common", "rotate", "encode", "encode_balanced"),
+    "paper_encode": ("paper", "common", "encode", "encode_paper"),
     "dense": ("common", "rotate", "dense_rows", "dense", "dense_wgmma"),
+    "paper_dense": ("paper", "common", "rotate", "dense_rows", "dense", "dense_wgmma"),
+    "statistics": ("common", "statistics"),
     "window": ("common", "window"),
     "balance": ("common", "balance"),
 }
@@ -39,6 +47,11 @@ OLDEST = (8, 0)
 """Lowest compute capability the kernels run on."""
 
 _lock = threading.RLock()
+
+
+def module_for(name: str, fmt: PageFormat) -> str:
+    """Key of `MODULES` for pages of a format."""
+    return f"paper_{name}" if fmt.preset == "paper" else name
 
 
 def cache_folder() -> Path:
@@ -104,7 +117,7 @@ def compile_module(module: str, arch: int, defines: dict[str, str]) -> tuple[byt
     options = ProgramOptions(
         name=f"selfindex_{module}",
         # Hopper's warp group instructions exist for its own feature set only.
-        arch=f"sm_{arch}a" if module == "dense" and arch == 90 else f"sm_{arch}",
+        arch=f"sm_{arch}a" if module.endswith("dense") and arch == 90 else f"sm_{arch}",
         std="c++17",
         define_macro=list(defines.items()),
         ptxas_options=["-v"],

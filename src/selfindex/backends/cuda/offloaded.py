@@ -38,7 +38,9 @@ class OffloadedDecode(Decode):
                 overlap = self.modern and not self.plan.scratch  # as attention after `decode`
                 self.kernels["fetch"](grid, 256, self._arguments, overlap=overlap)
             if "attend" in stages:
-                self.kernels["attend"]((self.splits, self.rows), 256, self._arguments, overlap=self.modern)
+                self.kernels["attend"](
+                    (self.splits, self.rows), self.attend_threads, self._arguments, overlap=self.modern
+                )
                 self._merge()
         return self.output, self.lse
 

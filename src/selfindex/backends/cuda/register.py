@@ -1,9 +1,8 @@
 """The kernels as implementations of the package's operators on CUDA tensors.
 
-Calls the kernels do not serve run the reference implementation on the same device: the paper
-preset, other page sizes and head dimensions, sparse attention of many new queries at once. So
-do all calls where the kernels are unavailable (no cuda-core, a GPU below compute capability 8.0, a
-driver or compiler that refuses),
+Calls the kernels do not serve run the reference implementation on the same device: other page sizes and
+head dimensions, sparse attention of many new queries at once. So do all calls where the kernels are
+unavailable (no cuda-core, a GPU below compute capability 8.0, a driver or compiler that refuses),
 announced once.
 """
 
@@ -15,7 +14,7 @@ from typing import Any
 from ...codec import PageFormat
 from .. import reference
 from ..fallback import with_fallback
-from . import balance, decode, dense, encode, offloaded, window
+from . import balance, decode, dense, encode, offloaded, statistics, window
 from .launch import KernelsUnavailable
 
 
@@ -40,6 +39,7 @@ def register(serve: Callable[[str, str, Callable[..., Any]], None]) -> None:
                 window, window, PageFormat.parse(rest[-1]), rest[:2]
             ),
         ),
+        "prompt_statistics": (statistics.prompt_statistics, statistics.supported),
         "sparse_decode": (
             offloaded.sparse_decode,
             lambda query, index, payload, table, counts, budgets, width, *rest: decode.supported(

@@ -65,7 +65,7 @@ extern "C" __global__ void __launch_bounds__(256, D == 128 && G <= 4 && VALUE_BI
   const int base = first + w * 32, valid = k - base;   // tokens of this warp
   const int slot = p.selected[(i64)row * p.width + min(base + lane, k - 1)], t = slot % PAGE;
   for (int i = tid; i < G * 2 * FRAGMENT / 16; i += 256) m.query[i] = ((const uint4*)(p.qfrag + (i64)row * G * 2 * FRAGMENT))[i];
-  const float* crec = p.crec + ((i64)row * p.pages + slot / PAGE) * (HEADS + 4);
+  const float* crec = p.offsets + ((i64)row * p.pages + slot / PAGE) * (HEADS + 4);
   const float4 consts = *(const float4*)(crec + HEADS);
   const u8* index = p.index + (i64)__float_as_int(consts.z) * p.index_stride + (i64)h * INDEX_RECORD;
   const u8* payload = p.payload + (i64)__float_as_int(consts.z) * p.payload_stride + (i64)h * PAYLOAD_RECORD;
@@ -104,7 +104,7 @@ extern "C" __global__ void __launch_bounds__(256, D == 128 && G <= 4 && VALUE_BI
 #endif
   const float key_scale = scale_of(index[KEY_SCALES + t]) * consts.x * LEVEL_UNIT;
   const float value_log = lg2(fmaxf(scale_of(*value_scale) * consts.y, 1e-30f));
-  const float* offsets = p.crec + (i64)row * p.pages * (HEADS + 4);
+  const float* offsets = p.offsets + (i64)row * p.pages * (HEADS + 4);
   float logit[QUADS][4];
 #pragma unroll
   for (int i = 0; i < 4; i++) {

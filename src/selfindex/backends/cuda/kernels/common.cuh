@@ -2,7 +2,10 @@
 // that NVRTC needs none. The host defines D (head_dim), G (query heads a KV head), VALUE_BITS,
 // IN_TYPE (0 float32, 1 float16, 2 bfloat16), SIGN_GAIN (the length of a sign, in scales),
 // SELECT_SHARPNESS (factor on the logits that select) and CLUSTERS (0 where thread block clusters
-// are missing).
+// are missing). PAPER is 1 in modules that begin with paper.cuh: pages of the paper preset.
+#ifndef PAPER
+#define PAPER 0
+#endif
 typedef unsigned char u8;
 typedef unsigned short u16;
 typedef unsigned int u32;
@@ -16,18 +19,28 @@ constexpr int HEADS = QUADS * 4;
 
 // Record of a head in the index plane and in the payload plane (codec/format.py).
 constexpr int CODE = D / 8;
+constexpr int TOKEN = D / 4 + D / 4 + (VALUE_BITS == 3 ? D / 8 : 0);
+#if PAPER
+constexpr int CONSTANTS = 18 * D;    // float32 a head: mean [D], largest [D], codebook [D / 4, 16, 4]
+constexpr int INDEX_RECORD = PAGE * CODE;
+constexpr int SCALE = 2 * R;         // bytes of a token's float16, one for 32 channels, in one of four arrays
+constexpr int KEY_SCALES = PAGE * TOKEN, KEY_ZEROS = KEY_SCALES + PAGE * SCALE;
+constexpr int VALUE_SCALES = KEY_ZEROS + PAGE * SCALE, VALUE_ZEROS = VALUE_SCALES + PAGE * SCALE;
+constexpr int PAYLOAD_RECORD = VALUE_ZEROS + PAGE * SCALE;
+#else
+constexpr int CONSTANTS = D;         // float32 a head: balance
 constexpr int KEY_SCALES = PAGE * CODE;
 constexpr int MEAN = KEY_SCALES + PAGE;
 constexpr int CONSTS = MEAN + D;     // float32 mean step, key base, value base
 constexpr int INDEX_RECORD = (CONSTS + 12 + 15) / 16 * 16;
-constexpr int TOKEN = D / 4 + D / 4 + (VALUE_BITS == 3 ? D / 8 : 0);
 constexpr int VALUE_SCALES = PAGE * TOKEN;
 constexpr int PAYLOAD_RECORD = (VALUE_SCALES + PAGE + 15) / 16 * 16;
+#endif
 
 // Query channels as the attention kernel multiplies them: a quarter warp owns CHUNK channels.
 constexpr int WORDS = D == 64 ? 1 : D == 256 ? 4 : 2;   // 16-channel magnitude words a lane
 constexpr int CHUNK = 16 * WORDS;
-constexpr int FRAGMENT = 4 * CHUNK;                     // bytes; channels D.. are zero
+constexpr int FRAGMENT = PAPER ? D : 4 * CHUNK;         // bytes; channels D.. are zero
 
 // The query in the score: four digits -1, 0, 1 to the base 3, each a bit plane of its ones and one of
 // its negative ones.
@@ -39,8 +52,8 @@ constexpr float FAR = -1e30f;                           // logit of what does no
 struct Params {
   const void* query;          // [B, H * G, 1, D], strides in elements
   i64 query_row, query_head;
-  const float* balance;       // [1 or B, H, D]
-  i64 balance_row;
+  const float* constants;     // [1 or B, H, CONSTANTS]
+  i64 constants_row;
   const u8* index;            // [N, index_stride]
   i64 index_stride;
   const u8* payload;
@@ -52,7 +65,7 @@ struct Params {
   int* take;                  // [rows]: tokens to select
   u8* qfrag;                  // [rows, G, 2, FRAGMENT] query bytes in the attention's order
   float* qstep;               // [rows, G]: step of the 15-bit query
-  float* crec;                // [rows, M, HEADS + 4]: q.mean a head; key base, value base, block
+  float* offsets;             // [rows, M, HEADS + 4]: q.mean a head; key base, value base, block. Paper: [rows, G], q.mean
   int* selected;              // [rows, width] ascending slots
   float* parts;               // [rows, splits, G, D + 4]: sums, maximum, total
   float* out;                 // [B, H * G, 1, D]
@@ -117,6 +130,20 @@ __device__ __forceinline__ float load_input(const void* p, i64 i) {
 #endif
 }
 
+// Four neighbouring elements of the model's dtype.
+__device__ __forceinline__ float4 load4(const void* p, i64 i) {
+#if IN_TYPE == 0
+  return *(const float4*)((const float*)p + i);
+#else
+  const uint2 v = *(const uint2*)((const u16*)p + i);
+#if IN_TYPE == 1
+  return make_float4(half_to_float(v.x & 0xffff), half_to_float(v.x >> 16), half_to_float(v.y & 0xffff), half_to_float(v.y >> 16));
+#else
+  return make_float4(__uint_as_float(v.x << 16), __uint_as_float(v.x & 0xffff0000u), __uint_as_float(v.y << 16), __uint_as_float(v.y & 0xffff0000u));
+#endif
+#endif
+}
+
 // Programmatic dependent launch: the next kernel may start early, and waits for this one's results.
 __device__ __forceinline__ void wait_previous() {
 #if __CUDA_ARCH__ >= 900
@@ -128,3 +155,10 @@ __device__ __forceinline__ void allow_next() {
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
+
+__device__ __forceinline__ u32 load_shared(u32 at) { u32 v; asm volatile("ld.shared.u32 %0,[%1];" : "=r"(v) : "r"(at)); return v; }
+__device__ __forceinline__ void store_shared(u32 at, u32 v) { asm volatile("st.shared.u32 [%0],%1;" ::"r"(at), "r"(v) : "memory"); }
+__device__ __forceinline__ void store_shared_half(u32 at, u32 v) { asm volatile("st.shared.u16 [%0],%1;" ::"r"(at), "h"((u16)v) : "memory"); }
+__device__ __forceinline__ void load_shared2(u32* to, u32 at) { asm volatile("ld.shared.v2.u32 {%0,%1},[%2];" : "=r"(to[0]), "=r"(to[1]) : "r"(at)); }
+__device__ __forceinline__ void load_shared4(u32* to, u32 at) {
+  asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3},[%4];" : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(at)); }

@@ -1,11 +1,12 @@
 // Attention of many new queries to every encoded token, decoded on the fly into the registers that
 // the tensor cores multiply (m16n8k16, fp16 inputs, float32 sums):
 //   x_t = (sum_c level_tc q~_c) scale_t + q~.mean + log2(value_base),     out = sum_t 2^x_t v_t
+// where keys of the paper preset have no scale, but levels of their own for 32 channels.
 // A block owns a tile of query rows of one KV head and every splits-th page. Its warps share the
 // rows (long chunks) or, where one 16-row tile holds all rows, the tokens of a page. Levels, means
 // and value codes are small integers, exact in fp16; queries and probabilities are rounded to it.
-// Values are summed over their page's base, which joins the exponent: so are probabilities of
-// pages of very different values kept in fp16's range.
+// Values are summed over their page's base (paper: their own), which joins the exponent: so are
+// probabilities of very different values kept in fp16's range.
 constexpr int DENSE_WARPS = 4, DENSE_THREADS = 32 * DENSE_WARPS, STEPS = D / 16;
 constexpr int WIDE_TILES = D == 256 ? 1 : 2;           // 16-row tiles a warp of the wide kernel
 
@@ -46,7 +47,11 @@ template <int ROW_WARPS, int TILES> __device__ __forceinline__ void attend_to_pa
   __shared__ int last;
   u16* fragments = (u16*)memory;
   u8* stages = memory + ROWS * D * 2;
-  float* scales = (float*)(stages + 2 * STAGE);          // [2, PAGE] of keys and values, by reader
+  float* scales = (float*)(stages + 2 * STAGE);          // [2, PAGE] of keys and values, by reader; paper: logarithm and inverse of the base
+#if PAPER
+  LevelTable* tables = (LevelTable*)(scales + 2 * PAGE); // [PAGE, R]
+  u32* lines = (u32*)(tables + PAGE * R);                // [PAGE, R]
+#endif
   const int tid = threadIdx.x, lane = tid & 31, w = tid >> 5, g = lane >> 2, j = lane & 3;
   const int row_warp = w % ROW_WARPS, token_warp = w / ROW_WARPS;
   const int split = blockIdx.x % p.splits, first = blockIdx.x / p.splits * ROWS;
@@ -77,7 +82,7 @@ template <int ROW_WARPS, int TILES> __device__ __forceinline__ void attend_to_pa
   int page = early ? split : next_page(split), stage = 0;
   if (!early && page < last) start_copy(page, 0);
   // Fragments as the tensor cores read them: [16-row tile][step][lane][4 words].
-  const float unit = p.scale * load_queries<ROWS, DENSE_WARPS>(p, first, line, reduce, [&](int row, int c, u16 value) {
+  const float unit = KEY_GAIN * p.scale * load_queries<ROWS, DENSE_WARPS>(p, first, line, reduce, [&](int row, int c, u16 value) {
     const int owner = row % 8 * 4 + c / (8 * R), step = c % (8 * R) / 8 * 2 + (c & 1), e = c % 8 / 2;
     const int word = (e & 2) + row % 16 / 8;
     fragments[((((row / 16) * STEPS + step) * 32 + owner) * 4 + word) * 2 + (e & 1)] = value;
@@ -100,10 +105,24 @@ template <int ROW_WARPS, int TILES> __device__ __forceinline__ void attend_to_pa
     page = next_page(page);
     stage ^= 1;
     if (page < last) start_copy(page, stage);
+    const int to = (tid & ~31) + (tid & 3) * 8 + (tid & 31) / 4;   // token 4 m + j of 32 is the m-th of lane j
+#if PAPER
+    {   // a power of two, not below any value
+      const u32 exponent = (__float_as_uint(value_bound(payload, tid)) >> 23) + 1;
+      const float inverse = __uint_as_float((254 - exponent) << 23);
+      scales[to] = (float)((int)exponent - 127);
+      scales[PAGE + to] = inverse;
+#pragma unroll
+      for (int r = 0; r < R; r++) {
+        tables[tid * R + r] = level_table(payload, tid, r);
+        lines[tid * R + r] = value_line(payload, tid, r, inverse);
+      }
+    }
+    __syncthreads();
+#else
     const float* consts = (const float*)(index + CONSTS);
     const float base = fmaxf(consts[2], 1e-20f);
-    {   // token 4 m + j of 32 is the m-th of lane j
-      const int to = (tid & ~31) + (tid & 3) * 8 + (tid & 31) / 4;
+    {
       scales[to] = scale_of(index[KEY_SCALES + tid]) * consts[1] * LEVEL_UNIT * unit;
       scales[PAGE + to] = scale_of(payload[VALUE_SCALES + tid]) * (consts[2] / base);
     }
@@ -131,6 +150,7 @@ template <int ROW_WARPS, int TILES> __device__ __forceinline__ void attend_to_pa
       shift[m][1] = fmaf(offset[m][2], consts[0] * unit, lg2(base));
     }
     const float base_inverse = 1.f / base;
+#endif
 #pragma unroll 1
     for (int part = token_warp; part * 32 < count; part += TOKEN_WARPS) {
       // Column c of the i-th 8 tokens is token 4 (2 i + c % 2) + c / 2 of the 32.
@@ -163,7 +183,12 @@ template <int ROW_WARPS, int TILES> __device__ __forceinline__ void attend_to_pa
 #pragma unroll
             for (int i = 0; i < 4; i++) {
               u32 b0, b1;
+#if PAPER
+              const int token = part * 32 + 4 * (2 * i + (g & 1)) + (g >> 1);
+              levels(at[i][odd] >> 16 * half, b0, b1, tables[token * R + (R * j + u) / 4]);
+#else
               levels(at[i][odd] >> 16 * half, b0, b1);
+#endif
 #pragma unroll
               for (int m = 0; m < TILES; m++) mma_halves(x[m][i], q[m], b0, b1);
             }
@@ -183,7 +208,11 @@ template <int ROW_WARPS, int TILES> __device__ __forceinline__ void attend_to_pa
 #pragma unroll
           for (int k = 0; k < 8; k++) {
             float& logit = x[m][k / 2][2 * r + k % 2];
+#if PAPER
+            logit = fmaf(logit, unit, key_scale[k]);
+#else
             logit = fmaf(logit, key_scale[k], shift[m][r]);
+#endif
             if (partial && part * 32 + 4 * k + j >= count) logit = FAR;
             peak[m][r] = fmaxf(peak[m][r], logit);
           }
@@ -215,8 +244,13 @@ template <int ROW_WARPS, int TILES> __device__ __forceinline__ void attend_to_pa
           for (int r = 0; r < 2; r++) {
             float& logit = x[m][k / 2][2 * r + k % 2];
             const float e = ex2(logit - top[m][r]);
+#if PAPER
+            total[m][r] = fmaf(e, value_scale[k], total[m][r]);
+            logit = e;
+#else
             total[m][r] = fmaf(e, base_inverse, total[m][r]);
             logit = e * value_scale[k];
+#endif
           }
 #pragma unroll
         for (int i = 0; i < 2; i++) {
@@ -249,6 +283,19 @@ template <int ROW_WARPS, int TILES> __device__ __forceinline__ void attend_to_pa
 #else
           value_pairs(b0, codes[0], codes[1], eight);
           value_pairs(b1, codes[2], codes[3], eight);
+#endif
+#if PAPER
+#pragma unroll
+          for (int four = 0; four < 2 && eight * 8 + four * 4 < D / 8; four++) {
+            u32 line[4];
+#pragma unroll
+            for (int k = 0; k < 4; k++) line[k] = lines[(part * 32 + 4 * (4 * i + k) + j) * R + (R * g + 2 * eight + four) / 8];
+#pragma unroll
+            for (int c = 4 * four; c < 4 * four + 4; c++) {
+              b0[c] = fma_halves(b0[c], prmt(line[0], line[1], 0x5410), prmt(line[0], line[1], 0x7632));
+              b1[c] = fma_halves(b1[c], prmt(line[2], line[3], 0x5410), prmt(line[2], line[3], 0x7632));
+            }
+          }
 #endif
 #pragma unroll
           for (int c = 0; c < 8 && eight * 8 + c < D / 8; c++)

@@ -10,8 +10,8 @@ constexpr int MERGE_WARPS = 4;
 struct DenseParams {
   const void* query;          // [B, H * groups, queries, D], strides in elements
   i64 query_row, query_head, query_token;
-  const float* balance;       // [1 or B, H, D]
-  i64 balance_row;
+  const float* constants;     // [1 or B, H, CONSTANTS]
+  i64 constants_row;
   const u8* index;            // [N, index_stride]
   i64 index_stride;
   const u8* payload;
@@ -50,11 +50,40 @@ __device__ __forceinline__ void places(u32* at, u32 magnitudes, u32 signs, bool 
   s = (s | s << 2) & 0x33333333;
   at[0] = (magnitudes & 0x33333333) | (s << 2 & 0x44444444);
   at[1] = (magnitudes >> 2 & 0x33333333) | (s << 1 & 0x44444444); }
-// Levels of the 4 lowest places, +-13 .. +-114, as two pairs of fp16.
-__device__ __forceinline__ void levels(u32 at, u32& first, u32& second) {
-  const u32 high = prmt(HIGH | 0x80808080u, HIGH, at), low = prmt(LOW, LOW, at);
+// Levels of the 4 lowest places, as two pairs of fp16: the table's, negative and positive.
+struct LevelTable { u32 high, low; };                  // bytes of four positive fp16 numbers
+__device__ __forceinline__ void levels(u32 at, u32& first, u32& second, const LevelTable& table) {
+  const u32 high = prmt(table.high ^ 0x80808080u, table.high, at), low = prmt(table.low, table.low, at);
   first = prmt(low, high, 0x5140);
   second = prmt(low, high, 0x7362); }
+
+#if PAPER
+// Magnitudes of 32 channels of a token, over KEY_GAIN: those far beyond the prompt's largest, of which
+// half precision holds four times its largest number, stay in the range.
+constexpr float KEY_GAIN = 8.f;
+__device__ __forceinline__ float half_at(const u8* p) { return half_to_float(*(const u16*)p); }
+__device__ __forceinline__ LevelTable level_table(const u8* payload, int token, int r) {
+  const float scale = half_at(payload + KEY_SCALES + token * SCALE + 2 * r) / KEY_GAIN;
+  const float zero = half_at(payload + KEY_ZEROS + token * SCALE + 2 * r) / KEY_GAIN;
+  const u32 lower = halves(zero, zero + scale), upper = halves(fmaf(2.f, scale, zero), fmaf(3.f, scale, zero));
+  return {prmt(lower, upper, 0x7531), prmt(lower, upper, 0x6420)}; }
+// A token's values of 32 channels from the levels 2 code - 3 of `code_pairs`, times a factor: scale and
+// centre, a pair of fp16.
+__device__ __forceinline__ u32 value_line(const u8* payload, int token, int r, float factor) {
+  const float scale = half_at(payload + VALUE_SCALES + token * SCALE + 2 * r), zero = half_at(payload + VALUE_ZEROS + token * SCALE + 2 * r);
+  return halves(0.5f * scale * factor, fmaf(1.5f, scale, zero) * factor); }
+// No value of a token is larger.
+__device__ __forceinline__ float value_bound(const u8* payload, int token) {
+  float bound = 0.f;
+#pragma unroll
+  for (int r = 0; r < R; r++)
+    bound = fmaxf(bound, fmaf(3.f, fabsf(half_at(payload + VALUE_SCALES + token * SCALE + 2 * r)), fabsf(half_at(payload + VALUE_ZEROS + token * SCALE + 2 * r))));
+  return fmaxf(bound, 1e-20f); }
+#else
+constexpr float KEY_GAIN = 1.f;
+// +-13 .. +-114.
+__device__ __forceinline__ void levels(u32 at, u32& first, u32& second) { levels(at, first, second, LevelTable{HIGH, LOW}); }
+#endif
 
 // 2-bit value codes, 8 in each half of a word, as 2 code - 3: b[c] pairs the c-th of both halves.
 __device__ __forceinline__ void code_pairs(u32* b, u32 codes) {
@@ -68,27 +97,35 @@ __device__ __forceinline__ void code_pairs(u32* b, u32 codes) {
   }
 }
 
-// Rotate the tile's queries and hand them to put(row, channel, fp16). Returns the factor that was
-// divided out, the same for all rows so that logits share it.
+// Rotate the tile's queries (paper: times the largest keys) and hand them to put(row, channel, fp16).
+// Returns the factor that was divided out, the same for all rows so that logits share it.
 template <int ROWS, int WARPS, class Put> __device__ __forceinline__ float load_queries(const DenseParams& p, int first, float* line, float* reduce, Put put) {
   const int lane = threadIdx.x & 31, w = threadIdx.x >> 5, b = blockIdx.y / p.heads, h = blockIdx.y % p.heads;
-  float divisor[R], top = 1e-30f, x[R];
+  const float* constants = p.constants + b * p.constants_row + (i64)h * CONSTANTS + (PAPER ? D : 0);
+  float factor[R], top = 1e-30f, x[R];
 #pragma unroll
-  for (int r = 0; r < R; r++) divisor[r] = sign_of(r * 32 + lane, 1) * rotation_gain() / p.balance[b * p.balance_row + h * D + r * 32 + lane];
+  for (int r = 0; r < R; r++)
+    factor[r] = PAPER ? constants[r * 32 + lane] : sign_of(r * 32 + lane, 1) * rotation_gain() / constants[r * 32 + lane];
   const auto load = [&](int row) {
     const int at = first + row, g = at / p.queries;
     const bool live = g < p.groups;
     const i64 from = b * p.query_row + (i64)(h * p.groups + g) * p.query_head + (i64)(at - g * p.queries) * p.query_token;
 #pragma unroll
-    for (int r = 0; r < R; r++) x[r] = live ? load_input(p.query, from + r * 32 + lane) * divisor[r] : 0.f;
+    for (int r = 0; r < R; r++) x[r] = live ? load_input(p.query, from + r * 32 + lane) * factor[r] : 0.f;
   };
-  for (int row = w; row < ROWS; row += WARPS) {   // no channel of the rotated query exceeds its length
+  for (int row = w; row < ROWS; row += WARPS) {
     load(row);
-    float square = 0.f;
+#if PAPER
+#pragma unroll
+    for (int r = 0; r < R; r++) top = fmaxf(top, fabsf(x[r]));
+#else
+    float square = 0.f;   // no channel of the rotated query exceeds its length
 #pragma unroll
     for (int r = 0; r < R; r++) square = fmaf(x[r], x[r], square);
     top = fmaxf(top, sqrtf(warp_sum(square) * D));
+#endif
   }
+  if (PAPER) top = warp_max(top);
   if (lane == 0) reduce[w] = top;
   __syncthreads();
 #pragma unroll
@@ -107,7 +144,17 @@ __device__ __forceinline__ void finish_row(const DenseParams& p, float* x, float
   const int lane = threadIdx.x & 31;
   const i64 to = (i64)blockIdx.y * p.groups * p.queries + row;
   rotate_back(x, lane, line);
-  const float gain = total > 0.f ? rotation_gain() * (VALUE_BITS == 3 ? LEVEL_UNIT : 0.5f) / total : 0.f;
+  const float gain = total > 0.f ? rotation_gain() * (PAPER ? 1.f : VALUE_BITS == 3 ? LEVEL_UNIT : 0.5f) / total : 0.f;
+#if PAPER
+  // q.mean, which all logits lack.
+  const int g = row / p.queries, b = blockIdx.y / p.heads, h = blockIdx.y % p.heads;
+  const i64 from = b * p.query_row + (i64)(h * p.groups + g) * p.query_head + (i64)(row - g * p.queries) * p.query_token;
+  const float* mean = p.constants + b * p.constants_row + (i64)h * CONSTANTS;
+  float offset = 0.f;
+#pragma unroll
+  for (int r = 0; r < R; r++) offset = fmaf(load_input(p.query, from + r * 32 + lane), mean[r * 32 + lane], offset);
+  top = fmaf(warp_sum(offset), p.scale, top);
+#endif
 #pragma unroll
   for (int r = 0; r < R; r++) p.out[to * D + r * 32 + lane] = x[r] * gain * sign_of(r * 32 + lane, 2);
   if (lane == 0) p.lse[to] = total > 0.f ? (top + lg2(total)) * 0.69314718f : -__int_as_float(0x7f800000);

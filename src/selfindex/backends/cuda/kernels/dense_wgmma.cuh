@@ -1,6 +1,6 @@
 // Attention of a chunk of queries to every encoded token with Hopper's asynchronous tensor cores, for
 // head_dim 64 and 128. Producer warps decode a page after the other into shared memory as fp16
-// (level * scale / base; the page's mean is one more key); two groups of consumer warps, 64 query
+// (level * scale / base; the page's mean is one more key, in the paper preset zero); two groups of consumer warps, 64 query
 // rows each, multiply what lies there. Channels lie in the order in which they are decoded: queries
 // are stored in the same order, and sums put back into theirs at the end.
 #if WGMMA
@@ -54,6 +54,18 @@ __device__ __forceinline__ int value_channel(int place) {
   const int n = place % 16;
   return place - n + (VALUE_BITS == 3 ? (n / 4 & 1) * 8 + n / 8 + n % 4 * 2 : n / 2 + (n & 1) * 8); }
 
+#if PAPER
+// Levels of 16 channels over the table of their 32.
+__device__ __forceinline__ void table_levels(uint4* to, u32 magnitudes, u32 signs, bool upper, const LevelTable& table) {
+  u32 at[2];
+  places(at, magnitudes, signs, upper);
+#pragma unroll
+  for (int odd = 0; odd < 2; odd++) {
+    levels(at[odd], to[odd].x, to[odd].y, table);
+    levels(at[odd] >> 16, to[odd].z, to[odd].w, table);
+  }
+}
+#else
 // Levels of 16 channels over their table, times a scale.
 __device__ __forceinline__ void scaled_levels(uint4* to, u32 magnitudes, u32 signs, bool upper, u32 scale) {
   u32 at[2];
@@ -66,6 +78,7 @@ __device__ __forceinline__ void scaled_levels(uint4* to, u32 magnitudes, u32 sig
     to[odd] = make_uint4(multiply_halves(x[0], scale), multiply_halves(x[1], scale), multiply_halves(x[2], scale), multiply_halves(x[3], scale));
   }
 }
+#endif
 
 __device__ __forceinline__ void swap(u32& a, u32& b) { const u32 c = a; a = b; b = c; }
 
@@ -88,26 +101,38 @@ __device__ __forceinline__ void decode_keys(const u8* index, u8* keys, int tid) 
     u32 codes[KEY_WORDS], signs[SIGN_WORDS];
     load_bytes<2 * R>(codes, payload + token * TOKEN + 2 * R * quarter);
     load_bytes<R>(signs, index + token * CODE + R * quarter);
+#if PAPER
+    const LevelTable table = level_table(payload, token, quarter * R / 4);
+#else
     const u32 scale = index[KEY_SCALES + token] * 0x00400040u;
+#endif
     const int turned = turn_halves(quarter, codes, signs);
 #pragma unroll
     for (int word = 0; word < KEY_WORDS; word++) {
       const int unit = 2 * (quarter * KEY_WORDS + (word ^ turned));
       uint4 x[2];
+#if PAPER
+      table_levels(x, codes[word], signs[word / 2], word & 1, table);
+#else
       scaled_levels(x, codes[word], signs[word / 2], word & 1, scale);
+#endif
       *(uint4*)(keys + swizzled(token, unit, KEY_ROWS)) = x[0];
       *(uint4*)(keys + swizzled(token, unit + 1, KEY_ROWS)) = x[1];
     }
   }
   for (int c = tid; c < D; c += PRODUCERS) {
     const int place = decoded_place(c);
+#if PAPER
+    const u16 mean = 0;
+#else
     const u16 mean = (u16)float_to_half((float)(signed char)index[MEAN + c]);
+#endif
 #pragma unroll
     for (int row = PAGE; row < KEY_ROWS; row++) *(u16*)(keys + swizzled(row, place / 8, KEY_ROWS) + place % 8 * 2) = mean;
   }
 }
 
-// Decode the values of a staged page: [PAGE, D], over base.
+// Decode the values of a staged page: [PAGE, D], over base; `ratio` is that of the scales' base to it.
 __device__ __forceinline__ void decode_values(const u8* payload, u8* values, int tid, float ratio) {
   const int quarter = tid & 3;
   for (int token = tid >> 2; token < PAGE; token += PRODUCERS / 4) {
@@ -116,7 +141,12 @@ __device__ __forceinline__ void decode_values(const u8* payload, u8* values, int
 #if VALUE_BITS == 3
     load_bytes<R>(signs, payload + token * TOKEN + D / 2 + R * quarter);
 #endif
+#if PAPER
+    const u32 line = value_line(payload, token, quarter * R / 4, ratio);
+    const u32 scale = prmt(line, 0, 0x1010), centre = prmt(line, 0, 0x3232);
+#else
     const u32 scale = float_to_half(scale_of(payload[VALUE_SCALES + token]) * ratio) * 0x00010001u;
+#endif
     const int turned = turn_halves(quarter, codes, signs);
 #pragma unroll
     for (int word = 0; word < KEY_WORDS; word++) {
@@ -128,7 +158,12 @@ __device__ __forceinline__ void decode_values(const u8* payload, u8* values, int
       u32 y[8];
       code_pairs(y, codes[word]);                      // channels c and c + 8
 #pragma unroll
-      for (int c = 0; c < 8; c++) y[c] = multiply_halves(y[c], scale);
+      for (int c = 0; c < 8; c++)
+#if PAPER
+        y[c] = fma_halves(y[c], scale, centre);
+#else
+        y[c] = multiply_halves(y[c], scale);
+#endif
       x[0] = make_uint4(y[0], y[1], y[2], y[3]);
       x[1] = make_uint4(y[4], y[5], y[6], y[7]);
 #endif
@@ -143,6 +178,9 @@ extern "C" __global__ void __launch_bounds__(WGMMA_THREADS, 1) decode_all_wgmma(
   u8* memory = unaligned + (-shared_address(unaligned) & 1023);
   __shared__ float reduce[WGMMA_THREADS / 32];
   __shared__ PageFacts facts[2];
+#if PAPER
+  __shared__ float bounds[PAGE / 32];
+#endif
   // Of keys and values by stage: decoded, and no longer needed.
   __shared__ u64 full_keys[2], full_values[2], empty_keys[2], empty_values[2];
   __shared__ int last;
@@ -168,7 +206,7 @@ extern "C" __global__ void __launch_bounds__(WGMMA_THREADS, 1) decode_all_wgmma(
   for (int i = split + tid * p.splits; i < p.pages; i += WGMMA_THREADS * p.splits) used = counts[i] > 0 ? i + 1 : used;
   used = __reduce_max_sync(~0u, used);
   if (lane == 0) atomicMax(&last, used);
-  const float unit = p.scale * load_queries<TILE, WGMMA_THREADS / 32>(p, first, nullptr, reduce, [&](int row, int c, u16 value) {
+  const float unit = KEY_GAIN * p.scale * load_queries<TILE, WGMMA_THREADS / 32>(p, first, nullptr, reduce, [&](int row, int c, u16 value) {
     const int place = decoded_place(c);
     *(u16*)(memory + swizzled(row, place / 8, TILE) + place % 8 * 2) = value;
   });
@@ -196,16 +234,28 @@ extern "C" __global__ void __launch_bounds__(WGMMA_THREADS, 1) decode_all_wgmma(
       asm volatile("bar.sync 1,%0;" :: "n"(PRODUCERS) : "memory");
       if (page < last) start_copy(page, stage ^ 1);
       const u8* index = memory + STAGED + stage * STAGE;
+#if PAPER
+      if (id < PAGE) {
+        const float bound = warp_max(value_bound(index + INDEX_RECORD, id));
+        if (lane == 0) bounds[id / 32] = bound;
+      }
+      asm volatile("bar.sync 1,%0;" :: "n"(PRODUCERS) : "memory");
+      float base = bounds[0];
+#pragma unroll
+      for (int i = 1; i < PAGE / 32; i++) base = fmaxf(base, bounds[i]);
+      const float key_unit = unit, mean_unit = 0.f, ratio = 1.f / base;
+#else
       const float* consts = (const float*)(index + CONSTS);
-      const float base = fmaxf(consts[2], 1e-20f);
+      const float base = fmaxf(consts[2], 1e-20f), key_unit = consts[1] * LEVEL_UNIT * unit, mean_unit = consts[0] * unit, ratio = consts[2] / base;
+#endif
       u8* keys = memory + DECODED + stage * (KEY_BYTES + VALUE_BYTES);
       wait_barrier(&empty_keys[stage], (n >> 1 & 1) ^ 1);
-      if (id == 0) facts[stage] = {count, fmaxf(consts[1] * LEVEL_UNIT * unit, 1e-25f), consts[0] * unit, lg2(base), 1.f / base};
+      if (id == 0) facts[stage] = {count, fmaxf(key_unit, 1e-25f), mean_unit, lg2(base), 1.f / base};
       decode_keys(index, keys, id);
       asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
       arrive_barrier(&full_keys[stage]);
       wait_barrier(&empty_values[stage], (n >> 1 & 1) ^ 1);
-      decode_values(index + INDEX_RECORD, keys + KEY_BYTES, id, consts[2] / base);
+      decode_values(index + INDEX_RECORD, keys + KEY_BYTES, id, ratio);
       asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
       arrive_barrier(&full_values[stage]);
     }

@@ -1,5 +1,5 @@
 // The parts of a row's attention blocks become its output: a block a query head, a lane four
-// neighbouring channels of every eighth part; then the sum is rotated back.
+// neighbouring channels of every eighth part; then the sum is rotated back, where a preset rotates.
 constexpr int MERGE_WARPS = 8;
 
 extern "C" __global__ void __launch_bounds__(MERGE_WARPS * 32, 2) merge(const __grid_constant__ Params p) {
@@ -70,5 +70,6 @@ extern "C" __global__ void __launch_bounds__(MERGE_WARPS * 32, 2) merge(const __
   const float gain = rotation_gain() / total;
 #pragma unroll
   for (int r = 0; r < R; r++) p.out[out_row * D + r * 32 + lane] = sum[r] * gain * sign_of(r * 32 + lane, 2);
-  if (lane == 0) p.lse[out_row] = (best + lg2(total)) * 0.69314718f;
+  const float offset = PAPER ? p.offsets[(i64)row * G + head] * p.scale : 0.f;   // what all logits lack
+  if (lane == 0) p.lse[out_row] = (best + lg2(total) + offset) * 0.69314718f;
 }

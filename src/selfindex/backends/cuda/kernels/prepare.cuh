@@ -11,24 +11,11 @@ struct QueryMemory {
   int used, tokens, take;        // pages in use, tokens in them, tokens to select
 };
 
-__device__ __forceinline__ void count_tokens(const Params& p, int b, QueryMemory& m, int first, int threads) {
-  int used = 0, tokens = 0;
-#pragma unroll 8
-  for (int i = threadIdx.x - first; i < p.pages; i += threads) {
-    const int n = p.counts[(i64)b * p.pages + i];
-    used = n > 0 ? i + 1 : used;
-    tokens += max(n, 0);
-  }
-  used = __reduce_max_sync(~0u, used);
-  tokens = warp_sum(tokens);
-  if ((threadIdx.x & 31) == 0) { atomicMax(&m.used, used); atomicAdd(&m.tokens, tokens); }
-}
-
 // line: 2 D floats of this warp's own shared memory, for the head dimensions whose rotation needs them.
 __device__ __forceinline__ void prepare_head(const Params& p, int row, int g, QueryMemory& m, float* line, bool publish) {
   const int b = row / p.heads, h = row % p.heads, lane = threadIdx.x & 31;
   const i64 at = b * p.query_row + (i64)(h * G + g) * p.query_head;
-  const float* balance = p.balance + b * p.balance_row + h * D;
+  const float* balance = p.constants + b * p.constants_row + h * D;
   float x[R], divisor[R], top = 0.f;
 #pragma unroll
   for (int r = 0; r < R; r++) {
@@ -87,9 +74,5 @@ template <int WARPS> __device__ __forceinline__ void prepare_row(const Params& p
   if (G >= WARPS) count_tokens(p, b, m, 0, WARPS * 32);
   else if (w >= G) count_tokens(p, b, m, G * 32, (WARPS - G) * 32);
   __syncthreads();
-  if (threadIdx.x == 0) {
-    m.take = max(0, min(min(budget, p.width), m.tokens));
-    if (publish) p.take[row] = m.take;
-  }
-  __syncthreads();
+  fix_budget(p, row, m, budget, publish);
 }

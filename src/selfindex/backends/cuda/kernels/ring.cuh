@@ -59,3 +59,27 @@ struct Ring {
 #endif
   }
 };
+
+// A warp's pages of a block's first .. last - 1: first + w, first + w + WARPS, ...
+template <int WARPS> struct PageReader {
+  const int *table, *counts;
+  const u8* index;
+  u32 entries, stride;   // lane l holds block and count (upper 8 bits) of page n = 32 i + l
+  int start, last, lane, mine;
+  Ring ring;
+
+  __device__ __forceinline__ PageReader(const Params& p, int row, int first, int last, u8* memory, int lane, int w)
+      : table(p.table + (i64)(row / p.heads) * p.pages), counts(p.counts + (i64)(row / p.heads) * p.pages),
+        index(p.index + (i64)(row % p.heads) * INDEX_RECORD), stride((u32)p.index_stride), start(first + w), last(last), lane(lane),
+        mine(max(0, (last - first - w + WARPS - 1) / WARPS)) {
+    entries = entry(lane);
+    ring.open(memory + w * STAGES * SLOT, lane);
+  }
+  __device__ __forceinline__ u32 entry(int n) const {
+    const int page = min(start + n * WARPS, max(last - 1, 0));
+    return (u32)table[page] | (u32)counts[page] << 24; }
+  __device__ __forceinline__ void fetch(int n) {
+    if (n && (n & 31) == 0) entries = entry(n + lane);
+    const u32 name = __shfl_sync(~0u, entries, n);
+    ring.fetch(n % STAGES, n < mine, index + (u64)(name & 0xffffff) * stride, name, lane); }
+};

@@ -1,6 +1,11 @@
 // Randomised Hadamard rotation of one vector a warp (codec/rotation.py), unnormalised:
 //   rotate:  y = H x      rotate_back:  y = H^T x
 // H = Sylvester for powers of two, Sylvester(8) x Paley(12) for 96. Signs come from SplitMix64.
+#if PAPER   // channels stay as they are
+__device__ __forceinline__ float sign_of(int, u64) { return 1.f; }
+template <bool BACK> __device__ __forceinline__ void rotate_any(float*, int, float*) {}
+constexpr int LINE = 1;
+#else
 __device__ __forceinline__ float sign_of(int channel, u64 seed) {
   u64 z = seed + (u64)(channel + 1) * 0x9E3779B97F4A7C15ull;
   z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
@@ -62,6 +67,7 @@ template <bool BACK> __device__ __forceinline__ void rotate_any(float* x, int la
 }
 constexpr int LINE = 1;
 #endif
+#endif
 __device__ __forceinline__ void rotate(float* x, int lane, float* line) { rotate_any<false>(x, lane, line); }
 __device__ __forceinline__ void rotate_back(float* x, int lane, float* line) { rotate_any<true>(x, lane, line); }
-__device__ __forceinline__ float rotation_gain() { return rsqrtf((float)D); }
+__device__ __forceinline__ float rotation_gain() { return PAPER ? 1.f : rsqrtf((float)D); }

@@ -27,12 +27,6 @@ __device__ __forceinline__ void binary_mma(int* d, u32 a0, u32 a1, u32 positive,
       : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
       : "r"(a0), "r"(a1), "r"(~a0), "r"(~a1), "r"(positive), "r"(negative), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3])); }
 
-__device__ __forceinline__ u32 load_shared(u32 at) { u32 v; asm volatile("ld.shared.u32 %0,[%1];" : "=r"(v) : "r"(at)); return v; }
-__device__ __forceinline__ void store_shared(u32 at, u32 v) { asm volatile("st.shared.u32 [%0],%1;" ::"r"(at), "r"(v) : "memory"); }
-__device__ __forceinline__ void load_shared2(u32* to, u32 at) { asm volatile("ld.shared.v2.u32 {%0,%1},[%2];" : "=r"(to[0]), "=r"(to[1]) : "r"(at)); }
-__device__ __forceinline__ void load_shared4(u32* to, u32 at) {
-  asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3},[%4];" : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(at)); }
-
 // Sign words of tokens 2 t and 2 t + 1 of a lane in this round, channels 128 step + 32 j .... Pairs,
 // not four at once, so that a word and its complement meet in one run of registers without copies.
 __device__ __forceinline__ int sign_place(int lane) {
@@ -77,30 +71,21 @@ struct QueryPart {
   }
 };
 
+template <int WARPS> struct Summary {
+  float2 totals[WARPS][HEADS];   // largest logit, sum relative to it; of a warp's pages
+  float2 block_totals[HEADS];
+  float shift[HEADS];
+};
+
 // Sets *ragged if any page is not full.
 template <int WARPS>
 __device__ __forceinline__ void score_pages(const Params& p, int row, int first, int last, u8* ring_memory,
-                                            u32 resident, u8* scratch, float2 (*totals)[HEADS], const QueryMemory& query, bool* ragged) {
+                                            u32 resident, u8* scratch, Summary<WARPS>& summary, const QueryMemory& query, bool* ragged) {
   // Read through a shuffle, the lane and what follows from it stay in registers.
-  const int b = row / p.heads, h = row % p.heads, lane = __shfl_sync(~0u, threadIdx.x, threadIdx.x) & 31, w = threadIdx.x >> 5;
+  const int lane = __shfl_sync(~0u, threadIdx.x, threadIdx.x) & 31, w = threadIdx.x >> 5;
   const int g = lane >> 2, j = lane & 3;
-  const int* table = p.table + (i64)b * p.pages;
-  const int* counts = p.counts + (i64)b * p.pages;
-  const u8* index = p.index + (i64)h * INDEX_RECORD;
-  const int mine = max(0, (last - first - w + WARPS - 1) / WARPS);   // pages of this warp: first + w + n WARPS
-  // Lane l holds block and count (upper 8 bits) of page n = 32 i + l.
-  const auto at = [&](int n) { return min(first + w + n * WARPS, max(last - 1, 0)); };
-  const auto entry = [&](int n) { return (u32)table[at(n)] | (u32)counts[at(n)] << 24; };
-  u32 entries = entry(lane);
-  const u32 stride = (u32)p.index_stride;
-  Ring ring;
-  ring.open(ring_memory + w * STAGES * SLOT, lane);
-  const auto fetch = [&](int n) {
-    if (n && (n & 31) == 0) entries = entry(n + lane);
-    const u32 name = __shfl_sync(~0u, entries, n);
-    ring.fetch(n % STAGES, n < mine, index + (u64)(name & 0xffffff) * stride, name, lane);
-  };
-  fetch(0);
+  PageReader<WARPS> reader(p, row, first, last, ring_memory, lane, w);
+  reader.fetch(0);
   QueryPart part;
   float best[QUADS], total[QUADS];
 #pragma unroll
@@ -115,10 +100,10 @@ __device__ __forceinline__ void score_pages(const Params& p, int row, int first,
   // Offsets of 32 bits, as registers are few.
   u32 chunk_at = w * CHUNK_BYTES + lane * 4;
   u32 crec = (row * p.pages + first + w) * (HEADS + 4) + (lane < 4 ? lane : HEADS + lane - 4);
-  for (int n = 0; n < mine; n++) {
-    const u32 record = ring.wait(n);
+  for (int n = 0; n < reader.mine; n++) {
+    const u32 record = reader.ring.wait(n);
     // Not earlier: with more under way than memory can answer, some multiprocessors wait for all others.
-    fetch(n + 1);
+    reader.fetch(n + 1);
     const u32 name = load_shared(record + SLOT - 16);
     const int here = name & 0xffffff, tokens = name >> 24;
     u32 constants[2], mean[MEAN_WORDS];
@@ -207,17 +192,81 @@ __device__ __forceinline__ void score_pages(const Params& p, int row, int first,
       }
       // The attention wants the logit itself, not the flatter vote.
       const float own = lane < 4 ? offset * (1.f / SELECT_SHARPNESS) : lane == 6 ? __int_as_float(here) : own_constant;
-      if (lane < (quad ? 4 : 7)) p.crec[crec + quad * 4] = own;
+      if (lane < (quad ? 4 : 7)) p.offsets[crec + quad * 4] = own;
     }
     __syncwarp();
     chunk_at += WARPS * CHUNK_BYTES;
     crec += WARPS * (HEADS + 4);
   }
-  ring.close(lane);
+  reader.ring.close(lane);
 #pragma unroll
   for (int quad = 0; quad < QUADS; quad++) {
 #pragma unroll
     for (int m = 4; m < 32; m <<= 1) total[quad] += __shfl_xor_sync(~0u, total[quad], m);
-    if (lane < 4) totals[w][quad * 4 + lane] = make_float2(best[quad], total[quad]);
+    if (lane < 4) summary.totals[w][quad * 4 + lane] = make_float2(best[quad], total[quad]);
+  }
+}
+
+// Keys of a block's tokens, from the mass that all heads' attention has on them, and their histogram.
+template <int WARPS>
+__device__ __forceinline__ void make_keys(const Params& p, SelectMemory<WARPS>& m, const KeyPlaces& keys, const u8* resident, const u8* scratch,
+                                          Summary<WARPS>& summary, const int* counts, int first, int pages, bool ragged, int rank, int size) {
+  const int lane = threadIdx.x & 31, w = threadIdx.x >> 5;
+  for (int head = w; head < HEADS; head += WARPS) {   // lane = warp
+    const float2 own = lane < WARPS ? summary.totals[lane][head] : make_float2(FAR, 0.f);
+    const float best = warp_max(own.x), total = warp_sum(own.y * ex2(own.x - best));
+    if (lane == 0) summary.block_totals[head] = make_float2(best, total);
+  }
+  cluster_sync();
+  for (int head = w; head < HEADS; head += WARPS) {   // lane = block of the cluster
+    const uint2 part = lane < size ? load_remote2(&summary.block_totals[head], lane) : make_uint2(__float_as_uint(FAR), 0);
+    const float own = __uint_as_float(part.x), best = warp_max(own), total = warp_sum(__uint_as_float(part.y) * ex2(own - best));
+    // Codes and totals both carry 2^TOP; read as bfloat16, a code's exponent is 112 too small.
+    if (lane == 0) summary.shift[head] = head < G ? 112.f - best - lg2(fmaxf(total, 1e-30f)) : -1000.f;
+  }
+  __syncthreads();
+  // A lane's tokens are 4 lane + (i ^ order): the permutes put their keys in order.
+  const int order = mix(lane & 7);
+  const u32 keys01 = order == 0 ? 0x3210 : order == 1 ? 0x1032 : order == 2 ? 0x7654 : 0x5476, keys23 = keys01 ^ 0x4444;
+  // Several pages are loaded before the first is needed.
+  constexpr int BATCH = QUADS == 1 ? 4 : 1;
+  for (int start = w; start < pages; start += WARPS * BATCH) {
+    uint4 codes[BATCH][QUADS];
+    float4 maxima[BATCH][QUADS];
+#pragma unroll
+    for (int i = 0; i < BATCH; i++) {
+      const int page = start + i * WARPS < pages ? start + i * WARPS : start;
+      const u8* chunk = (page < p.resident ? resident : scratch) + (i64)page * CHUNK_BYTES;
+#pragma unroll
+      for (int quad = 0; quad < QUADS; quad++) {
+        codes[i][quad] = *(const uint4*)(chunk + quad * 512 + lane * 16);
+        maxima[i][quad] = *(const float4*)(chunk + CHUNK_MAXIMA + quad * 16);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < BATCH; i++) {
+      const int page = start + i * WARPS;
+      if (page >= pages) break;
+      u32 mass[2] = {0x22802280, 0x22802280};   // 2^-58: the smallest key is 1
+#pragma unroll
+      for (int quad = 0; quad < QUADS; quad++) {
+        const uint4 v = codes[i][quad];
+        const float4 top = maxima[i][quad];
+        const u32 words[4] = {v.x, v.y, v.z, v.w};
+        const float tops[4] = {top.x, top.y, top.z, top.w};
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+          if (quad * 4 + j >= G) break;
+          const u32 factor = bfloat_pair(ex2(tops[j] + summary.shift[quad * 4 + j]));
+          mass[0] = multiply_add_bfloat2(words[j] & CODE_PAIR, factor, mass[0]);
+          mass[1] = multiply_add_bfloat2(__funnelshift_r(words[j], words[j], 8) & CODE_PAIR, factor, mass[1]);
+        }
+      }
+      __syncwarp();   // keys overwrite the codes of their own page
+      // 6 exponent and 5 mantissa bits of the mass, 2^-58 .. 2^6.
+      const u32 a = (mass[0] >> 2 & 0x3fff3fff) - 2207 * 0x10001, b = (mass[1] >> 2 & 0x3fff3fff) - 2207 * 0x10001;
+      uint2 pair = make_uint2(prmt(a, b, keys01), prmt(a, b, keys23));
+      put_keys(m, keys.at(page), pair, ragged ? counts[first + page] : PAGE, lane);
+    }
   }
 }

@@ -22,6 +22,19 @@ struct KeyPlaces {
     return page < split ? near + page * near_stride : far + (i64)page * far_stride; }
 };
 
+// Keys of a lane's tokens, 4 lane .. 4 lane + 3 of a page that has `count`: to their place and the histogram.
+template <int WARPS> __device__ __forceinline__ void put_keys(SelectMemory<WARPS>& m, u8* page, uint2 pair, int count, int lane) {
+  const int present = count - lane * 4;
+  if (present < 4) pair.y &= present == 3 ? 0xffff : 0;
+  if (present < 2) pair.x &= present == 1 ? 0xffff : 0;
+  *(uint2*)(page + lane * 8) = pair;
+  // Bin 0 counts what does not exist; nobody reads it.
+  atomicAdd(&m.histogram[pair.x & 0xffff], 1u);
+  atomicAdd(&m.histogram[pair.x >> 16], 1u);
+  atomicAdd(&m.histogram[pair.y & 0xffff], 1u);
+  atomicAdd(&m.histogram[pair.y >> 16], 1u);
+}
+
 // Bit i is set where key i of eight is >= the threshold (1 .. 2048).
 __device__ __forceinline__ u32 at_least(const uint4& keys, u32 threshold) {
   const u32 add = (0x8000 - threshold) * 0x10001;   // carries into bit 15 of a half

@@ -29,19 +29,6 @@ constexpr int ROW_THREADS = D / 4;                               // threads that
 constexpr int VALUE_HEADS = G < 4 ? G : 4;
 constexpr float LN2 = 0.69314718f, INV_LN2 = 1.44269504f;
 
-// Four neighbouring elements of the model's dtype.
-__device__ __forceinline__ float4 load4(const void* p, i64 i) {
-#if IN_TYPE == 0
-  return *(const float4*)((const float*)p + i);
-#else
-  const uint2 v = *(const uint2*)((const u16*)p + i);
-#if IN_TYPE == 1
-  return make_float4(half_to_float(v.x & 0xffff), half_to_float(v.x >> 16), half_to_float(v.y & 0xffff), half_to_float(v.y >> 16));
-#else
-  return make_float4(__uint_as_float(v.x << 16), __uint_as_float(v.x & 0xffff0000u), __uint_as_float(v.y << 16), __uint_as_float(v.y & 0xffff0000u));
-#endif
-#endif
-}
 __device__ __forceinline__ void copy_element(void* to, i64 at, const void* from, i64 i) {
 #if IN_TYPE == 0
   ((float*)to)[at] = ((const float*)from)[i];

@@ -1,0 +1,2 @@
+// First in the modules of the paper preset.
+#define PAPER 1

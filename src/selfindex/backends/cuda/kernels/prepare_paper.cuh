@@ -1,0 +1,115 @@
+// Query preparation of the paper preset, by every block for its own row. A token's score is a sum over
+// groups of 4 channels of a table of 16 entries, the codebook times the group's mean query; the table is
+// also
+//   T[code] = c + sum over the 15 sets S of bits of u_S parity(code & S),    u_S = -1/8 sum_code T[code] (-1)^parity(code & S)
+// and parities of all 8 groups of a word are a few exclusive-ors of the word with itself. So a score is
+// a product of bits and weights u, which 16-bit integers keep as bit planes (score_paper.cuh). c does not
+// change the order. A parity has its bit in one of four feature words, at the place 4 group + bit:
+//   {b}     {b, b+1}     {b, b+1, b+2}     {0,2} {1,3} {0,1,2,3} -      bits of a group, modulo 4
+constexpr int FEATURES = 4;                 // words
+constexpr int LARGEST_WEIGHT = 32767;
+
+struct QueryMemory {
+  float mean[D];                            // query of the row's heads
+  int weights[D / 4][16];                   // of the sets of a group's bits
+  u32 planes[16][FEATURES][R];              // bit, feature word, word of 32 channels
+  float largest[16];                        // of a warp
+  int least, range;                         // least possible sum of weights, and from there to the largest
+  int used, tokens, take;                   // pages in use, tokens in them, tokens to select
+};
+
+// What attention and merge need of a query head: bytes of query times largest key of a channel; q.mean.
+__device__ __forceinline__ void publish_head(const Params& p, int row, int g) {
+  const int b = row / p.heads, h = row % p.heads, lane = threadIdx.x & 31;
+  const i64 at = b * p.query_row + (i64)(h * G + g) * p.query_head;
+  const float* constants = p.constants + b * p.constants_row + (i64)h * CONSTANTS;
+  float x[R], offset = 0.f, top = 0.f;
+#pragma unroll
+  for (int r = 0; r < R; r++) {
+    x[r] = load_input(p.query, at + r * 32 + lane);
+    offset = fmaf(x[r], constants[r * 32 + lane], offset);
+    x[r] *= constants[D + r * 32 + lane];
+    top = fmaxf(top, fabsf(x[r]));
+  }
+  top = fmaxf(warp_max(top), 1e-30f);
+  offset = warp_sum(offset);
+  const float inverse = QUERY_RANGE / top;
+  u8* fragment = p.qfrag + ((i64)row * G + g) * 2 * FRAGMENT;
+#pragma unroll
+  for (int r = 0; r < R; r++) {
+    const int c = r * 32 + lane, v = __float2int_rn(x[r] * inverse), hi = (v + 64) >> 7, lo = v - (hi << 7);
+    const int place = (c & ~7) + (c & 1) * 4 + (c & 7) / 2;   // even channels of eight, then odd ones
+    fragment[place] = (u8)hi;
+    fragment[FRAGMENT + place] = (u8)lo;
+  }
+  if (lane == 0) {
+    p.qstep[(i64)row * G + g] = top / QUERY_RANGE;
+    p.offsets[(i64)row * G + g] = offset;
+  }
+}
+
+// Everything in QueryMemory; one block of a row publishes what the attention needs of it.
+template <int WARPS> __device__ __forceinline__ void prepare_row(const Params& p, int row, QueryMemory& m, bool publish) {
+  constexpr int THREADS = WARPS * 32, ENTRIES = 4 * D;   // of the tables, a multiple of a warp
+  const int b = row / p.heads, h = row % p.heads, tid = threadIdx.x, lane = tid & 31, w = tid >> 5;
+  const float* codebook = p.constants + b * p.constants_row + (i64)h * CONSTANTS + 2 * D;
+  if (tid == 0) m.used = m.tokens = m.least = m.range = 0;
+  __syncthreads();
+  wait_previous();
+  const int budget = p.budgets[b];
+  for (int c = tid; c < D; c += THREADS) {
+    float sum = 0.f;
+#pragma unroll
+    for (int g = 0; g < G; g++) sum += load_input(p.query, b * p.query_row + (i64)(h * G + g) * p.query_head + c);
+    m.mean[c] = sum / G;
+  }
+  if (publish) for (int g = w; g < G; g += WARPS) publish_head(p, row, g);
+  count_tokens(p, b, m, 0, THREADS);
+  __syncthreads();
+  // The transform runs over 16 neighbouring lanes.
+  const float sign = p.scale > 0.f ? -1.f : p.scale < 0.f ? 1.f : 0.f;
+  float largest = 0.f;
+  for (int i = tid; i < ENTRIES; i += THREADS) {
+    float x = 0.f;
+#pragma unroll
+    for (int c = 0; c < 4; c++) x = fmaf(codebook[i * 4 + c], m.mean[i / 16 * 4 + c], x);
+#pragma unroll
+    for (int s = 1; s < 16; s <<= 1) {
+      const float other = __shfl_xor_sync(~0u, x, s);
+      x = lane & s ? other - x : x + other;
+    }
+    x = lane & 15 ? x * sign : 0.f;
+    m.weights[i / 16][i % 16] = __float_as_int(x);
+    largest = fmaxf(largest, fabsf(x));
+  }
+  largest = warp_max(largest);
+  if (lane == 0) m.largest[w] = largest;
+  __syncthreads();
+  largest = 1e-30f;
+#pragma unroll
+  for (int i = 0; i < WARPS; i++) largest = fmaxf(largest, m.largest[i]);
+  int least = 0, range = 0;
+  for (int i = tid; i < ENTRIES; i += THREADS) {
+    int& weight = m.weights[i / 16][i % 16];
+    weight = __float2int_rn(__int_as_float(weight) * (LARGEST_WEIGHT / largest));
+    least += min(weight, 0);
+    range += abs(weight);
+  }
+  least = warp_sum(least);
+  range = warp_sum(range);
+  if (lane == 0) { atomicAdd(&m.least, least); atomicAdd(&m.range, range); }
+  __syncthreads();
+  for (int unit = w; unit < FEATURES * R; unit += WARPS) {   // lane = bit of a feature word
+    const int feature = unit / R, word = unit % R;
+    const u32 sets = feature == 0 ? 0x8421 : feature == 1 ? 0x9C63 : feature == 2 ? 0xBDE7 : 0x0FA5;
+    const int weight = m.weights[word * 8 + (lane >> 2)][sets >> 4 * (lane & 3) & 15];
+    u32 own = 0;   // lane = bit of the weights
+#pragma unroll
+    for (int bit = 0; bit < 16; bit++) {
+      const u32 plane = __ballot_sync(~0u, weight >> bit & 1);
+      if (lane == bit) own = plane;
+    }
+    if (lane < 16) m.planes[lane][feature][word] = own;
+  }
+  fix_budget(p, row, m, budget, publish);
+}
