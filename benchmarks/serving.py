@@ -123,10 +123,8 @@ def measure(arguments: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         config = LLAMA | {"num_hidden_layers": arguments.layers}
         Path(folder, "config.json").write_text(json.dumps(config))
-        # With one GPU the engine's counts can be asked for, in this process.
-        os.environ.setdefault(
-            "VLLM_ENABLE_V1_MULTIPROCESSING", "0" if arguments.tensor_parallel == 1 else "1"
-        )
+        # The engine's counts can be asked for in this process; workers of several GPUs have their own.
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         start = time.perf_counter()
         engine = make_engine(folder, arguments)
         import vllm

@@ -1,5 +1,6 @@
 """Engines on tiny random models, with a record of the steps that their schedulers make."""
 
+import gc
 import random
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -71,6 +72,7 @@ class Recorded:
     engine: object
     steps: list = field(default_factory=list)
     asked: dict = field(default_factory=dict)
+    metrics: list = field(default_factory=list)
 
     @property
     def core(self):
@@ -97,8 +99,10 @@ class Recorded:
         return [[list(one.token_ids) for one in output.outputs] for output in outputs]
 
     def metric(self, name):
-        found = [getattr(m, "value", 0) for m in self.engine.get_metrics() if m.name == f"vllm:{name}"]
-        return sum(x or 0 for x in found)
+        """Sum of a metric, also when the engine is gone."""
+        if self.engine is not None:
+            self.metrics = [(m.name, getattr(m, "value", 0) or 0) for m in self.engine.get_metrics()]
+        return sum(value for found, value in self.metrics if found == f"vllm:{name}")
 
     def used_blocks(self):
         """Blocks that requests hold; those that only prefix caching remembers are free."""
@@ -121,7 +125,7 @@ def serving(folder, selfindex, **options):
         "enable_prefix_caching": False,
         "disable_log_stats": False,
         "skip_tokenizer_init": True,
-        "gpu_memory_utilization": 0.3,
+        "gpu_memory_utilization": 0.1,
     }
     if DEVICE == "cpu":
         del defaults["gpu_memory_utilization"]
@@ -145,5 +149,9 @@ def serving(folder, selfindex, **options):
     try:
         yield recorded
     finally:
+        recorded.metric("")
         engine.llm_engine.engine_core.shutdown()
-        del engine
+        recorded.engine = engine = scheduler = schedule = None
+        gc.collect()
+        if DEVICE == "cuda":
+            torch.cuda.empty_cache()

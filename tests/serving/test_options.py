@@ -1,7 +1,7 @@
 """What is refused at start, each with one sentence, and what the options turn into."""
 
 import pytest
-from serving.engines import make_model, serving
+from serving.engines import make_model, prompts, serving
 
 from selfindex.versions import vllm_problem
 
@@ -65,3 +65,10 @@ def test_versions(version, served):
     problem = vllm_problem(version)
     assert (problem is None) == served
     assert served or "vLLM" in problem
+
+
+def test_an_engine_without_the_option_is_as_ever(folder):
+    with serving(folder, None) as recorded:
+        recorded.generate(prompts(40), 4)
+        assert not any(name.endswith(".window") for name in recorded.layers)
+        assert not recorded.constants()

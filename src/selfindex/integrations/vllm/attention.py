@@ -82,7 +82,6 @@ class PageAttention(AttentionImpl):
         """The first call that can find this object's layer: give it its spec, and its window a layer."""
         layers = self.engine.compilation_config.static_forward_context
         name, layer = next((n, x) for n, x in layers.items() if getattr(x, "impl", None) is self)
-        specs.register()
         fix_at_start()
         self.window_name = name + SUFFIX
         self.constants = self.constants.to(self.engine.device_config.device)

@@ -266,6 +266,8 @@ def _measure(runner: Any, layers: dict[str, Any]) -> dict[str, Tensor]:
         positions = positions.expand(3, -1)
     init_logger("vllm.selfindex").info("measuring the balance of keys on %d tokens", len(ids))
     engine = runner.vllm_config
+    if engine.lora_config is not None:  # which adapters act is said anew for each batch: none do here
+        runner._set_active_loras((0,), (0,) * len(ids), set())
     with (
         _measuring(runner) as notes,
         set_forward_context(None, engine, num_tokens=len(ids), skip_compiled=True),

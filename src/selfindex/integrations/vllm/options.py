@@ -57,13 +57,17 @@ def check(vllm_config: Any) -> None:
     # Layers with a window of their own stay with the engine.
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-    if attention.backend is not None:
+    if not _checked(vllm_config):
         attention.backend_per_kind = {
             "full_attention": AttentionBackendEnum.CUSTOM
         } | attention.backend_per_kind
         attention.backend = None
-    if not cache.user_specified_block_size:
         cache.block_size, cache.user_specified_block_size = config.page_size, True
+
+
+def _checked(vllm_config: Any) -> bool:
+    """Whether `check` has been here before: processes do so once more, when the engine has changed sizes."""
+    return vllm_config.attention_config.backend is None
 
 
 def _refusals(config: SelfIndexConfig, vllm_config: Any) -> Iterator[tuple[bool, type[Exception], str]]:
@@ -105,7 +109,9 @@ def _refusals(config: SelfIndexConfig, vllm_config: Any) -> Iterator[tuple[bool,
         f"--kv-cache-dtype {cache.cache_dtype}: selfindex encodes the cache itself, leave this out",
     )
     yield (
-        cache.user_specified_block_size and cache.block_size != config.page_size,
+        cache.user_specified_block_size
+        and not _checked(vllm_config)
+        and cache.block_size != config.page_size,
         ConfigError,
         f"--block-size {cache.block_size} is not page_size {config.page_size}, leave it out",
     )

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
@@ -103,10 +104,8 @@ def window_spec(geometry: Geometry, padded: int, batches: int) -> WindowSpec:
     )
 
 
-def register() -> None:
-    """Tell the engine who manages these specs."""
-    from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
-
-    KVCacheSpecRegistry._ensure_registered()  # otherwise it takes ours for all there are
-    KVCacheSpecRegistry.register(PageSpec, FullAttentionManager, uniform_type_base_spec=FullAttentionSpec)
-    KVCacheSpecRegistry.register(WindowSpec, WindowManager)
+# Tell who manages them, wherever they come to: the process that schedules gets them from those that run
+# the model. Asked first, lest the registry takes ours for all there are.
+KVCacheSpecRegistry._ensure_registered()
+KVCacheSpecRegistry.register(PageSpec, FullAttentionManager, uniform_type_base_spec=FullAttentionSpec)
+KVCacheSpecRegistry.register(WindowSpec, WindowManager)
