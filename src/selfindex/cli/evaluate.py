@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,18 +25,34 @@ if TYPE_CHECKING:
 
 def evaluate(
     model: str = typer.Argument(SMOLLM2, help="Folder, .gguf file or hub id of a model; or smollm2."),
-    suite: str = typer.Option("quick", help="quick (minutes on 2 cores) or full (for a GPU)."),
-    part: list[str] = typer.Option([], help="Only this part: fidelity, layers, tasks, heatmap. Repeatable."),
+    suite: str = typer.Option("quick", help="quick (minutes on 2 cores), full or long (for a GPU)."),
+    part: list[str] = typer.Option(
+        [], help="Only this part: fidelity, layers, tasks, heatmap, batches. Repeatable."
+    ),
     text: list[str] = typer.Option(
         [], help="Text to read: a UTF-8 file, or manual, stdlib. Repeatable; without it, these two."
     ),
     output: Path = typer.Option(Path("selfindex-eval"), help="Folder of the results."),
     budget: str = BUDGET,
-    method: list[str] = typer.Option([], help="Only methods whose name starts so (and dense). Repeatable."),
-    task: list[str] = typer.Option([], help="Only this task instead of the suite's. Repeatable."),
-    length: list[int] = typer.Option([], help="Tokens of context instead of the suite's. Repeatable."),
+    method: list[str] = typer.Option(
+        [], "--method", "--methods", help="Only methods whose name starts so (and dense). Repeatable, or a,b."
+    ),
+    task: list[str] = typer.Option(
+        [],
+        "--task",
+        "--tasks",
+        help="Only this task or group of them: ruler, code, answers. Repeatable, or a,b.",
+    ),
+    length: list[str] = typer.Option(
+        [], "--length", "--lengths", help="Tokens of context instead of the suite's. Repeatable, or a,b."
+    ),
     samples: int = typer.Option(0, help="Samples a task instead of the suite's number."),
-    batch: int = typer.Option(0, help="Prompts at a time; 0 fits the device."),
+    policy: list[str] = typer.Option(
+        [],
+        help="Queries of tasks that select what they read: default (steps; a question reads everything) "
+        "or every. Repeatable, or a,b.",
+    ),
+    batch: int = typer.Option(0, help="Prompts at a time; 0 fits the free memory."),
     device: str = DEVICE,
     dtype: str = typer.Option("float32", help="auto, float32, bfloat16 or float16."),
 ) -> None:
@@ -50,7 +68,7 @@ def evaluate(
         check_budget(share)
         if isinstance(share, int):
             raise CommandError("give the budget as a share (0.05 or 5%): all methods get the same")
-        chosen, parts = _suite(suite, part, method, task, length, samples)
+        chosen, parts = _suite(suite, part, method, task, length, samples, policy)
         texts = _texts(text)
         with err.status(f"loading {model}"):
             loaded = load(model, device, dtype)
@@ -58,31 +76,53 @@ def evaluate(
         _write(result, output)
 
 
+def _listed(given: list[str]) -> list[str]:
+    """Repeated options and lists with commas; a comma before a space belongs to a method's name."""
+    return [name for value in given for name in re.split(r",(?! )", value) if name]
+
+
 def _suite(
-    name: str, parts: list[str], methods: list[str], tasks: list[str], lengths: list[int], samples: int
+    name: str,
+    parts: list[str],
+    methods: list[str],
+    tasks: list[str],
+    lengths: list[str],
+    samples: int,
+    policies: list[str],
 ) -> tuple[Suite, list[str]]:
+    from ..evaluation.methods import POLICIES
     from ..evaluation.suites import PARTS, SUITES
-    from ..evaluation.tasks import TASKS
+    from ..evaluation.tasks import GROUPS, TASKS
 
     if name not in SUITES:
         raise CommandError(f"no suite {name!r}; there are {', '.join(SUITES)}")
-    unknown = sorted(set(parts) - set(PARTS))
-    if unknown:
-        raise CommandError(f"no part {', '.join(unknown)}; there are {', '.join(PARTS)}")
-    strange = sorted(set(tasks) - set(TASKS))
-    if strange:
-        raise CommandError(f"no task {', '.join(strange)}; there are {', '.join(TASKS)}")
     suite = SUITES[name]
+    _check_known("part", parts, PARTS)
     if methods:
-        suite = replace(suite, methods=tuple(methods), heat_methods=tuple(methods))
+        starts = tuple(_listed(methods))
+        suite = replace(suite, methods=starts, heat_methods=starts)
     if tasks:
-        suite = replace(suite, tasks=tuple(tasks))
+        _check_known("task", _listed(tasks), [*GROUPS, *TASKS])
+        named = [member for task in _listed(tasks) for member in GROUPS.get(task, [task])]
+        suite = replace(suite, tasks=tuple(dict.fromkeys(named)))
     if lengths:
-        sizes = tuple(lengths)
+        wrong = [value for value in _listed(lengths) if not value.isdecimal() or int(value) < 1]
+        if wrong:
+            raise CommandError(f"{wrong[0]!r} is not a number of tokens")
+        sizes = tuple(map(int, _listed(lengths)))
         suite = replace(suite, fidelity=sizes, layers=sizes, task_lengths=sizes, heat=sizes)
     if samples:
         suite = replace(suite, samples=samples)
+    if policies:
+        _check_known("policy", _listed(policies), POLICIES)
+        suite = replace(suite, policies=tuple(_listed(policies)))
     return suite, [p for p in PARTS if not parts or p in parts]
+
+
+def _check_known(what: str, names: list[str], known: Iterable[str]) -> None:
+    unknown = sorted(set(names) - set(known))
+    if unknown:
+        raise CommandError(f"no {what} {', '.join(unknown)}; there are {', '.join(known)}")
 
 
 def _texts(names: list[str]) -> dict[str, str]:
@@ -104,7 +144,7 @@ def _run(
     batch: int,
 ) -> dict[str, Any]:
     from ..evaluation.environment import command_line, describe
-    from ..evaluation.methods import head_dim, methods
+    from ..evaluation.methods import head_dim
     from ..evaluation.records import Records
     from ..evaluation.run import Run
     from ..evaluation.summary import summary
@@ -128,8 +168,9 @@ def _run(
             run.run(part)
             bars.update(bar, completed=run.total(part))
     command = command_line("selfindex", *sys.argv[1:])
-    found = summary(records, list(methods(budget, settings["head_dim"])))
-    return {"environment": describe(command), "settings": settings, "suite": asdict(suite)} | found
+    found = summary(records, list(dict.fromkeys([*run.candidates, *run.quiz.candidates])))
+    result = {"environment": describe(command), "settings": settings, "suite": asdict(suite)}
+    return result | found | {"unavailable": run.unavailable}
 
 
 def _bars() -> Progress:

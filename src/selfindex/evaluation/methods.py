@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-from ..config import EVERY_QUERY
+from ..config import EVERY_QUERY, SelfIndexConfig
+from ..errors import InputError
 from ..integrations.transformers import SelfIndexCache
-from .baselines import baseline_cache, baselines
+from .baselines import LIBRARY, LibraryCache, baseline_cache, baselines
 from .baselines.base import Method
-from .cache_layers import ReplacedCache
 from .recording import Recording
 
 OURS: dict[str, dict[str, Any]] = {
@@ -19,12 +19,20 @@ OURS: dict[str, dict[str, Any]] = {
     "selfindex balanced, all tokens": {"budget": 1.0},
 }
 
+POLICIES = {"default": SelfIndexConfig().sparse_queries, "every": EVERY_QUERY}
+"""Which queries select what they read, as `sparse_queries`: "default", the steps that decode a reply, while a
+question reads everything that is stored; "every", those of the question as well.
+"""
+STRESS = ", every query"
+"""What the policy "every" adds to a method's name where both are compared."""
+
 
 class Candidate(NamedTuple):
     """A cache under test.
 
     Attributes:
-        make: cache of (model, recorded prefix); the recording is left as it is.
+        make: cache of (model, recorded prefix); the recording is left as it is. Raises
+            `baselines.Unavailable` where the method cannot run.
         stored, read: bytes per token and KV head that are held, and read by a decode step; None
             where `own_bytes` of the filled cache knows.
     """
@@ -34,26 +42,63 @@ class Candidate(NamedTuple):
     read: float | None
 
 
-def methods(budget: float, head_dim: int) -> dict[str, Candidate]:
+def methods(budget: float, head_dim: int, policy: str = "every") -> dict[str, Candidate]:
     """All candidates by name; sparse ones read the same share `budget` of the prefix."""
-    found = {name: _baseline(method, head_dim) for name, method in baselines(budget).items()}
+    queries = POLICIES[policy]
+    every = {name: _baseline(m, head_dim, queries) for name, m in baselines(budget, head_dim).items()}
+    every |= {name: _library(cache, head_dim) for name, cache in LIBRARY.items()}
     for name, options in OURS.items():
         share = "" if "budget" in options else f" {100 * budget:g} %"
-        found[name + share] = Candidate(_ours({"budget": budget} | options), None, None)
+        every[name + share] = Candidate(_ours({"budget": budget} | options, queries), None, None)
+    return every
+
+
+def selecting(budget: float, head_dim: int) -> list[str]:
+    """Names of the methods that depend on the policy."""
+    found = [name for name, method in baselines(budget, head_dim).items() if method.selects]
+    return found + [f"{name} {100 * budget:g} %" for name in OURS if "budget" not in OURS[name]]
+
+
+def answering(budget: float, head_dim: int, policies: Sequence[str]) -> dict[str, Candidate]:
+    """Candidates for tasks, under one policy or both.
+
+    Raises:
+        InputError: there is no such policy.
+    """
+    unknown = [policy for policy in policies if policy not in POLICIES]
+    if unknown or not policies:
+        raise InputError(f"no policy {', '.join(unknown) or 'given'}; there are {', '.join(POLICIES)}")
+    found = methods(budget, head_dim, "default")
+    depend = selecting(budget, head_dim)
+    if "every" in policies:
+        stress = methods(budget, head_dim, "every")
+        found |= {name + STRESS: stress[name] for name in depend}
+    if "default" not in policies:
+        found = {name: candidate for name, candidate in found.items() if name not in depend}
     return found
 
 
-def _baseline(method: Method, head_dim: int) -> Candidate:
-    def make(model: Any, recording: Recording) -> ReplacedCache:
-        return baseline_cache(model, recording, method)
+def wanted(names: Iterable[str], starts: Sequence[str]) -> list[str]:
+    """Names that begin with one of `starts`, and the dense model's; all of them if `starts` is empty."""
+    return [name for name in names if name == "dense" or not starts or name.startswith(tuple(starts))]
+
+
+def _baseline(method: Method, head_dim: int, sparse_queries: int) -> Candidate:
+    def make(model: Any, recording: Recording) -> Any:
+        return baseline_cache(model, recording, method, sparse_queries)
 
     return Candidate(make, method.bytes_per_token(head_dim), method.bytes_read(head_dim))
 
 
-def _ours(options: dict[str, Any]) -> Callable[[Any, Recording], SelfIndexCache]:
+def _library(cache: LibraryCache, head_dim: int) -> Candidate:
+    size = cache.bytes_per_token(head_dim)
+    return Candidate(cache.make, size, size)
+
+
+def _ours(options: dict[str, Any], sparse_queries: int) -> Callable[[Any, Recording], SelfIndexCache]:
     def make(model: Any, recording: Recording) -> SelfIndexCache:
         # Without the floor under the budget, so that all methods read the same share.
-        fair: dict[str, Any] = {"min_tokens": 1, "dense_below": 0, "sparse_queries": EVERY_QUERY}
+        fair: dict[str, Any] = {"min_tokens": 1, "dense_below": 0, "sparse_queries": sparse_queries}
         return recording.fill(SelfIndexCache(model, **fair, **options))
 
     return make

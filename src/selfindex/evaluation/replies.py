@@ -2,38 +2,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .greedy import end_tokens, greedy
-from .recording import Recording, record
-from .tasks import Sample, score
+from .recording import Recording, joined, record
+from .tasks import Sample
+
+PASS_TOKENS = 1 << 15
+"""Tokens that are read in one pass over some of the documents, or one document if it has more."""
 
 
 def read(model: Any, samples: Sequence[Sample]) -> Recording:
     """Prefill the documents of samples of equal length."""
-    documents = torch.tensor([sample.document for sample in samples], device=model.device)
-    return record(model, documents)
+    documents = torch.tensor([sample.document for sample in samples])
+    rows = max(1, PASS_TOKENS // documents.shape[1])
+    return joined([record(model, ids.to(model.device), all_queries=False) for ids in documents.split(rows)])
 
 
-def replies(model: Any, tokenizer: Any, cache: Any, samples: Sequence[Sample]) -> list[str]:
-    """One reply a sample, decoded greedily; a row stops at its end, its limit, or with all answers."""
+def replies(model: Any, tokenizer: Any, cache: Any, samples: Sequence[Sample]) -> list[list[str]]:
+    """The replies of each sample, one a turn, decoded greedily.
+
+    A row stops at its end, its limit, or when its judge has seen enough. In a chat all replies have the
+    tokens they may have, so that rows keep in step and their texts stay what the model said.
+    """
+    if not samples[0].later:
+        return [[text] for text in _until_all_end(model, tokenizer, cache, samples)]
+    found: list[list[str]] = [[] for _ in samples]
+    last = torch.empty(len(samples), 0, dtype=torch.long)
+    for turn in range(len(samples[0].turns)):
+        asked = torch.tensor([sample.turns[turn].question for sample in samples])
+        reply = _exactly(greedy(model, cache, torch.cat((last, asked), 1)), samples[0].new_tokens)
+        last = reply[:, -1:]  # which no pass has read yet
+        for row, tokens in enumerate(reply.tolist()):
+            found[row].append(tokenizer.decode(tokens, skip_special_tokens=True))
+    return found
+
+
+def _exactly(steps: Iterator[Tensor], tokens: int) -> Tensor:
+    return torch.stack([next(steps) for _ in range(tokens)], 1)
+
+
+def _until_all_end(model: Any, tokenizer: Any, cache: Any, samples: Sequence[Sample]) -> list[str]:
     questions, ends = torch.tensor([sample.question for sample in samples]), end_tokens(model)
     produced: list[list[int]] = [[] for _ in samples]
     texts = [""] * len(samples)
     going = set(range(len(samples)))
     for following in greedy(model, cache, questions):
         for row in list(going):
-            token = int(following[row])
+            token, sample = int(following[row]), samples[row]
             if token in ends:
                 going.discard(row)
                 continue
             produced[row].append(token)
             texts[row] = tokenizer.decode(produced[row], skip_special_tokens=True)
-            full = len(produced[row]) >= samples[row].new_tokens
-            if full or score(texts[row], samples[row].answers) == 1:
+            full = len(produced[row]) >= sample.new_tokens
+            if full or sample.judge.finished(texts[row], sample.answers):
                 going.discard(row)
         if not going:
             break

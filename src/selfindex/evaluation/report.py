@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from .markdown import head, row
+from .methods import STRESS
+from .tasks import GROUPS
 
 OURS = "selfindex balanced 5"
 
@@ -23,7 +25,7 @@ def interval(values: list[float], digits: int = 3) -> str:
 
 def bold(name: str) -> str:
     """The default preset stands out."""
-    return f"**{name}**" if name.startswith(OURS) else name
+    return f"**{name}**" if name.startswith(OURS) and not name.endswith(STRESS) else name
 
 
 def fidelity_table(found: dict[str, Any]) -> list[str]:
@@ -47,23 +49,76 @@ def layer_table(found: dict[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
-def task_table(tasks: dict[str, Any]) -> list[str]:
-    """One length: a row a method, a column a task the dense model can do; and what it cannot do."""
+WIDE = 5
+"""Tasks from which on a table gives their scores without intervals."""
+
+
+def task_tables(tasks: dict[str, Any], means: dict[str, Any] | None = None) -> list[str]:
+    """One length: a table a group of tasks, a row a method; and what the dense model cannot do.
+
+    Args:
+        tasks: task -> method -> samples and score.
+        means: group -> method -> mean and what it is less than dense's; None where that is not known.
+    """
     known = {name: rows for name, rows in tasks.items() if len(rows) > 1}
     failed = {name: rows["dense"] for name, rows in tasks.items() if name not in known}
     lines: list[str] = []
-    methods = [m for m in next(iter(known.values()), {}) if all(m in rows for rows in known.values())]
-    if known:
-        lines = head("method", *known, "mean")
-        means = {m: sum(rows[m]["score"][0] for rows in known.values()) / len(known) for m in methods}
-        for method in sorted(methods, key=lambda m: -means[m]):
-            cells = [interval(rows[method]["score"], 2) for rows in known.values()]
-            lines.append(row(bold(method), *cells, number(means[method], 2)))
-        samples = sorted({rows[m]["samples"] for rows in known.values() for m in methods})
-        lines += ["", f"{' to '.join(map(str, samples[:: max(1, len(samples) - 1)]))} samples a task."]
+    left = dict(known)
+    groups = (
+        {}
+        if means is None
+        else {name: [t for t in members if t in known] for name, members in GROUPS.items()}
+    )
+    for group, members in groups.items():
+        if members:
+            table = {name: left.pop(name) for name in members}
+            lines += [*_task_table(table, (means or {}).get(group, {})), ""]
+    if left:
+        lines += [*_task_table(left, {}), ""]
     if failed:
         scores = ", ".join(f"{name} {interval(own['score'], 2)}" for name, own in failed.items())
-        lines += ["", f"The dense model itself fails: {scores}. Nothing can be said about caches there."]
+        lines += [f"The dense model itself fails: {scores}. Nothing can be said about caches there.", ""]
+    return lines
+
+
+def _task_table(tasks: dict[str, Any], means: dict[str, Any]) -> list[str]:
+    methods = [m for m in next(iter(tasks.values())) if all(m in rows for rows in tasks.values())]
+    values = {m: [rows[m]["score"][0] for rows in tasks.values() if "score" in rows[m]] for m in methods}
+    plain = {m: sum(own) / len(tasks) for m, own in values.items() if len(own) == len(tasks)}
+    sizes = all("read" in own for rows in tasks.values() for m in plain for own in [rows[m]])
+    columns = ["method", *(["bytes a token", "read a step"] if sizes else []), *tasks]
+    lines = head(*columns, "mean", *(["less than dense"] if means else []))
+    for method in sorted(methods, key=lambda m: -plain.get(m, -1)):
+        first = next(iter(tasks.values()))[method]
+        cells = [f"{first[key]:.1f}" if key in first else "" for key in ("bytes", "read")] if sizes else []
+        cells += [_task_cell(rows[method], len(tasks) > WIDE) for rows in tasks.values()]
+        own = means.get(method)
+        cells.append(interval(own["mean"], 3) if own else number(plain[method], 2) if method in plain else "")
+        if means:
+            cells.append(interval(own["less"], 3) if own else "")
+        lines.append(row(bold(method), *cells))
+    exact = [name for name, rows in tasks.items() if any("exact" in rows[m] for m in plain)]
+    samples = sorted({rows[m]["samples"] for rows in tasks.values() for m in plain})
+    lines += ["", f"{' to '.join(map(str, samples[:: max(1, len(samples) - 1)]))} samples a task."]
+    for name in exact:
+        hits = ", ".join(f"{m} {number(tasks[name][m]['exact'][0], 2)}" for m in plain)
+        lines += ["", f"Exactly right in {name}: {hits}."]
+    return lines
+
+
+def _task_cell(own: dict[str, Any], short: bool) -> str:
+    if "score" not in own:
+        return str(own["error"])
+    return number(own["score"][0], 2) if short else interval(own["score"], 2)
+
+
+def batch_table(found: dict[str, Any]) -> list[str]:
+    """Scores with one prompt at a time and with several, and how many replies are the same."""
+    lines = head("task", "method", "samples", "score alone", "score together", "same replies")
+    for task, rows in found.items():
+        for method, own in rows.items():
+            cells = [number(own[key], 2) for key in ("score", "together", "same")]
+            lines.append(row(task, bold(method), own["samples"], *cells))
     return [*lines, ""]
 
 
@@ -85,18 +140,25 @@ def report(result: dict[str, Any], figures: list[str]) -> str:
         f"# Quality of {result['settings']['model']}",
         "",
         f"`{environment['command']}`, {environment['date']}, {machine}, torch {environment['torch']}, "
-        f"transformers {environment['transformers']}. Brackets are 95 % bootstrap intervals.",
+        f"transformers {environment['transformers']}. Brackets are 95 % intervals: "
+        "Wilson's for single tasks, else the bootstrap's.",
         "",
     ]
     sections = {
         "fidelity": ("Fidelity to the dense model", fidelity_table),
         "layers": ("Attention, layer by layer", layer_table),
-        "tasks": ("Tasks", task_table),
     }
     for part, (title, table) in sections.items():
         for length, found in result[part].items():
             lines += [f"## {title}, {int(length):,} tokens", "", *table(found)]
+    for length, found in result["tasks"].items():
+        lines += [f"## Tasks, {int(length):,} tokens", "", *task_tables(found, result["means"][length])]
+    if result["batches"]:
+        lines += ["## One prompt at a time or several", "", *batch_table(result["batches"])]
     if result["heatmap"]:
         lines += ["## Needles over length and depth", "", *heat_table(result["heatmap"])]
+    if result["unavailable"]:
+        missing = "; ".join(f"{name}: {why}" for name, why in result["unavailable"].items())
+        lines += [f"Not measured, because they do not run here: {missing}.", ""]
     lines += [f"![{name}]({name})\n" for name in figures]
     return "\n".join(lines).rstrip() + "\n"

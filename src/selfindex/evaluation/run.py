@@ -8,27 +8,30 @@ from functools import partial
 from typing import Any
 
 from ..errors import InputError
+from .baselines import LIBRARY, Unavailable
 from .fidelity import compare, continue_from
 from .layers import measure, observe
-from .methods import Candidate, head_dim, methods, own_bytes
+from .methods import Candidate, answering, head_dim, methods, own_bytes, wanted
+from .quiz import Quiz
 from .recording import Recording, record
 from .records import Records
-from .replies import read, replies
 from .suites import Suite
-from .tasks import TASKS, Sample, Source, needle, score
+from .tasks import TASKS, Sample, Source, needle
 from .tasks.sample import whole_pages
 
 START = 20000
 """First character of a text that is used: past title pages and tables of contents."""
 
-PROBE, FLOOR = 4, 0.25
-"""Where the dense model scores less than FLOOR after PROBE samples, other methods are not run."""
+PROBE, FLOOR = 8, 0.25
+"""Where the dense model scores less than FLOOR on the first PROBE samples, other methods are not run."""
 
 LAYER_QUERIES = 64
 """Queries over which attention is compared layer by layer."""
 
-BATCH_TOKENS = 1 << 17
-"""Tokens of all prompts of a batch on a GPU."""
+NO_MEMORY = "out of memory"
+
+ALONE, TOGETHER = 1, 8
+"""Batch sizes whose replies are compared."""
 
 
 @dataclass
@@ -50,22 +53,31 @@ class Run:
     batch: int | None = None
     tick: Callable[[int], None] = lambda steps: None
     candidates: dict[str, Candidate] = field(init=False)
+    quiz: Quiz = field(init=False)
+    unavailable: dict[str, str] = field(init=False)
 
     def __post_init__(self) -> None:
-        found = methods(self.budget, head_dim(self.model))
-        wanted = self.suite.methods
-        self.candidates = {
-            name: found[name] for name in found if name == "dense" or not wanted or name.startswith(wanted)
-        }
+        suite, dim = self.suite, head_dim(self.model)
+        teacher_forced = methods(self.budget, dim)
+        self.candidates = {name: teacher_forced[name] for name in wanted(teacher_forced, suite.methods)}
+        asked = answering(self.budget, dim, suite.policies)
+        self.quiz = Quiz(
+            self.model,
+            self.tokenizer,
+            {name: asked[name] for name in wanted(asked, suite.methods)},
+            self.batch,
+        )
+        self.unavailable = self.quiz.unavailable
 
     def total(self, part: str) -> int:
         """Records that a part adds at most."""
-        suite, count = self.suite, len(self.candidates)
+        suite, count, asked = self.suite, len(self.candidates), len(self.quiz.candidates)
         return {
             "fidelity": len(suite.fidelity) * len(self.texts) * count,
             "layers": len(suite.layers) * len(self.texts) * count,
-            "tasks": len(suite.tasks) * len(suite.task_lengths) * suite.samples * count,
+            "tasks": len(suite.tasks) * len(suite.task_lengths) * suite.samples * asked,
             "heatmap": len(suite.heat) * suite.depths * suite.heat_samples * len(self._heat_methods()),
+            "batches": len(suite.batch_tasks) * TOGETHER * len(self._batch_methods()),
         }[part]
 
     def run(self, part: str) -> None:
@@ -75,11 +87,15 @@ class Run:
             "layers": self._layers,
             "tasks": self._tasks,
             "heatmap": self._heatmap,
+            "batches": self._batches,
         }
         parts[part]()
 
     def _heat_methods(self) -> list[str]:
-        return [m for m in self.candidates if m == "dense" or m.startswith(self.suite.heat_methods)]
+        return wanted(self.quiz.candidates, self.suite.heat_methods)
+
+    def _batch_methods(self) -> list[str]:
+        return wanted(self.quiz.candidates, (f"selfindex balanced {100 * self.budget:g} %",))
 
     def _prefixes(self, part: str, lengths: tuple[int, ...]) -> Iterator[tuple[str, int, list[str], Any]]:
         """(text, length, methods to run, token ids [1, length + 1]) of what is missing."""
@@ -111,7 +127,11 @@ class Run:
             recording = record(self.model, ids[:, :cut])
             dense = continue_from(self.model, recording.dense_copy(), fed)
             for name in todo:
-                cache, size = self._fill(name, recording)
+                try:
+                    cache, size = self._fill(name, recording)
+                except Unavailable as error:
+                    self.unavailable[name] = str(error)
+                    continue
                 found = compare(dense, continue_from(self.model, cache, fed), targets)
                 tokens = {metric: [round(float(x), 6) for x in values] for metric, values in found.items()}
                 self.records.add(part="fidelity", name=text, length=length, method=name, **size, **tokens)
@@ -123,6 +143,8 @@ class Run:
             recording = record(self.model, ids[:, :cut])
             seen = observe(self.model, recording, ids[:, cut : cut + LAYER_QUERIES])
             for name in todo:
+                if name in LIBRARY:  # their layers do not tell what they read
+                    continue
                 cache, _ = self._fill(name, recording)
                 found = measure(cache, recording, seen, self.budget)
                 self.records.add(part="layers", name=text, length=length, method=name, **found)
@@ -147,7 +169,7 @@ class Run:
                 def make(i: int, task: str = task, length: int = length) -> Sample:
                     return TASKS[task](sources[i % len(sources)], length, i)
 
-                self._replies("tasks", task, length, self.suite.samples, list(self.candidates), make)
+                self._replies("tasks", task, length, self.suite.samples, list(self.quiz.candidates), make)
 
     def _heatmap(self) -> None:
         sources, suite = self._sources(), self.suite
@@ -168,40 +190,82 @@ class Run:
     ) -> None:
         """Score `count` samples, those of a batch with one prefill for all methods."""
         has = partial(self.records.has, part=part, name=name, length=length)
-        size = self.batch or self._batch(length)
+        size = self.quiz.rows(length)
         for first in range(0, count, size):
             rows = range(first, min(first + size, count))
             todo = [m for m in names if not all(has(sample=i, method=m) for i in rows)]
-            self.tick(len(rows) * (len(names) - len(todo)))
+            todo = [m for m in todo if m not in self.unavailable]
             if not todo or (todo[0] != "dense" and self._hopeless(part, name, length)):
-                self.tick(len(rows) * len(todo))
+                self.tick(len(rows) * len(names))
                 continue
-            groups: dict[int, dict[int, Sample]] = {}
-            for i in rows:
-                sample = make(i)
-                groups.setdefault(len(sample.document), {})[i] = sample
-            for group in groups.values():
-                self._group(part, name, length, todo, group)
-            self.tick(len(rows) * len(todo))
+            self.tick(len(rows) * (len(names) - len(todo)))
+            for samples in _by_length({i: make(i) for i in rows}):
+                for recording, group in self.quiz.prefilled(samples):
+                    self._group(part, name, length, todo, recording, group)
 
-    def _group(self, part: str, name: str, length: int, todo: list[str], samples: dict[int, Sample]) -> None:
-        """Score samples with documents of one length, and record what is new."""
-        recording = read(self.model, list(samples.values()))
+    def _group(
+        self,
+        part: str,
+        name: str,
+        length: int,
+        todo: list[str],
+        recording: Recording | None,
+        samples: dict[int, Sample],
+    ) -> None:
+        """Record what methods answer to samples that were read together."""
         for method in todo:
             # Dense comes first, and where it fails there is nothing to compare.
-            if method != "dense" and self._hopeless(part, name, length):
-                continue
-            cache = self.candidates[method].make(self.model, recording)
-            texts = replies(self.model, self.tokenizer, cache, list(samples.values()))
-            for (i, sample), text in zip(samples.items(), texts, strict=True):
+            skipped = method != "dense" and self._hopeless(part, name, length)
+            if recording is not None and not skipped:
+                answered = self.quiz.ask(method, recording, list(samples.values())) or []
+                given = dict(zip(samples, answered, strict=False))
+            else:
+                given = {}
+            for i, sample in samples.items():
                 key = {"part": part, "name": name, "length": length, "sample": i, "method": method}
-                if not self.records.has(**key):
-                    where = {"depth": self._depth(i)} if part == "heatmap" else {}
-                    found = {"score": score(text, sample.answers), "reply": text, "answers": sample.answers}
-                    self.records.add(**key, **where, **found)
+                said = given.get(i)
+                if self.records.has(**key) or skipped or method in self.unavailable:
+                    continue
+                if said is None or said.replies is None:
+                    self.records.add(**key, error=NO_MEMORY)
+                    continue
+                where = {"depth": self._depth(i)} if part == "heatmap" else {}
+                found = sample.scores(said.replies) | said.sizes
+                reply: Any = said.replies if sample.later else said.replies[0]
+                self.records.add(**key, **where, **found, reply=reply, answers=sample.answers)
+            self.tick(len(samples))
 
-    def _batch(self, length: int) -> int:
-        return max(1, BATCH_TOKENS // length) if self.model.device.type == "cuda" else 1
+    def _batches(self) -> None:
+        """Whether replies depend on the number of prompts that are answered at a time."""
+        source, length, methods = self._sources()[0], self.suite.task_lengths[0], self._batch_methods()
+        for task in self.suite.batch_tasks:
+            key = {"part": "batches", "name": task, "length": length}
+            has = partial(self.records.has, **key)
+            todo = [m for m in methods if not all(has(sample=i, method=m) for i in range(TOGETHER))]
+            self.tick(TOGETHER * (len(methods) - len(todo)))
+            # Of one length, as a batch has to be.
+            samples = _by_length({i: TASKS[task](source, length, i) for i in range(2 * TOGETHER)})
+            chosen = list(max(samples, key=len).values())[:TOGETHER]
+            for method in todo:
+                both = (self._said(method, chosen, size) for size in (ALONE, TOGETHER))
+                for i, (sample, one, many) in enumerate(zip(chosen, *both, strict=True)):
+                    if has(sample=i, method=method):
+                        continue
+                    if one is None or many is None:
+                        self.records.add(**key, sample=i, method=method, error=NO_MEMORY)
+                        continue
+                    scores = {"score": sample.scores(one)["score"], "together": sample.scores(many)["score"]}
+                    self.records.add(**key, sample=i, method=method, **scores, same=one == many)
+                self.tick(TOGETHER)
+
+    def _said(self, method: str, samples: list[Sample], size: int) -> list[list[str] | None]:
+        """Replies of a method, `size` prompts at a time; None where there was no memory."""
+        found: list[list[str] | None] = []
+        for first in range(0, len(samples), size):
+            for recording, group in self.quiz.prefilled(dict(enumerate(samples[first : first + size]))):
+                answered = recording and self.quiz.ask(method, recording, list(group.values()))
+                found += [one.replies for one in answered] if answered else [None] * len(group)
+        return found
 
     def _hopeless(self, part: str, name: str, length: int) -> bool:
         if part != "tasks":
@@ -209,6 +273,16 @@ class Run:
         scores = [
             row["score"]
             for row in self.records.of(part)
-            if row["name"] == name and row["length"] == length and row["method"] == "dense"
+            if (row["name"], row["length"], row["method"]) == (name, length, "dense")
+            and row["sample"] < PROBE
+            and "score" in row
         ]
         return len(scores) >= PROBE and sum(scores) / len(scores) < FLOOR
+
+
+def _by_length(samples: dict[int, Sample]) -> list[dict[int, Sample]]:
+    """Samples by the length of their documents."""
+    groups: dict[int, dict[int, Sample]] = {}
+    for i, sample in samples.items():
+        groups.setdefault(len(sample.document), {})[i] = sample
+    return list(groups.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -53,3 +54,24 @@ def difference(a: list[Array], b: list[Array], resamples: int = 1000) -> list[fl
     """[estimate, low, high] of mean(a) - mean(b), paired by query."""
     pairs = [(x - y).reshape(len(x), -1).mean(1) for x, y in zip(a, b, strict=True)]
     return bootstrap(pairs, mean, resamples)
+
+
+def mean_of_means(windows: list[Array], resamples: int = 2000, seed: int = 0) -> list[float]:
+    """[estimate, low, high] (95 %) of the mean over windows of their means, samples resampled within each."""
+    rng = np.random.default_rng(seed)
+    drawn = [w[rng.integers(0, len(w), (resamples, len(w)))].mean(1) for w in windows]
+    low, high = np.quantile(np.mean(drawn, 0), [0.025, 0.975])
+    estimate = np.mean([w.mean() for w in windows])
+    return [round(float(x), 5) for x in (estimate, low, high)]
+
+
+def wilson(values: Array) -> list[float]:
+    """[mean, low, high] (95 %) of scores from 0 to 1, by Wilson's interval.
+
+    Meant for right or wrong, it is wider than need be for scores in between; unlike the bootstrap's, its
+    width is not zero where all samples agree.
+    """
+    n, p, z = len(values), float(values.mean()), 1.959964
+    middle = (p + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    return [round(x, 5) for x in (p, max(0.0, middle - half), min(1.0, middle + half))]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from .tasks import TASKS
 
-PARTS = ("fidelity", "layers", "tasks", "heatmap")
+PARTS = ("fidelity", "layers", "tasks", "heatmap", "batches")
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,9 @@ class Suite:
         fidelity: lengths; `continuation` tokens at their end are predicted.
         layers: lengths at which attention is compared layer by layer.
         tasks: names in TASKS, run at `task_lengths` with `samples` each.
+        policies: names in `methods.POLICIES`: which queries of tasks and heatmap select what they read.
+            Every query does where predictions and attention are compared.
+        batch_tasks: asked at the first of `task_lengths` with one and with several prompts at a time.
         heat: lengths of the needle heatmap; `heat_samples` needles at each of `depths` depths.
     """
 
@@ -28,6 +31,8 @@ class Suite:
     tasks: tuple[str, ...]
     task_lengths: tuple[int, ...]
     samples: int
+    policies: tuple[str, ...]
+    batch_tasks: tuple[str, ...]
     heat: tuple[int, ...]
     depths: int
     heat_samples: int
@@ -43,6 +48,8 @@ SUITES = {
         tasks=("niah_single_2", "passkey"),
         task_lengths=(1024,),
         samples=4,
+        policies=("default",),
+        batch_tasks=("niah_single_2",),
         heat=(512, 1024),
         depths=4,
         heat_samples=1,
@@ -55,10 +62,30 @@ SUITES = {
         layers=(1024, 2048, 4096, 8064),
         tasks=tuple(TASKS),
         task_lengths=(2048, 4096),
-        samples=32,
+        samples=50,
+        policies=("default", "every"),
+        batch_tasks=("niah_multikey_1", "program"),
         heat=(1024, 2048, 4096, 8064),
         depths=10,
         heat_samples=8,
     ),
-}
+    "long": Suite(
+        methods=(
+            "fp8", "KIVI", "TurboQuant", "oracle", "Quest", "DoubleSparse", "SnapKV", "transformers",
+            "selfindex",
+        ),
+        heat_methods=("selfindex balanced 5", "Quest", "SnapKV"),
+        fidelity=(8192, 16384, 32000),
+        continuation=256,
+        layers=(8192,),
+        tasks=tuple(TASKS),
+        task_lengths=(4096, 8192, 16384, 32768),
+        samples=50,
+        policies=("default", "every"),
+        batch_tasks=("niah_multikey_1", "program"),
+        heat=(8192, 16384),
+        depths=10,
+        heat_samples=4,
+    ),
+}  # fmt: skip
 """No methods: all of them."""

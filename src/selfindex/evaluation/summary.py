@@ -9,7 +9,8 @@ import numpy as np
 
 from .records import Records
 from .run import FLOOR
-from .stats import bootstrap
+from .stats import bootstrap, mean_of_means, wilson
+from .tasks import GROUPS
 
 STRETCH = 32
 """Tokens averaged in a row of KL by position."""
@@ -20,7 +21,9 @@ def summary(records: Records, methods: list[str]) -> dict[str, Any]:
     return {
         "fidelity": _fidelity(records.of("fidelity"), methods),
         "layers": _layers(records.of("layers"), methods),
-        "tasks": _tasks(records.of("tasks"), methods),
+        "tasks": (tasks := _tasks(records.of("tasks"), methods)),
+        "means": {length: _means(found) for length, found in tasks.items()},
+        "batches": _batches(records.of("batches"), methods),
         "heatmap": _heatmap(records.of("heatmap"), methods),
     }
 
@@ -101,25 +104,86 @@ def _spread(texts: list[list[list[float]]]) -> dict[str, Any]:
 
 
 def _tasks(rows: list[dict[str, Any]], methods: list[str]) -> dict[str, Any]:
-    """Length -> task -> method -> samples and score; methods only where the dense model can do it."""
+    """Length -> task -> method -> samples, score, bytes; other methods only where the dense model can do it.
+
+    All methods of a task are compared over the same samples: those that all of them have answered which
+    have answered half of what the dense model has. A method that ran out of memory has "error" and no score.
+    """
     found: dict[str, Any] = {}
     for length in _lengths(rows):
         tasks: dict[str, Any] = {}
         for task in dict.fromkeys(row["name"] for row in rows if row["length"] == length):
             here = [row for row in rows if row["length"] == length and row["name"] == task]
-            scores = {
-                m: np.array([row["score"] for row in here if row["method"] == m], dtype=np.float64)
-                for m in methods
+            answered = {m: {row["sample"]: row for row in here if row["method"] == m} for m in methods}
+            dense = answered.get("dense", {})
+            failed = {
+                m: next(row["error"] for row in mine.values() if "error" in row)
+                for m, mine in answered.items()
+                if any("error" in row for row in mine.values())
             }
-            if not len(scores["dense"]):
+            known = {
+                m: mine
+                for m, mine in answered.items()
+                if mine and m not in failed and 2 * len(mine) >= len(dense)
+            }
+            if "dense" not in known:
                 continue
-            tasks[task] = {
-                m: {"samples": len(values), "score": bootstrap([values], block=1)}
-                for m, values in scores.items()
-                # As many samples as dense, so that all methods answer the same ones.
-                if m == "dense" or (scores["dense"].mean() >= FLOOR and len(values) == len(scores["dense"]))
-            }
+            common = sorted(set.intersection(*(set(mine) for mine in known.values())))
+            if not common:
+                continue
+            scored = {m: [mine[i] for i in common] for m, mine in known.items()}
+            able = np.mean([row["score"] for row in scored["dense"]]) >= FLOOR
+            tasks[task] = {m: _scored(own) for m, own in scored.items() if able or m == "dense"}
+            tasks[task] |= {m: {"samples": 0, "error": why} for m, why in failed.items() if able}
         found[str(length)] = tasks
+    return found
+
+
+def _scored(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    scores = [row["score"] for row in rows]
+    own = {"samples": len(rows), "score": wilson(np.array(scores)), "scores": [round(x, 4) for x in scores]}
+    own |= {name: rows[0][name] for name in ("bytes", "read") if name in rows[0]}
+    if "exact" in rows[0]:
+        own["exact"] = wilson(np.array([row["exact"] for row in rows]))
+    return own
+
+
+def _means(tasks: dict[str, Any]) -> dict[str, Any]:
+    """Group -> method -> mean over the group's tasks, and points less than dense, with 95 % intervals.
+
+    Only methods that answered all of the group's tasks that the dense model can do.
+    """
+    found: dict[str, Any] = {}
+    for group, members in GROUPS.items():
+        able = [name for name in tasks if name in members and len(tasks[name]) > 1]
+        for method in tasks[able[0]] if able else ():
+            if all("score" in tasks[name].get(method, {}) for name in able):
+                own = [np.array(tasks[name][method]["scores"]) for name in able]
+                less = [
+                    np.array(tasks[name]["dense"]["scores"]) - x for name, x in zip(able, own, strict=True)
+                ]
+                found.setdefault(group, {})[method] = {
+                    "mean": mean_of_means(own),
+                    "less": mean_of_means(less),
+                }
+    return found
+
+
+def _batches(rows: list[dict[str, Any]], methods: list[str]) -> dict[str, Any]:
+    """Task -> method -> samples, mean score alone and together, share of equal replies."""
+    found: dict[str, Any] = {}
+    for task in dict.fromkeys(row["name"] for row in rows):
+        for method in methods:
+            mine = [r for r in rows if r["name"] == task and r["method"] == method and "same" in r]
+            if mine:
+                means = {
+                    key: round(float(np.mean([row[key] for row in mine])), 4)
+                    for key in ("score", "together", "same")
+                }
+                found.setdefault(task, {})[method] = {
+                    "samples": len(mine),
+                    "length": mine[0]["length"],
+                } | means
     return found
 
 
@@ -127,7 +191,7 @@ def _heatmap(rows: list[dict[str, Any]], methods: list[str]) -> dict[str, Any]:
     """Method -> length -> mean score by depth, from the start to the end."""
     found: dict[str, Any] = {}
     for method in methods:
-        mine = [row for row in rows if row["method"] == method]
+        mine = [row for row in rows if row["method"] == method and "score" in row]
         for length in _lengths(mine):
             depths = sorted({row["depth"] for row in mine if row["length"] == length})
             found.setdefault(method, {})[str(length)] = {

@@ -8,14 +8,18 @@ it keeps; `budget` counts the tokens read in addition to them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
+from ...config import EVERY_QUERY
 from ..cache_layers import ReplacedCache
 from ..recording import Recording
+
+LOGITS = 1 << 27
+"""Logits of a layer that are held at a time."""
 
 SINKS, RECENT = 16, 64
 """Full-precision tokens at both ends, as selfindex keeps them by default."""
@@ -40,10 +44,19 @@ class Stored:
 
 
 class Method(Protocol):
-    """A KV cache."""
+    """A KV cache.
+
+    Attributes:
+        selects: whether queries read some of what is stored, so that it matters which of them select.
+    """
+
+    selects: ClassVar[bool]
 
     def store(self, query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Stored:
-        """Take a prefix: query [Hq, n, d], keys, values [H, n, d], float32."""
+        """Take a prefix: keys, values [H, n, d], and of its queries some [Hq, m, d], float32.
+
+        The last 32 queries at least are the prefix's last.
+        """
 
     def select(self, stored: Stored, query: Tensor, scaling: float) -> Tensor | None:
         """Tokens that queries [H, G, T, d] read: bool [H, T, n], or None for all."""
@@ -73,16 +86,19 @@ class Baseline:
     """One layer's prefix under a method, and the tokens that follow it in full precision.
 
     Methods treat KV heads alone, so the rows of a batch are further heads here: H counts both.
+
+    Args:
+        sparse_queries: in a pass of more tokens than this, all of them read everything that is stored.
     """
 
-    def __init__(self, method: Method, stored: Stored) -> None:
-        self.method, self.stored = method, stored
+    def __init__(self, method: Method, stored: Stored, sparse_queries: int = EVERY_QUERY) -> None:
+        self.method, self.stored, self.sparse_queries = method, stored, sparse_queries
         self.new_keys = self.new_values = stored.keys[:, :0]
 
-    def visible(self, grouped: Tensor, scaling: float) -> Tensor | None:
+    def visible(self, grouped: Tensor, scaling: float, select: bool = True) -> Tensor | None:
         """Tokens that queries [H, G, T, d] attend to: bool [H, T or 1, n], or None for all."""
         stored = self.stored
-        visible = self.method.select(stored, grouped, scaling)
+        visible = self.method.select(stored, grouped, scaling) if select else None
         if visible is not None:
             visible = visible | stored.exact.to(visible.device)
         if stored.kept is not None:
@@ -92,21 +108,36 @@ class Baseline:
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
         """Attention of new tokens, query [B, Hq, T, d] and keys, values [B, H, T, d]: [B, T, Hq, d]."""
-        self.new_keys = torch.cat((self.new_keys, keys.float().flatten(0, 1)), 1)
-        self.new_values = torch.cat((self.new_values, values.float().flatten(0, 1)), 1)
-        stored, (batch, heads) = self.stored, keys.shape[:2]
+        batch, heads = keys.shape[:2]
+        self.new_keys = torch.cat((self.new_keys, keys.flatten(0, 1)), 1)
+        self.new_values = torch.cat((self.new_values, values.flatten(0, 1)), 1)
         grouped = query.float().unflatten(1, (heads, -1)).flatten(0, 1)  # [B H, G, T, d]
-        visible = self.visible(grouped, scaling)
-        logits = grouped @ stored.keys[:, None].transpose(-1, -2) * scaling
+        held = [torch.cat(pair, 1).float() for pair in self._pairs()]
+        t, total = query.shape[2], held[0].shape[1]
+        # Some queries at a time: their logits are what takes memory.
+        rows = max(1, LOGITS // (grouped.shape[0] * grouped.shape[1] * total))
+        out = [
+            self._attend(part, held, total - t + first, scaling, t <= self.sparse_queries)
+            for first, part in zip(range(0, t, rows), grouped.split(rows, 2), strict=True)
+        ]
+        whole = torch.cat(out, 2).unflatten(0, (batch, heads)).flatten(1, 2)
+        return whole.transpose(1, 2).to(query.dtype)
+
+    def _pairs(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        return (self.stored.keys, self.new_keys), (self.stored.values, self.new_values)
+
+    def _attend(self, query: Tensor, held: list[Tensor], first: int, scaling: float, select: bool) -> Tensor:
+        """Of queries [B H, G, T, d] at positions from `first` on, over keys and values [B H, total, d]."""
+        keys, values = held
+        n = self.stored.keys.shape[1]
+        visible = self.visible(query, scaling, select)
+        logits = query @ keys[:, None].mT * scaling
+        at = torch.arange(keys.shape[1], device=query.device)
+        future = at > first + torch.arange(query.shape[2], device=query.device)[:, None]
+        logits.masked_fill_(future, -torch.inf)
         if visible is not None:
-            logits = logits.masked_fill(~visible[:, None], -torch.inf)
-        own = grouped @ self.new_keys[:, None].transpose(-1, -2) * scaling
-        t, total = query.shape[2], self.new_keys.shape[1]
-        causal = torch.ones(t, total, dtype=torch.bool, device=query.device).tril(total - t)
-        weights = torch.cat((logits, own.masked_fill(~causal, -torch.inf)), -1).softmax(-1)
-        n = stored.keys.shape[1]
-        out = weights[..., :n] @ stored.values[:, None] + weights[..., n:] @ self.new_values[:, None]
-        return out.unflatten(0, (batch, heads)).flatten(1, 2).transpose(1, 2).to(query.dtype)
+            logits[..., :n].masked_fill_(~visible[:, None], -torch.inf)
+        return logits.softmax(-1) @ values[:, None]
 
 
 def join(rows: list[Stored]) -> Stored:
@@ -129,13 +160,18 @@ def join(rows: list[Stored]) -> Stored:
     )
 
 
-def baseline_cache(model: Any, recording: Recording, method: Method) -> ReplacedCache:
-    """A cache whose full-attention layers are `method`, filled with recorded prefixes."""
+def baseline_cache(
+    model: Any, recording: Recording, method: Method, sparse_queries: int = EVERY_QUERY
+) -> ReplacedCache:
+    """A cache whose full-attention layers are `method`, filled with recorded prefixes.
+
+    What is stored decodes to the model's dtype, as what attention reads does elsewhere.
+    """
     attentions: dict[int, Baseline] = {}
     for i, (query, keys, values, scaling) in zip(recording.layers, recording.tensors, strict=True):
-        rows = [
-            method.store(q.float(), k.float(), v.float(), scaling)
-            for q, k, v in zip(query, keys, values, strict=True)
-        ]
-        attentions[i] = Baseline(method, join(rows))
+        rows = []
+        for q, k, v in zip(query, keys, values, strict=True):
+            row = method.store(q.float(), k.float(), v.float(), scaling)
+            rows.append(replace(row, keys=row.keys.to(k.dtype), values=row.values.to(v.dtype)))
+        attentions[i] = Baseline(method, join(rows), sparse_queries)
     return ReplacedCache(model, attentions, recording.dense)

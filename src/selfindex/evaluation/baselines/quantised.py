@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -36,6 +37,8 @@ def random_rotation(dim: int, seed: int) -> Tensor:
 
 class Everything(ABC):
     """Base of methods that read all they store."""
+
+    selects: ClassVar[bool] = False
 
     @abstractmethod
     def bytes_per_token(self, head_dim: int) -> float: ...
@@ -109,9 +112,13 @@ class RotatedLloydMax(Everything):
     A random rotation makes coordinates nearly Gaussian; each is rounded to the levels of a unit
     Gaussian times the vector's root mean square, stored in fp16. Its unbiased variant for inner
     products (one more bit for the residual) is not included.
+
+    Args:
+        norm_correction: store the factor with which the decoded vector is as long as the original.
     """
 
     bits: int
+    norm_correction: bool = False
 
     def store(self, query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Stored:
         n, exact = keys.shape[1], full_precision(keys.shape[1])
@@ -122,7 +129,11 @@ class RotatedLloydMax(Everything):
             rms = y.square().mean(-1, keepdim=True).sqrt().half().float().clamp(min=1e-8)
             levels = torch.tensor(LEVELS[self.bits], device=x.device)
             edges = (levels[1:] + levels[:-1]) / 2
-            got = levels[torch.bucketize((y / rms).abs(), edges)] * y.sign() * rms
+            got = levels[torch.bucketize((y / rms).abs(), edges)] * y.sign()
+            factor = (
+                (y.norm(dim=-1, keepdim=True) / got.norm(dim=-1, keepdim=True).clamp(min=1e-8)).half().float()
+            )
+            got = got * (factor if self.norm_correction else rms)
             return torch.where(exact.to(x.device)[:, None], x, got @ rotation)
 
         assert exact.shape[0] == n

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from .base import RECENT, Stored, full_precision, top_tokens
 class Sparse:
     """Base: exact keys and values; `budget` is a share of the prefix's tokens."""
 
+    selects: ClassVar[bool] = True
     budget: float
 
     def store(self, query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Stored:
@@ -129,6 +131,7 @@ class SnapKV(Sparse):
     the window are kept, everything else is gone. Heads of a group vote together.
     """
 
+    selects: ClassVar[bool] = False
     window: int = 32
     kernel: int = 7
 
@@ -153,6 +156,8 @@ class StreamingLLM(Sparse):
 
     Positions stay as they are (the publication renumbers them within the window).
     """
+
+    selects = False
 
     def store(self, query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Stored:
         n = keys.shape[1]

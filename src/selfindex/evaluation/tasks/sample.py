@@ -11,32 +11,57 @@ from typing import Any, Protocol
 
 from ...config import SelfIndexConfig
 from ...errors import InputError
+from .judges import ALL_FOUND, Judge
 
 MARK = "@TEXT@"
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
 
 
 @dataclass(frozen=True)
+class Turn:
+    """One question: token ids that are read, and what the reply to them should hold."""
+
+    question: list[int]
+    answers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Sample:
-    """One prompt. Together, document and question are exactly as long as was asked for.
+    """One prompt. Together, document, questions and replies are no longer than was asked for.
 
     Attributes:
         document: token ids that are read and compressed.
         question: token ids that follow: the end of the document, the question, the reply's start.
-        answers: strings that the reply has to contain.
-        new_tokens: tokens the reply may have.
+        answers: what `judge` looks for in the reply.
+        new_tokens: tokens a reply may have.
+        later: further turns of a chat, whose replies all have `new_tokens` tokens; their
+            questions begin at the end of the reply before.
     """
 
     document: list[int]
     question: list[int]
     answers: tuple[str, ...]
     new_tokens: int
+    judge: Judge = ALL_FOUND
+    later: tuple[Turn, ...] = ()
 
+    @property
+    def turns(self) -> tuple[Turn, ...]:
+        """All questions in order."""
+        return (Turn(self.question, self.answers), *self.later)
 
-def score(reply: str, answers: Sequence[str]) -> float:
-    """RULER's string match: the share of the answers that the reply contains, ignoring case."""
-    reply = reply.lower()
-    return sum(answer.lower() in reply for answer in answers) / len(answers)
+    @property
+    def length(self) -> int:
+        """Tokens that the model holds when all replies are as long as they may be."""
+        asked = sum(len(turn.question) + self.new_tokens for turn in self.turns)
+        return len(self.document) + asked
+
+    def scores(self, replies: Sequence[str]) -> dict[str, float]:
+        """What the judge says of one reply a turn, the mean over the turns."""
+        found = [
+            self.judge.scores(reply, turn.answers) for reply, turn in zip(replies, self.turns, strict=True)
+        ]
+        return {name: sum(one[name] for one in found) / len(found) for name in found[0]}
 
 
 class Maker(Protocol):
@@ -117,14 +142,20 @@ class Source:
 
 
 def assemble(
-    head: list[int], haystack: list[int], tail: list[int], answers: Sequence[str], new: int
+    head: list[int],
+    haystack: list[int],
+    tail: list[int],
+    answers: Sequence[str],
+    new: int,
+    judge: Judge = ALL_FOUND,
+    later: tuple[Turn, ...] = (),
 ) -> Sample:
     """A sample, its document cut where `whole_pages` says; most samples of a task are cut alike and
     make a batch. What the document loses precedes the question.
     """
     prompt = head + haystack + tail
     cut = whole_pages(len(prompt) - len(tail))
-    return Sample(prompt[:cut], prompt[cut:], tuple(answers), new)
+    return Sample(prompt[:cut], prompt[cut:], tuple(answers), new, judge, later)
 
 
 def whole_pages(tokens: int) -> int:

@@ -1,0 +1,234 @@
+"""Questions within the memory that there is: batches are halved, what does not fit at all is a row."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_models import make_model
+from tiny_tokenizer import make_tokenizer
+
+from selfindex.errors import InputError
+from selfindex.evaluation import quiz as quizzes
+from selfindex.evaluation import run as runs
+from selfindex.evaluation.baselines import Unavailable
+from selfindex.evaluation.methods import STRESS, Candidate, answering, wanted
+from selfindex.evaluation.quiz import Quiz
+from selfindex.evaluation.records import Records
+from selfindex.evaluation.report import batch_table, task_tables
+from selfindex.evaluation.run import Run
+from selfindex.evaluation.stats import mean_of_means, wilson
+from selfindex.evaluation.suites import SUITES
+from selfindex.evaluation.summary import summary
+from selfindex.evaluation.tasks import TASKS, Source
+from selfindex.evaluation.texts import load_text
+
+OURS = "selfindex balanced 5 %"
+PAPER = "selfindex paper 5 %"
+LENGTH, CHAT_LENGTH = 1500, 3500
+
+
+@pytest.fixture(scope="module")
+def model():
+    tokenizer = make_tokenizer()
+    options = {"vocab_size": len(tokenizer), "max_position_embeddings": 4096}
+    return make_model("llama", eos_token_id=tokenizer.eos_token_id, bos_token_id=None, **options), tokenizer
+
+
+@pytest.fixture(scope="module")
+def source(model):
+    return Source(model[1], load_text("manual"))
+
+
+def samples(source, task, count=4):
+    found = {i: TASKS[task](source, CHAT_LENGTH if task == "chat" else LENGTH, i) for i in range(count)}
+    assert len({len(sample.document) for sample in found.values()}) == 1
+    return found
+
+
+@pytest.mark.parametrize("task", ["niah_single_2", "chat"])
+@pytest.mark.parametrize("name", ["dense", PAPER, PAPER + STRESS, "Quest 5 %", "KIVI-2"])
+def test_batches_and_single_prompts_agree(model, source, task, name):
+    quiz, given = Quiz(*model, answering(0.05, 64, ("default", "every"))), samples(source, task)
+    (recording, _), *_ = quiz.prefilled(given)
+    together = quiz.ask(name, recording, list(given.values()))
+    alone = []
+    for i, sample in given.items():
+        (single, _), *_ = quiz.prefilled({i: sample})
+        alone += quiz.ask(name, single, [sample])
+    assert [one.replies for one in together] == [one.replies for one in alone]
+    assert all(len(one.replies) == len(given[0].turns) for one in together)
+    assert together[0].sizes["bytes"] > 0
+
+
+def test_every_reply_of_a_chat_has_the_length_of_a_number(model, source):
+    quiz, given = Quiz(*model, answering(0.05, 64, ("default",))), samples(source, "chat", 2)
+    (recording, _), *_ = quiz.prefilled(given)
+    for one in quiz.ask("dense", recording, list(given.values())):
+        assert len(one.replies) == 10
+    assert given[0].new_tokens == len(" 1234567")
+
+
+def scarce(limit, make):
+    """A candidate that has memory for `limit` rows."""
+
+    def limited(model, recording):
+        if recording.queries[0].shape[0] > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return make(model, recording)
+
+    return limited
+
+
+def test_a_method_without_memory_for_the_batch_takes_less_of_it(model, source):
+    candidates = answering(0.05, 64, ("default",))
+    make = candidates[PAPER].make
+    limited = {"some": Candidate(scarce(1, make), 1.0, 1.0), "none": Candidate(scarce(0, make), 1.0, 1.0)}
+    quiz, given = Quiz(*model, candidates | limited), samples(source, "niah_single_2", 3)
+    (recording, _), *_ = quiz.prefilled(given)
+    expected = quiz.ask(PAPER, recording, list(given.values()))
+    found = quiz.ask("some", recording, list(given.values()))
+    assert [one.replies for one in found] == [one.replies for one in expected]
+    assert [one.replies for one in quiz.ask("none", recording, list(given.values()))] == [None] * 3
+
+
+def test_documents_without_memory_for_the_batch_are_read_in_parts(model, source, monkeypatch):
+    quiz, given = Quiz(*model, {}), samples(source, "niah_single_2", 5)
+    real = quizzes.read
+
+    def read(model, some, most=2):
+        if len(some) > most:
+            raise RuntimeError("not enough memory: you tried to allocate")
+        return real(model, some)
+
+    monkeypatch.setattr(quizzes, "read", read)
+    parts = list(quiz.prefilled(given))
+    assert [list(group) for _, group in parts] == [[0, 1], [2], [3, 4]]
+    assert all(recording.queries[0].shape[0] == len(group) for recording, group in parts)
+    monkeypatch.setattr(quizzes, "read", lambda *a: read(*a, most=0))
+    assert [(recording, list(group)) for recording, group in quiz.prefilled(given)] == [
+        (None, [i]) for i in range(5)
+    ]
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory(model, source):
+    def broken(model, recording):
+        raise RuntimeError("shapes do not match")
+
+    quiz, given = Quiz(*model, {"x": Candidate(broken, 1.0, 1.0)}), samples(source, "niah_single_2", 1)
+    (recording, _), *_ = quiz.prefilled(given)
+    with pytest.raises(RuntimeError, match="shapes"):
+        quiz.ask("x", recording, list(given.values()))
+
+
+def test_rows_follow_from_the_free_memory(model, monkeypatch):
+    quiz = Quiz(*model, {})
+    monkeypatch.setattr(quizzes, "free_memory", lambda device: 10**12)
+    assert quiz.rows(1000) == quizzes.MOST_ROWS["cpu"]
+    need = quiz._prompt_bytes(1000)
+    monkeypatch.setattr(quizzes, "free_memory", lambda device: quiz._pass_bytes(1000) + 4.2 * need)
+    assert quiz.rows(1000) == 3
+    monkeypatch.setattr(quizzes, "free_memory", lambda device: 0)
+    assert quiz.rows(1000) == 1
+    assert Quiz(*model, {}, batch=5).rows(1000) == 5
+
+
+def test_policies_name_the_rows():
+    both = list(answering(0.05, 64, ("default", "every")))
+    assert {OURS, OURS + STRESS, "Quest 5 %", "Quest 5 %, every query", "KIVI-2"} <= set(both)
+    assert "KIVI-2, every query" not in both
+    assert "selfindex balanced, all tokens, every query" not in both
+    every = list(answering(0.05, 64, ("every",)))
+    assert OURS not in every
+    assert {OURS + STRESS, "dense", "SnapKV 5 %"} <= set(every)
+    assert wanted(both, ("selfindex balanced 5",)) == ["dense", OURS, OURS + STRESS]
+    with pytest.raises(InputError, match="no policy some"):
+        answering(0.05, 64, ("some",))
+
+
+@pytest.fixture
+def finished(model, tmp_path, monkeypatch):
+    """Tasks of a run in which one method runs out of memory and one is not installed."""
+    monkeypatch.setattr(runs, "FLOOR", 0.0)
+    monkeypatch.setattr("selfindex.evaluation.summary.FLOOR", 0.0)
+    suite = replace(
+        SUITES["quick"],
+        methods=(OURS, "KIVI-2"),
+        tasks=("niah_single_1", "qa_1", "lcc"),
+        task_lengths=(LENGTH,),
+        samples=3,
+        policies=("default", "every"),
+        batch_tasks=("niah_single_1",),
+    )
+    records = Records(tmp_path / "records.jsonl", {})
+    run = Run(*model, suite, {"manual": load_text("manual")}, 0.05, records)
+    candidates = run.quiz.candidates
+    candidates["KIVI-2"] = candidates["KIVI-2"]._replace(make=scarce(0, candidates["KIVI-2"].make))
+
+    def missing(model, recording):
+        raise Unavailable("needs a package")
+
+    candidates["KIVI-2, equal bytes"] = Candidate(missing, 1.0, 1.0)
+    seen = []
+    run.tick = seen.append
+    run.run("tasks")
+    run.run("batches")
+    assert sum(seen) == run.total("tasks") + run.total("batches")
+    return run, records
+
+
+def test_what_did_not_fit_and_what_is_missing_are_rows(finished):
+    run, records = finished
+    assert run.unavailable == {"KIVI-2, equal bytes": "needs a package"}
+    found = summary(records, list(run.quiz.candidates))
+    table = found["tasks"][str(LENGTH)]
+    assert list(table) == ["niah_single_1", "qa_1", "lcc"]
+    assert set(table["lcc"]) == {"dense", OURS, OURS + STRESS, "KIVI-2"}
+    assert table["lcc"]["KIVI-2"] == {"samples": 0, "error": "out of memory"}
+    assert table["lcc"][OURS]["samples"] == 3
+    assert table["lcc"][OURS]["read"] < table["lcc"][OURS]["bytes"]
+    assert 0 <= table["lcc"][OURS]["exact"][0] <= 1
+    means = found["means"][str(LENGTH)]
+    assert set(means) == {"ruler", "code"}
+    assert means["ruler"]["dense"]["less"] == [0, 0, 0]
+    page = "\n".join(task_tables(table, means))
+    assert "| KIVI-2 |" in page
+    assert "out of memory" in page
+    assert "less than dense" in page
+    batches = found["batches"]["niah_single_1"]
+    assert batches["dense"] == {"samples": 8, "length": LENGTH, "score": 0, "together": 0, "same": 1}
+    # The rows of a batch share the balance that their first pages fix.
+    assert 0 < batches[OURS]["same"] <= 1
+    assert "| niah_single_1 |" in "\n".join(batch_table(found["batches"]))
+
+
+def test_a_run_goes_on_with_what_is_missing(finished, model, tmp_path):
+    run, records = finished
+    before = len(records.rows)
+    run.run("tasks")
+    run.run("batches")
+    assert len(records.rows) == before
+
+
+def test_samples_that_not_all_have_answered_do_not_count(finished):
+    run, records = finished
+    records.rows = [
+        row
+        for row in records.rows
+        if not (row["method"] == OURS and row["sample"] == 2 and row["name"] == "lcc")
+    ]
+    table = summary(records, list(run.quiz.candidates))["tasks"][str(LENGTH)]
+    assert {own["samples"] for own in table["lcc"].values()} == {0, 2}
+    assert {own["samples"] for own in table["qa_1"].values()} == {0, 3}
+
+
+def test_intervals():
+    numpy = pytest.importorskip("numpy")
+    # Wilson (1927), for 10 of 10 and 0 of 10: z^2 / (n + z^2).
+    assert wilson(numpy.ones(10)) == [1.0, pytest.approx(0.72247, abs=1e-4), 1.0]
+    assert wilson(numpy.zeros(10)) == [0.0, 0.0, pytest.approx(0.27753, abs=1e-4)]
+    middle = wilson(numpy.array([0.0, 1.0] * 50))
+    assert middle == [0.5, pytest.approx(0.4038, abs=1e-3), pytest.approx(0.5962, abs=1e-3)]
+    windows = [numpy.array([0.0, 1.0] * 50), numpy.ones(20)]
+    estimate, low, high = mean_of_means(windows)
+    assert estimate == 0.75
+    assert (low, high) == (pytest.approx(0.70, abs=0.015), pytest.approx(0.80, abs=0.015))
