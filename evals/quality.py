@@ -12,12 +12,13 @@ from typing import Any
 from selfindex.evaluation import figures
 from selfindex.evaluation.markdown import head, paragraph, row
 from selfindex.evaluation.report import (
+    batch_table,
     fidelity_table,
     heat_table,
     interval,
     layer_table,
     number,
-    task_table,
+    task_tables,
 )
 
 from .designs import open_choices
@@ -44,22 +45,29 @@ def setting(result: dict[str, Any]) -> list[str]:
     )
 
 
+def by_size(evaluations: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The largest model first; results of one model in the order of their files."""
+    return sorted(evaluations, key=lambda result: -result["settings"].get("parameters", 0))
+
+
 def beside_others(evaluations: list[dict[str, Any]]) -> list[str]:
     """Fidelity of all methods."""
     lines = ["## Beside other caches", ""]
     lines += paragraph(
-        "SmolLM2-135M-Instruct (d = 64), teacher-forced over the last tokens of each text; brackets are 95 %",
-        "bootstrap intervals over tokens. Sparse methods read the same share of the tokens, and all keep 16",
-        "sinks and 64 recent tokens in full precision (KIVI its own 128, paper 64 of its choice). Bytes are",
-        'per token and KV head, scales and index included; "read" is what one decode step reads of them. The',
+        "Teacher-forced over the last tokens of each text, every query selecting what it reads; brackets are",
+        "95 % bootstrap intervals over tokens. Sparse methods read the same share of the tokens, and all",
+        "keep 16 sinks and 64 recent tokens in full precision (KIVI its own 128, paper 64 of its choice).",
+        'Bytes are per token and KV head, scales and index included; "read" is what one decode step reads of',
+        "them. The",
         "methods, with their sources: src/selfindex/evaluation/baselines/.",
     )
     for result in evaluations:
         for length, rows in result["fidelity"].items():
-            lines += [f"### {int(length):,} tokens", "", *fidelity_table(rows)]
+            lines += [heading(result, length), "", *fidelity_table(rows)]
         lines += setting(result)
-        tables = {length: rows["methods"] for length, rows in result["fidelity"].items()}
-        figures.pareto(tables, result["settings"]["head_dim"], name_of(result), FIGURES / "pareto.png")
+    leading = evaluations[0]
+    tables = {length: rows["methods"] for length, rows in leading["fidelity"].items()}
+    figures.pareto(tables, leading["settings"]["head_dim"], name_of(leading), FIGURES / "pareto.png")
     lines += ["![Fidelity against bytes held and read](figures/pareto.png)", ""]
     return [*lines, "![KL against the budget, four texts](figures/fidelity.png)", ""]
 
@@ -69,40 +77,71 @@ def name_of(result: dict[str, Any]) -> str:
     return result["settings"]["model"]
 
 
+def heading(result: dict[str, Any], length: str) -> str:
+    """Of the tables of one model at one length."""
+    return f"### {name_of(result)} (d = {result['settings']['head_dim']}), {int(length):,} tokens"
+
+
 def tasks(evaluations: list[dict[str, Any]]) -> list[str]:
-    """RULER and passkey."""
+    """RULER, code completion, long answers, and passkey."""
     lines = ["## Tasks", ""]
     lines += paragraph(
-        "RULER's synthetic tasks (arXiv 2404.06654) and passkey, made from their published definitions by",
-        "src/selfindex/evaluation/tasks/; the haystack is the texts below. The document is read and",
-        "compressed before the question is known; greedy replies; RULER's string match: the share of the",
-        "answers in the reply. All methods answer the same samples; brackets are 95 %",
-        "bootstrap intervals over samples.",
+        "RULER's thirteen tasks (arXiv 2404.06654), completion of code as in LongBench's LCC and",
+        "RepoBench-P, programs by a specification in the document (judged by running tests), passages quoted",
+        "word for word, chats of ten turns, and passkey: made from their published definitions by",
+        "src/selfindex/evaluation/tasks/, which says what differs. The haystack is the texts below; the",
+        "passages that qa_1 and qa_2 ask about are invented, and code is that of models that came to",
+        "transformers since 2025. The document is read and compressed before the question is known; replies",
+        "are greedy. All methods answer the same samples. Brackets are 95 % intervals: Wilson's over the",
+        "samples of a task, the bootstrap's for means over tasks and for what they are less than dense's,",
+        'sample by sample. Rows "every query" are a stress test: the question itself reads only what it',
+        "selects. In the others it reads everything that is stored, as by default, and the steps that decode",
+        "the reply select.",
     )
     for result in evaluations:
         for length, found in result["tasks"].items():
-            lines += [f"### {int(length):,} tokens", "", *task_table(found)]
+            means = result.get("means", {}).get(length)
+            lines += [heading(result, length), "", *task_tables(found, means)]
+        if "policies" not in result["suite"]:
+            lines += paragraph("Measured with every query selecting; the intervals are the bootstrap's.")
+        if result.get("unavailable"):
+            missing = "; ".join(f"{name}: {why}" for name, why in result["unavailable"].items())
+            lines += paragraph(f"Not measured, because they did not run there: {missing}.")
         lines += setting(result)
     return lines
 
 
-def heat(result: dict[str, Any]) -> list[str]:
-    """Needles over length and depth."""
-    lines = ["## Needles over length and depth", ""]
+def batches(evaluations: list[dict[str, Any]]) -> list[str]:
+    """Whether replies depend on the batch."""
+    lines = ["## One prompt at a time or eight", ""]
+    lines += paragraph(
+        "The same samples answered alone and in a batch. Products of other shapes round differently, and the",
+        "rows of a batch share the balance that their first pages fix (with a profile there is one for all).",
+    )
+    for result in evaluations:
+        lines += [f"### {name_of(result)}", "", *batch_table(result["batches"]), *setting(result)]
+    return lines
+
+
+def heat(result: dict[str, Any], draw: bool) -> list[str]:
+    """Needles over length and depth, with the figure if it is this result's."""
+    lines = [f"## Needles over length and depth, {name_of(result)}", ""]
     suite = result["suite"]
     lines += paragraph(
         f"Single needles in the texts (RULER's niah_single_2), {suite['heat_samples']} at each of",
         f"{suite['depths']} depths.",
     )
     lines += heat_table(result["heatmap"])
-    figures.heatmap(result["heatmap"], name_of(result), FIGURES / "needles.png")
-    return [*lines, "![Needles over length and depth](figures/needles.png)", "", *setting(result)]
+    if draw:
+        figures.heatmap(result["heatmap"], name_of(result), FIGURES / "needles.png")
+        lines += ["![Needles over length and depth](figures/needles.png)", ""]
+    return [*lines, *setting(result)]
 
 
-def layers(result: dict[str, Any]) -> list[str]:
-    """What attention reads and misses."""
+def layers(result: dict[str, Any], draw: bool) -> list[str]:
+    """What attention reads and misses, with the figures if they are this result's."""
     length = list(result["layers"])[-1]
-    lines = ["## Attention, layer by layer", ""]
+    lines = [f"## Attention of {name_of(result)}, layer by layer", ""]
     lines += paragraph(
         f"At {int(length):,} tokens: the softmax mass on the tokens that are read, the relative error of",
         "the output, and the share of the oracle's tokens that are read, over the last 64",
@@ -110,11 +149,11 @@ def layers(result: dict[str, Any]) -> list[str]:
         "gets the dense model's queries, keys and values, so that errors of earlier layers do not count.",
     )
     lines += layer_table(result["layers"][length])
-    figures.layers(
-        result["layers"][length], f"{name_of(result)}, {int(length):,} tokens", FIGURES / "layers.png"
-    )
-    lines += ["![By layer](figures/layers.png)", ""]
-    if len(result["layers"]) > 1:
+    if draw:
+        title = f"{name_of(result)}, {int(length):,} tokens"
+        figures.layers(result["layers"][length], title, FIGURES / "layers.png")
+        lines += ["![By layer](figures/layers.png)", ""]
+    if draw and len(result["layers"]) > 1:
         figures.error_by_length(result["layers"], name_of(result), FIGURES / "error-by-length.png")
         lines += ["![Error against the length of the context](figures/error-by-length.png)", ""]
     return [*lines, *setting(result)]
@@ -133,7 +172,8 @@ def positions(result: dict[str, Any]) -> list[str]:
         "## By position",
         "",
         *paragraph(
-            f"KL to the dense model, {int(length):,} tokens, averaged over 32 tokens up to the given one",
+            f"KL to the dense {name_of(result)}, {int(length):,} tokens, averaged over 32 tokens up to the",
+            "given one",
             "after the compressed prefix. What follows the prefix is in full precision, so a",
             "distance that grows",
             "would be an error that feeds on itself.",
@@ -221,7 +261,7 @@ def label(name: str) -> str:
 
 def main() -> None:
     """Write the page and the figures."""
-    evaluations = results("eval-*.json")
+    evaluations = by_size(results("eval-*.json"))
     lines = ["# Quality", ""]
     lines += paragraph(
         "Written by `python -m evals.quality` from evals/results/ and evals/notes.md.",
@@ -229,9 +269,14 @@ def main() -> None:
     )
     lines += beside_others([result for result in evaluations if result["fidelity"]])
     lines += tasks([result for result in evaluations if result["tasks"]])
+    several = [result for result in evaluations if result.get("batches")]
+    lines += batches(several) if several else []
+    drawn: set[str] = set()
     for result in evaluations:
-        lines += heat(result) if result["heatmap"] else []
-        lines += layers(result) if result["layers"] else []
+        for part, section in {"heatmap": heat, "layers": layers}.items():
+            if result[part]:
+                lines += section(result, draw=part not in drawn)
+                drawn.add(part)
         lines += positions(result) if result["fidelity"] else []
     streams, chats = results("stream*.json"), results("chat*.json")
     lines += drift(streams, chats) if streams or chats else []

@@ -2,6 +2,8 @@ import json
 
 import pytest
 
+from selfindex.cli.evaluate import _suite
+
 METHODS = ("--method", "selfindex balanced 5", "--method", "SnapKV")
 
 
@@ -86,9 +88,33 @@ def test_short_texts(invoke, folder, tmp_path):
         ("--suite", "huge", "no suite 'huge'"),
         ("--part", "speed", "no part speed"),
         ("--task", "chess", "no task chess"),
+        ("--task", "niah_single_1,chess", "no task chess; there are ruler, code, answers, niah_single_1"),
+        ("--policy", "some", "no policy some; there are default, every"),
+        ("--lengths", "900,many", "'many' is not a number of tokens"),
         ("--budget", "200", "as a share"),
         ("--text", "nowhere.txt", "is neither one of"),
     ],
 )
 def test_bad_options(fails, folder, option, value, message):
     assert message in fails("eval", folder, option, value)
+
+
+def test_lists_with_commas_and_groups():
+    suite, parts = _suite(
+        "quick", ["tasks"], ["selfindex balanced, 3-bit values,KIVI", "Quest"], ["code,niah_single_1", "lcc"],
+        ["900,1000"], 3, ["default,every"],
+    )  # fmt: skip
+    assert suite.methods == ("selfindex balanced, 3-bit values", "KIVI", "Quest")
+    assert suite.tasks == ("lcc", "repobench_p", "niah_single_1")
+    assert suite.task_lengths == (900, 1000)
+    assert suite.policies == ("default", "every")
+    assert parts == ["tasks"]
+
+
+def test_a_time_limit_stops_and_the_next_run_goes_on(invoke, folder, tmp_path):
+    options = ("--part", "tasks", "--task", "niah_single_1", "--policy", "default,every", "--suite", "full")
+    found = evaluate(invoke, folder, tmp_path / "out", *options, "--minutes", "0.000001")
+    assert found["tasks"] == {}
+    found = evaluate(invoke, folder, tmp_path / "out", *options)
+    assert found["tasks"]["900"]["niah_single_1"]["dense"]["samples"] == 2
+    assert "default" in found["suite"]["policies"]

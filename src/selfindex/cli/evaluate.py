@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import re
 import sys
+import time
 from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -53,6 +55,7 @@ def evaluate(
         "or every. Repeatable, or a,b.",
     ),
     batch: int = typer.Option(0, help="Prompts at a time; 0 fits the free memory."),
+    minutes: float = typer.Option(0.0, help="Stop soon after so many; the next run goes on. 0: no limit."),
     device: str = DEVICE,
     dtype: str = typer.Option("float32", help="auto, float32, bfloat16 or float16."),
 ) -> None:
@@ -72,7 +75,8 @@ def evaluate(
         texts = _texts(text)
         with err.status(f"loading {model}"):
             loaded = load(model, device, dtype)
-        result = _run(loaded, chosen, parts, texts, share, output, batch)
+        deadline = time.monotonic() + 60 * minutes if minutes > 0 else math.inf
+        result = _run(loaded, chosen, parts, texts, share, output, batch, deadline)
         _write(result, output)
 
 
@@ -142,6 +146,7 @@ def _run(
     budget: float,
     output: Path,
     batch: int,
+    deadline: float,
 ) -> dict[str, Any]:
     from ..evaluation.environment import command_line, describe
     from ..evaluation.methods import head_dim
@@ -151,6 +156,7 @@ def _run(
 
     settings: dict[str, Any] = {
         "model": loaded.name,
+        "parameters": sum(x.numel() for x in loaded.model.parameters()),
         "head_dim": head_dim(loaded.model),
         "texts": list(texts),
         "budget": budget,
@@ -161,12 +167,16 @@ def _run(
     }
     records = Records(output / "records.jsonl", settings)
     run = Run(loaded.model, loaded.tokenizer, suite, texts, budget, records, batch or None)
+    run.deadline = deadline
     with _bars() as bars:
         for part in parts:
             bar = bars.add_task(part, total=run.total(part))
             run.tick = lambda steps, bar=bar: bars.advance(bar, steps)  # type: ignore[misc]
             run.run(part)
-            bars.update(bar, completed=run.total(part))
+            if not run.late:
+                bars.update(bar, completed=run.total(part))
+    if run.late:
+        err.print("stopped at the time limit: the same command goes on from here")
     command = command_line("selfindex", *sys.argv[1:])
     found = summary(records, list(dict.fromkeys([*run.candidates, *run.quiz.candidates])))
     result = {"environment": describe(command), "settings": settings, "suite": asdict(suite)}

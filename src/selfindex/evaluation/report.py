@@ -49,7 +49,7 @@ def layer_table(found: dict[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
-WIDE = 5
+WIDE = 7
 """Tasks from which on a table gives their scores without intervals."""
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -42,6 +44,7 @@ class Run:
         texts: name -> text.
         batch: prompts at a time; None fits them to the device.
         tick: called with the number of records that a step added, or found there already.
+        deadline: of `time.monotonic`, after which no method is asked any more.
     """
 
     model: Any
@@ -52,6 +55,7 @@ class Run:
     records: Records
     batch: int | None = None
     tick: Callable[[int], None] = lambda steps: None
+    deadline: float = math.inf
     candidates: dict[str, Candidate] = field(init=False)
     quiz: Quiz = field(init=False)
     unavailable: dict[str, str] = field(init=False)
@@ -91,6 +95,11 @@ class Run:
         }
         parts[part]()
 
+    @property
+    def late(self) -> bool:
+        """Whether the deadline has passed."""
+        return time.monotonic() > self.deadline
+
     def _heat_methods(self) -> list[str]:
         return wanted(self.quiz.candidates, self.suite.heat_methods)
 
@@ -127,6 +136,8 @@ class Run:
             recording = record(self.model, ids[:, :cut])
             dense = continue_from(self.model, recording.dense_copy(), fed)
             for name in todo:
+                if self.late:
+                    return
                 try:
                     cache, size = self._fill(name, recording)
                 except Unavailable as error:
@@ -143,6 +154,8 @@ class Run:
             recording = record(self.model, ids[:, :cut])
             seen = observe(self.model, recording, ids[:, cut : cut + LAYER_QUERIES])
             for name in todo:
+                if self.late:
+                    return
                 if name in LIBRARY:  # their layers do not tell what they read
                     continue
                 cache, _ = self._fill(name, recording)
@@ -192,6 +205,8 @@ class Run:
         has = partial(self.records.has, part=part, name=name, length=length)
         size = self.quiz.rows(length)
         for first in range(0, count, size):
+            if self.late:
+                return
             rows = range(first, min(first + size, count))
             todo = [m for m in names if not all(has(sample=i, method=m) for i in rows)]
             todo = [m for m in todo if m not in self.unavailable]
@@ -214,6 +229,8 @@ class Run:
     ) -> None:
         """Record what methods answer to samples that were read together."""
         for method in todo:
+            if self.late:
+                return
             # Dense comes first, and where it fails there is nothing to compare.
             skipped = method != "dense" and self._hopeless(part, name, length)
             if recording is not None and not skipped:
@@ -247,6 +264,8 @@ class Run:
             samples = _by_length({i: TASKS[task](source, length, i) for i in range(2 * TOGETHER)})
             chosen = list(max(samples, key=len).values())[:TOGETHER]
             for method in todo:
+                if self.late:
+                    return
                 both = (self._said(method, chosen, size) for size in (ALONE, TOGETHER))
                 for i, (sample, one, many) in enumerate(zip(chosen, *both, strict=True)):
                     if has(sample=i, method=method):
