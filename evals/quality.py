@@ -17,6 +17,7 @@ from selfindex.evaluation.report import (
     heat_table,
     interval,
     layer_table,
+    not_measured,
     number,
     task_tables,
 )
@@ -64,7 +65,7 @@ def beside_others(evaluations: list[dict[str, Any]]) -> list[str]:
     for result in evaluations:
         for length, rows in result["fidelity"].items():
             lines += [heading(result, length), "", *fidelity_table(rows)]
-        lines += setting(result)
+        lines += [*not_measured(result), *setting(result)]
     leading = evaluations[0]
     tables = {length: rows["methods"] for length, rows in leading["fidelity"].items()}
     figures.pareto(tables, leading["settings"]["head_dim"], name_of(leading), FIGURES / "pareto.png")
@@ -104,10 +105,7 @@ def tasks(evaluations: list[dict[str, Any]]) -> list[str]:
             lines += [heading(result, length), "", *task_tables(found, means)]
         if "policies" not in result["suite"]:
             lines += paragraph("Measured with every query selecting; the intervals are the bootstrap's.")
-        if result.get("unavailable"):
-            missing = "; ".join(f"{name}: {why}" for name, why in result["unavailable"].items())
-            lines += paragraph(f"Not measured, because they did not run there: {missing}.")
-        lines += setting(result)
+        lines += [*not_measured(result), *setting(result)]
     return lines
 
 

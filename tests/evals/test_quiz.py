@@ -183,7 +183,7 @@ def test_what_did_not_fit_and_what_is_missing_are_rows(finished):
     table = found["tasks"][str(LENGTH)]
     assert list(table) == ["niah_single_1", "qa_1", "lcc"]
     assert set(table["lcc"]) == {"dense", OURS, OURS + STRESS, "KIVI-2"}
-    assert table["lcc"]["KIVI-2"] == {"samples": 0, "error": "out of memory"}
+    assert table["lcc"]["KIVI-2"] == {"samples": 0, "failed": "out of memory"}
     assert table["lcc"][OURS]["samples"] == 3
     assert table["lcc"][OURS]["read"] < table["lcc"][OURS]["bytes"]
     assert 0 <= table["lcc"][OURS]["exact"][0] <= 1

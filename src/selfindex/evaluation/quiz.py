@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
-
-import torch
+from typing import Any
 
 from .baselines import Unavailable
 from .methods import Candidate, own_bytes
 from .recording import SAMPLED_QUERIES, Recording
 from .replies import PASS_TOKENS, read, replies
 from .tasks import Sample
-from .timing import free_memory, out_of_memory
-
-T = TypeVar("T")
+from .timing import attempt, free_memory
 
 MOST_ROWS = {"cuda": 64, "cpu": 8}
 """Prompts at a time at most; a batch that waits for its longest reply gains little from more."""
@@ -84,7 +79,7 @@ class Quiz:
         Yields:
             (recording, its samples); None where there is no memory for a single one.
         """
-        recording = _attempt(lambda: read(self.model, list(samples.values())))
+        recording = attempt(lambda: read(self.model, list(samples.values())))
         if recording is not None or len(samples) == 1:
             yield recording, samples
             return
@@ -112,7 +107,7 @@ class Quiz:
             texts = replies(self.model, self.tokenizer, cache, samples)
             return [Answered(one, sizes) for one in texts]
 
-        found = _attempt(answer)
+        found = attempt(answer)
         if found is not None:
             return found
         if len(samples) == 1:
@@ -120,17 +115,3 @@ class Quiz:
         half = len(samples) // 2
         first = self._ask(name, recording.rows(0, half), samples[:half])
         return first + self._ask(name, recording.rows(half, len(samples)), samples[half:])
-
-
-def _attempt(action: Callable[[], T]) -> T | None:
-    """What an action gives, or None, with the memory free again, if it ran out of memory."""
-    try:
-        return action()
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-    # Only now, with the exception and the frames in it gone.
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .markdown import head, row
+from .markdown import head, paragraph, row
 from .methods import STRESS
 from .tasks import GROUPS
 
@@ -108,7 +108,7 @@ def _task_table(tasks: dict[str, Any], means: dict[str, Any]) -> list[str]:
 
 def _task_cell(own: dict[str, Any], short: bool) -> str:
     if "score" not in own:
-        return str(own["error"])
+        return str(own["failed"])
     return number(own["score"][0], 2) if short else interval(own["score"], 2)
 
 
@@ -130,6 +130,13 @@ def heat_table(found: dict[str, Any]) -> list[str]:
         cells = [number(sum(by_length[n].values()) / len(by_length[n]), 2) for n in lengths]
         lines.append(row(bold(method), *cells))
     return [*lines, ""]
+
+
+def not_measured(result: dict[str, Any]) -> list[str]:
+    """What has no row, and why."""
+    why = [f"{name}: {reason}" for name, reason in result.get("unavailable", {}).items()]
+    why += result.get("failed", [])
+    return paragraph(f"Not measured: {'; '.join(why)}.") if why else []
 
 
 def report(result: dict[str, Any], figures: list[str]) -> str:
@@ -157,8 +164,6 @@ def report(result: dict[str, Any], figures: list[str]) -> str:
         lines += ["## One prompt at a time or several", "", *batch_table(result["batches"])]
     if result["heatmap"]:
         lines += ["## Needles over length and depth", "", *heat_table(result["heatmap"])]
-    if result["unavailable"]:
-        missing = "; ".join(f"{name}: {why}" for name, why in result["unavailable"].items())
-        lines += [f"Not measured, because they do not run here: {missing}.", ""]
+    lines += not_measured(result)
     lines += [f"![{name}]({name})\n" for name in figures]
     return "\n".join(lines).rstrip() + "\n"

@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from torch import Tensor
+
 from ..errors import InputError
 from .baselines import LIBRARY, Unavailable
 from .fidelity import compare, continue_from
-from .layers import measure, observe
+from .layers import Seen, measure, observe
 from .methods import Candidate, answering, head_dim, methods, own_bytes, wanted
 from .quiz import Quiz
 from .recording import Recording, record
@@ -20,6 +22,7 @@ from .records import Records
 from .suites import Suite
 from .tasks import TASKS, Sample, Source, needle
 from .tasks.sample import whole_pages
+from .timing import attempt
 
 START = 20000
 """First character of a text that is used: past title pages and tables of contents."""
@@ -138,15 +141,8 @@ class Run:
             for name in todo:
                 if self.late:
                     return
-                try:
-                    cache, size = self._fill(name, recording)
-                except Unavailable as error:
-                    self.unavailable[name] = str(error)
-                    continue
-                found = compare(dense, continue_from(self.model, cache, fed), targets)
-                tokens = {metric: [round(float(x), 6) for x in values] for metric, values in found.items()}
-                self.records.add(part="fidelity", name=text, length=length, method=name, **size, **tokens)
-                self.tick(1)
+                measured = partial(self._continued, name, recording, dense, fed, targets)
+                self._add_row(measured, part="fidelity", name=text, length=length, method=name)
 
     def _layers(self) -> None:
         for text, length, todo, ids in self._prefixes("layers", self.suite.layers):
@@ -156,12 +152,31 @@ class Run:
             for name in todo:
                 if self.late:
                     return
-                if name in LIBRARY:  # their layers do not tell what they read
-                    continue
-                cache, _ = self._fill(name, recording)
-                found = measure(cache, recording, seen, self.budget)
-                self.records.add(part="layers", name=text, length=length, method=name, **found)
-                self.tick(1)
+                measured = partial(self._by_layer, name, recording, seen)
+                self._add_row(measured, part="layers", name=text, length=length, method=name)
+
+    def _continued(
+        self, name: str, recording: Recording, dense: Tensor, fed: Tensor, targets: Tensor
+    ) -> dict[str, Any]:
+        cache, size = self._fill(name, recording)
+        found = compare(dense, continue_from(self.model, cache, fed), targets)
+        return size | {key: [round(float(x), 6) for x in values] for key, values in found.items()}
+
+    def _by_layer(self, name: str, recording: Recording, seen: list[Seen]) -> dict[str, Any]:
+        if name in LIBRARY:
+            raise Unavailable("its layers do not tell what they read")
+        cache, _ = self._fill(name, recording)
+        return measure(cache, recording, seen, self.budget)
+
+    def _add_row(self, measured: Callable[[], dict[str, Any]], **key: Any) -> None:
+        """Record a measurement, or that there was no memory for it; nothing of a method that cannot run."""
+        try:
+            found = attempt(measured)
+        except Unavailable as error:
+            self.unavailable[key["method"]] = str(error)
+        else:
+            self.records.add(**key, **({"failed": NO_MEMORY} if found is None else found))
+        self.tick(1)
 
     def _fill(self, name: str, recording: Recording) -> tuple[Any, dict[str, float]]:
         """A candidate's cache, and its bytes per token and KV head."""
@@ -244,7 +259,7 @@ class Run:
                 if self.records.has(**key) or skipped or method in self.unavailable:
                     continue
                 if said is None or said.replies is None:
-                    self.records.add(**key, error=NO_MEMORY)
+                    self.records.add(**key, failed=NO_MEMORY)
                     continue
                 where = {"depth": self._depth(i)} if part == "heatmap" else {}
                 found = sample.scores(said.replies) | said.sizes
@@ -271,7 +286,7 @@ class Run:
                     if has(sample=i, method=method):
                         continue
                     if one is None or many is None:
-                        self.records.add(**key, sample=i, method=method, error=NO_MEMORY)
+                        self.records.add(**key, sample=i, method=method, failed=NO_MEMORY)
                         continue
                     scores = {"score": sample.scores(one)["score"], "together": sample.scores(many)["score"]}
                     self.records.add(**key, sample=i, method=method, **scores, same=one == many)

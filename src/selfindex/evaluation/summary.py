@@ -25,6 +25,7 @@ def summary(records: Records, methods: list[str]) -> dict[str, Any]:
         "means": {length: _means(found) for length, found in tasks.items()},
         "batches": _batches(records.of("batches"), methods),
         "heatmap": _heatmap(records.of("heatmap"), methods),
+        "failed": _failed(records.rows),
     }
 
 
@@ -42,6 +43,14 @@ def summarise(runs: list[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]
     return table
 
 
+def _failed(rows: list[dict[str, Any]]) -> list[str]:
+    """What could not be measured, apart from tasks, whose tables say so."""
+    failed = (row for row in rows if "failed" in row and row["part"] != "tasks")
+    return list(
+        dict.fromkeys(f"{r['method']}, {r['part']} at {r['length']:,} tokens: {r['failed']}" for r in failed)
+    )
+
+
 def _lengths(rows: list[dict[str, Any]]) -> list[int]:
     return sorted({row["length"] for row in rows})
 
@@ -54,7 +63,7 @@ def _fidelity(rows: list[dict[str, Any]], methods: list[str]) -> dict[str, Any]:
         texts = sorted({row["name"] for row in here})
         runs = []
         for text in texts:
-            mine = {row["method"]: row for row in here if row["name"] == text}
+            mine = {row["method"]: row for row in here if row["name"] == text and "failed" not in row}
             runs.append({m: _arrays(mine[m]) for m in methods if m in mine})
         complete = [m for m in methods if all(m in run for run in runs)]
         table = summarise([{m: run[m] for m in complete} for run in runs])
@@ -86,7 +95,7 @@ def _layers(rows: list[dict[str, Any]], methods: list[str]) -> dict[str, Any]:
         table: dict[str, Any] = {}
         for method in methods:
             mine = [row for row in rows if row["length"] == length and row["method"] == method]
-            if mine:
+            if mine and not any("failed" in row for row in mine):
                 table[method] = {m: _spread([row[m] for row in mine]) for m in ("mass", "error", "overlap")}
                 table[method]["error"]["worst"] = max(map(max, table[method]["error"]["heads"]))
         found[str(length)] = table
@@ -107,7 +116,7 @@ def _tasks(rows: list[dict[str, Any]], methods: list[str]) -> dict[str, Any]:
     """Length -> task -> method -> samples, score, bytes; other methods only where the dense model can do it.
 
     All methods of a task are compared over the same samples: those that all of them have answered which
-    have answered half of what the dense model has. A method that ran out of memory has "error" and no score.
+    have answered half of what the dense model has. A method that ran out of memory has "failed" and no score.
     """
     found: dict[str, Any] = {}
     for length in _lengths(rows):
@@ -117,9 +126,9 @@ def _tasks(rows: list[dict[str, Any]], methods: list[str]) -> dict[str, Any]:
             answered = {m: {row["sample"]: row for row in here if row["method"] == m} for m in methods}
             dense = answered.get("dense", {})
             failed = {
-                m: next(row["error"] for row in mine.values() if "error" in row)
+                m: next(row["failed"] for row in mine.values() if "failed" in row)
                 for m, mine in answered.items()
-                if any("error" in row for row in mine.values())
+                if any("failed" in row for row in mine.values())
             }
             known = {
                 m: mine
@@ -134,7 +143,7 @@ def _tasks(rows: list[dict[str, Any]], methods: list[str]) -> dict[str, Any]:
             scored = {m: [mine[i] for i in common] for m, mine in known.items()}
             able = np.mean([row["score"] for row in scored["dense"]]) >= FLOOR
             tasks[task] = {m: _scored(own) for m, own in scored.items() if able or m == "dense"}
-            tasks[task] |= {m: {"samples": 0, "error": why} for m, why in failed.items() if able}
+            tasks[task] |= {m: {"samples": 0, "failed": why} for m, why in failed.items() if able}
         found[str(length)] = tasks
     return found
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 import torch
@@ -20,6 +20,8 @@ from transformers.cache_utils import Cache
 from ..integrations.transformers import SelfIndexCache
 from ..integrations.transformers.models import cache_argument
 from ..report import held_bytes
+
+T = TypeVar("T")
 
 WARM_UP = 8
 """Steps at the start that do not count; the first ones record what later ones replay."""
@@ -151,3 +153,17 @@ def out_of_memory(error: Exception) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
         isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
     )
+
+
+def attempt(action: Callable[[], T]) -> T | None:
+    """What an action gives, or None, with the memory free again, if it ran out of memory."""
+    try:
+        return action()
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+    # Only now, with the exception and the frames in it gone.
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return None

@@ -18,14 +18,18 @@ def minmax(x: Tensor, bits: int, group: int) -> Tensor:
 
     The last group may be shorter.
     """
-    parts = []
-    for part in x.split(group, -1):
+    whole = x.shape[-1] // group * group
+    parts = [x[..., :whole].unflatten(-1, (-1, group))] if whole else []
+    if whole < x.shape[-1]:
+        parts.append(x[..., None, whole:])
+    rounded = []
+    for part in parts:
         low, high = part.amin(-1, keepdim=True), part.amax(-1, keepdim=True)
         zero = low.half().float()
         scale = ((high - low) / (2**bits - 1)).half().float()
         code = torch.where(scale > 0, (part - zero) / scale, 0.0).round().clamp(0, 2**bits - 1)
-        parts.append(zero + code * scale)
-    return torch.cat(parts, -1)
+        rounded.append((zero + code * scale).flatten(-2))
+    return torch.cat(rounded, -1) if rounded else x
 
 
 def random_rotation(dim: int, seed: int) -> Tensor:
