@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The quality measurements that are too slow for a CPU; run it again to go on after an interruption.
 #   scripts/gpu_evals.sh MODEL OUT TEXT...     TEXT: UTF-8 files (manual.txt kjv.txt ...), or manual, stdlib
-# PARTS: what to run, of "tasks heatmap fidelity layers ablation stream chat profile" (all). DEVICE: cuda. PYTHON: interpreter.
+# PARTS: what to run, of "tasks heatmap fidelity layers batches ablation stream chat profile" (all). DEVICE: cuda. PYTHON: interpreter.
 # To keep the results: cp OUT/eval/results.json evals/results/eval-NAME.json, the other JSON files of OUT as
 # evals/results/PART-NAME.json, then python -m evals.quality.
 set -uo pipefail
@@ -20,10 +20,10 @@ evaluate() {
     failed=1
 }
 
-for part in ${PARTS:-tasks heatmap fidelity layers ablation stream chat profile}; do
+for part in ${PARTS:-tasks heatmap fidelity layers batches ablation stream chat profile}; do
   start=$SECONDS
   case $part in
-    tasks | heatmap | fidelity) evaluate --part "$part" ;;
+    tasks | heatmap | fidelity | batches) evaluate --part "$part" ;;
     layers)
       evaluate --part layers --method "selfindex balanced 5" --method "selfindex paper" --method oracle \
         --method Quest --method DoubleSparse --method SnapKV --method StreamingLLM --method KIVI-2 ;;

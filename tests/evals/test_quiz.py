@@ -14,7 +14,7 @@ from selfindex.evaluation.baselines import Unavailable
 from selfindex.evaluation.methods import STRESS, Candidate, answering, wanted
 from selfindex.evaluation.quiz import Quiz
 from selfindex.evaluation.records import Records
-from selfindex.evaluation.report import batch_table, task_tables
+from selfindex.evaluation.report import batch_table, not_measured, task_tables
 from selfindex.evaluation.run import Run
 from selfindex.evaluation.stats import mean_of_means, wilson
 from selfindex.evaluation.suites import SUITES
@@ -219,6 +219,27 @@ def test_samples_that_not_all_have_answered_do_not_count(finished):
     table = summary(records, list(run.quiz.candidates))["tasks"][str(LENGTH)]
     assert {own["samples"] for own in table["lcc"].values()} == {0, 2}
     assert {own["samples"] for own in table["qa_1"].values()} == {0, 3}
+
+
+def test_no_memory_for_a_teacher_forced_row(model, tmp_path):
+    suite = replace(SUITES["quick"], methods=("KIVI-2", "transformers HQQ"), fidelity=(900,), layers=(900,))
+    records = Records(tmp_path / "records.jsonl", {})
+    run = Run(*model, suite, {"manual": load_text("manual")}, 0.05, records)
+    candidates = run.candidates
+    candidates["KIVI-2"] = candidates["KIVI-2"]._replace(make=scarce(0, candidates["KIVI-2"].make))
+    run.run("fidelity")
+    run.run("layers")
+    found = summary(records, list(candidates))
+    assert "KIVI-2" not in found["fidelity"]["900"]["methods"]
+    assert {"dense", "KIVI-2, equal bytes"} <= set(found["fidelity"]["900"]["methods"])
+    assert found["failed"] == [
+        "KIVI-2, fidelity at 900 tokens: out of memory",
+        "KIVI-2, layers at 900 tokens: out of memory",
+    ]
+    assert "transformers HQQ 4" in run.unavailable
+    page = "\n".join(not_measured(found | {"unavailable": run.unavailable}))
+    assert "KIVI-2, fidelity at 900 tokens" in page
+    assert "transformers HQQ 4: " in page
 
 
 def test_intervals():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -96,6 +97,9 @@ class Quiz:
         except Unavailable as error:
             self.unavailable[name] = str(error)
             return None
+        finally:
+            if self.model.device.type == "cuda":
+                gc.collect()  # recorded graphs, and the memory that belongs to them, may wait for it
 
     def _ask(self, name: str, recording: Recording, samples: Sequence[Sample]) -> list[Answered]:
         def answer() -> list[Answered]:

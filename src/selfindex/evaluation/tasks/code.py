@@ -16,7 +16,7 @@ from pathlib import PurePosixPath
 
 from ...errors import InputError
 from ..texts import recent_code
-from .judges import NEXT_LINE
+from .judges import LOOKS_LIKE_TALK, NEXT_LINE
 from .sample import Sample, Source, assemble, space
 
 NEW = 64
@@ -93,7 +93,8 @@ def _sample(
     """A prompt of `size` tokens that ends before a line, or None if there is not enough to fill it.
 
     Of the file itself the end is kept. `pieces`, tokens of other files, are in the prompt in any case; the
-    others fill it up, the last one with its end. All stand in the order of `others`.
+    others fill it up, the last one with its end, unless the same lines are in them (transformers generates
+    files from others). All stand in the order of `others`.
     """
     path, line = place
     lines = recent_code()[path].split("\n")
@@ -101,8 +102,9 @@ def _sample(
     left = size - sum(map(len, pieces.values()))
     own = own[-left:]
     left -= len(own)
+    answer = "\n".join(lines[max(0, line - 2) : line + 1])
     for other in others:
-        if left > 0 and other not in pieces:
+        if left > 0 and other not in pieces and answer not in recent_code()[other]:
             pieces[other] = source.encode(_text(other))[-left:]
             left -= len(pieces[other])
     if left > 0:
@@ -113,7 +115,9 @@ def _sample(
 
 @lru_cache(maxsize=4096)
 def statements(path: str) -> list[int]:
-    """Lines, counted from 0, on which a statement within a function begins that is worth asking for."""
+    """Lines, counted from 0, on which a statement within a function begins that is worth asking for: not
+    short, and without what the judge takes for talk.
+    """
     lines = recent_code()[path].split("\n")
     found = set()
     for node in ast.walk(ast.parse(recent_code()[path])):
@@ -124,7 +128,8 @@ def statements(path: str) -> list[int]:
                 for x in inner
                 if not isinstance(x, (ast.Import, ast.ImportFrom)) and not _text_only(x)
             }
-    return sorted(i for i in found if len(lines[i].strip()) >= SHORTEST)
+    long = (i for i in found if len(lines[i].strip()) >= SHORTEST)
+    return sorted(i for i in long if not any(mark in lines[i] for mark in LOOKS_LIKE_TALK))
 
 
 def _text_only(node: ast.stmt) -> bool:
