@@ -1,13 +1,14 @@
 """Questions within the memory that there is: batches are halved, what does not fit at all is a row."""
 
 import copy
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 from tiny_models import make_model
 from tiny_tokenizer import make_tokenizer
 
+from evals import quality
 from selfindex.errors import InputError
 from selfindex.evaluation import quiz as quizzes
 from selfindex.evaluation import run as runs
@@ -208,6 +209,25 @@ def test_what_did_not_fit_and_what_is_missing_are_rows(finished):
     # The rows of a batch share the balance that their first pages fix.
     assert 0 < batches[OURS]["same"] <= 1
     assert "| niah_single_1 |" in "\n".join(batch_table(found["batches"]))
+
+
+def test_the_page_of_results_takes_the_new_ones(finished):
+    run, records = finished
+    result = summary(records, list(run.quiz.candidates))
+    result |= {"suite": asdict(run.suite), "unavailable": run.unavailable}
+    environment = {"command": "selfindex eval", "date": "2026-11-28", "gpu": None, "cpus": 2}
+    result["environment"] = environment | {"torch": "2", "transformers": "5"}
+    named = [
+        result | {"settings": {"model": name, "head_dim": 64, "parameters": size, "texts": ["manual"]}}
+        for name, size in (("small", 1), ("large", 2))
+    ]
+    page = "\n".join(quality.tasks(quality.by_size(named)))
+    assert page.index("### large (d = 64), 1,500 tokens") < page.index("### small (d = 64), 1,500 tokens")
+    assert f"| {OURS}{STRESS} |" in page
+    assert "Exactly right in lcc: dense" in page
+    assert "every query selecting" not in page
+    assert "Not measured: KIVI-2, equal bytes: needs a package." in page
+    assert "| niah_single_1 | dense | 8 |" in "\n".join(quality.batches(named))
 
 
 def test_a_run_goes_on_with_what_is_missing(finished):
