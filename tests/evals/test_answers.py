@@ -135,7 +135,9 @@ def test_a_quote_is_in_the_document(source):
     sample = TASKS["quote"](source, LENGTH, 0)
     text, wanted = prompt(source, sample), sample.answers[0]
     name = text.rpartition("Copy note ")[2].partition(" ")[0]
-    assert text.count(f"[Begin of note {name}]\n{wanted}\n[End of note {name}]") == 1
+    start = text.rpartition("```\n")[2]
+    assert len(start.split()) == 8
+    assert text.count(f"[Begin of note {name}]\n{start} {wanted}\n[End of note {name}]") == 1
     assert text.count("[Begin of note ") == 4
     assert sample.judge is VERBATIM
     assert sample.scores([wanted + "\n```"]) == {"score": 1.0, "exact": 1.0}
