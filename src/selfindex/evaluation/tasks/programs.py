@@ -75,7 +75,7 @@ def _words(rng: random.Random, count: int) -> list[str]:
 
 def _affine(rng: random.Random) -> Rule:
     a, b, c = rng.randint(3, 19), rng.randint(5, 99), rng.randint(3, 9)
-    words = f"returns {a} times x plus {b}, and if that is divisible by {c}, its negative."
+    words = f"computes y = {a} * x + {b} and returns -y if y is divisible by {c}, else y."
 
     def right(x: int) -> int:
         value = a * x + b

@@ -62,8 +62,8 @@ WORKS = (
 LIVES = (
     "{name} was born in {town} and grew up there as the youngest of {count} children. At the age of {age}, "
     "{name} became a pupil of {teacher} and stayed for {years} years. Letters from that time are lost.",
-    "Little is known about the family of {name}, who came from {town}. The only teacher was {teacher}, whom "
-    "{name} met at the age of {age}. The two worked together for {years} years and had {count} pupils.",
+    "Little is known about the family of {name}, who was born in {town}. The only teacher was {teacher}, "
+    "whom {name} met at the age of {age}. The two worked together for {years} years and had {count} pupils.",
     "As a pupil of {teacher}, {name} learned the craft in {years} years, from the age of {age} on. The house "
     "in {town} where {name} was born has been a museum since; it has {count} rooms.",
 )
