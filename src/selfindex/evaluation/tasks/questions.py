@@ -105,10 +105,12 @@ def two_hops(source: Source, length: int, seed: int) -> Sample:
     rng = random.Random(f"qa_2 {length} {seed}")
     people = _people(rng)
     asked = next(people)
+    # Small models get from one passage to the other by way of the name, which they may say.
+    made = f"Who made the {asked.work} {asked.title}"
     question, answer = rng.choice(
         (
-            (f"In which town was the maker of the {asked.work} {asked.title} born?", asked.town),
-            (f"Who was the teacher of the maker of the {asked.work} {asked.title}?", asked.teacher),
+            (f"{made}, and in which town was that person born?", asked.town),
+            (f"{made}, and who was that person's teacher?", asked.teacher),
         )
     )
     golden = [_life(rng, asked), _thing(rng, asked)]
