@@ -106,15 +106,9 @@ def two_hops(source: Source, length: int, seed: int) -> Sample:
     people = _people(rng)
     asked = next(people)
     # Small models get from one passage to the other by way of the name, which they may say.
-    made = f"Who made the {asked.work} {asked.title}"
-    question, answer = rng.choice(
-        (
-            (f"{made}, and in which town was that person born?", asked.town),
-            (f"{made}, and who was that person's teacher?", asked.teacher),
-        )
-    )
+    question = f"Who made the {asked.work} {asked.title}, and in which town was that person born?"
     golden = [_life(rng, asked), _thing(rng, asked)]
-    return _make(source, length, rng, people, golden, question, answer)
+    return _make(source, length, rng, people, golden, question, asked.town)
 
 
 def _make(
