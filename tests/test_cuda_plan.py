@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from selfindex.backends.cuda import decode
+from selfindex.backends.cuda import decode, dense
 
 ROOM = {8: 227 * 1024, 16: 227 * 1024}
 SMS = 132
@@ -64,3 +64,11 @@ def test_the_plans_that_are_remembered_are_bounded():
         assert decode._plan_for(decoders, 8, pages, 2048, 528, False, 4).pages == pages
     info = decode._plan_for.cache_info()
     assert info.currsize == info.maxsize < 1100
+
+
+@given(st.integers(1, 50_000), st.integers(1, 20_000), st.sampled_from([132, 264, 396]), st.integers(0, 5000))
+def test_pages_are_split_within_the_memory(tiles, pages, at_once, most):
+    """The parts that blocks leave for each other fit, whatever a split would save."""
+    splits = dense.splits_for(tiles, pages, at_once, most)
+    assert 1 <= splits <= pages
+    assert splits == 1 or splits <= most

@@ -174,6 +174,6 @@ def test_calls_the_kernels_do_not_serve_run_the_reference():
 
 @pytest.mark.parametrize(("tiles", "pages"), [(8, 1), (8, 8), (8, 1024), (300, 256), (512, 1024), (5000, 3)])
 def test_splits_fill_the_device_and_leave_none_empty(tiles, pages):
-    splits = splits_for(tiles, pages, 264)
+    splits = splits_for(tiles, pages, 264, 1 << 20)
     assert 1 <= splits <= pages
     assert tiles * splits >= min(tiles * pages, 132)

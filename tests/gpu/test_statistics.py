@@ -56,5 +56,5 @@ def test_a_long_prompt_takes_little_memory():
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     got = ops.prompt_statistics(keys)
-    assert torch.cuda.max_memory_allocated() - before < 64 << 20
+    assert torch.cuda.max_memory_allocated() - before < keys.nbytes
     assert relative_error(got, reference.prompt_statistics(keys)) < 1e-5

@@ -1,6 +1,7 @@
 """What is refused at start, each with one sentence, and what the options turn into."""
 
 import pytest
+import torch
 from serving.engines import make_model, prompts, serving
 
 from selfindex.versions import vllm_problem
@@ -28,7 +29,12 @@ def folder(tmp_path_factory):
         ({}, {"kv_cache_dtype": "fp8"}, "--kv-cache-dtype fp8"),
         ({}, {"block_size": 64}, "--block-size 64"),
         ({}, {"disable_hybrid_kv_cache_manager": True}, "hybrid KV cache manager"),
-        ({}, {"pipeline_parallel_size": 2}, "pipeline parallelism"),
+        pytest.param(
+            {},
+            {"pipeline_parallel_size": 2},
+            "pipeline parallelism",
+            marks=pytest.mark.skipif(torch.cuda.device_count() == 1, reason="vLLM itself asks for two GPUs"),
+        ),
         ({}, {"attention_backend": None}, "has to be chosen"),
         (
             {"recent": 2},

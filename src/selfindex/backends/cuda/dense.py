@@ -92,23 +92,26 @@ def shape_for(query_rows: int, fmt: PageFormat, wgmma: bool) -> Shape:
 
 MERGE_COST = 0.25
 """Time of writing and merging a block's part, in pages."""
+MOST_SCRATCH = 256 << 20
+"""Bytes of the parts that blocks leave for each other."""
 
 
 @lru_cache(maxsize=4096)
-def splits_for(tiles: int, pages: int, at_once: int) -> int:
+def splits_for(tiles: int, pages: int, at_once: int, most: int) -> int:
     """Blocks that share the pages of a tile.
 
     Args:
         tiles: tiles of all rows and KV heads; pages: most pages of a row.
         at_once: blocks that fit on the device together.
+        most: blocks whose parts there is room for.
     """
 
     def cost(splits: int) -> float:
         waves = -(-tiles * splits // at_once)
         return waves * (-(-pages // splits) + MERGE_COST * (splits > 1)) + splits * MERGE_COST / 16
 
-    candidates = {1, pages} | {waves * at_once // tiles for waves in (1, 2, 3, 4)}
-    return min((n for n in sorted(candidates) if 1 <= n <= pages), key=cost)
+    candidates = {1, min(pages, max(1, most))} | {waves * at_once // tiles for waves in (1, 2, 3, 4)}
+    return min((n for n in sorted(candidates) if n == 1 or 1 < n <= min(pages, most)), key=cost)
 
 
 def dense_attend(
@@ -133,9 +136,11 @@ def dense_attend(
     kernels = load(module_for("dense", fmt), device, dim, 1, fmt.value_bits, query.dtype)
     shape = shape_for(groups * queries, fmt, "decode_all_wgmma" in kernels and scaling > 0)
     kernel, tiles = kernels[shape.kernel], -(-groups * queries // shape.rows)
-    splits = splits_for(tiles * batch * heads, pages, _at_once(kernel, shape, device))
+    part = batch * query_heads * queries, dim + 4
+    most = MOST_SCRATCH // (4 * part[0] * part[1])
+    splits = splits_for(tiles * batch * heads, pages, _at_once(kernel, shape, device), most)
     parts = torch.empty(
-        (batch * heads * splits * groups * queries, dim + 4) if splits > 1 else (0,),
+        (splits * part[0], part[1]) if splits > 1 else (0,),
         dtype=torch.float32,
         device=device,
     )
