@@ -13,7 +13,13 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from report_models import cpu_model_section, eager_section, generate_section, size
+from report_models import (
+    cpu_model_section,
+    eager_section,
+    generate_section,
+    serving_section,
+    size,
+)
 
 from selfindex.codec import PageFormat
 from selfindex.evaluation.markdown import head, paragraph, row
@@ -305,6 +311,7 @@ def main() -> None:
     )
     lines += decode_section(decode)
     lines += generate_section([load(path.name) for path in sorted(RESULTS.glob("generate-*-h200.json"))])
+    lines += serving_section([load(path.name) for path in sorted(RESULTS.glob("serving-*-h200.json"))])
     lines += end_section(load("end_to_end-h100.json"))
     lines += compiled_section(load("end_to_end-compiled-h100.json"))
     lines += encode_section(load("encode-h100.json"))
