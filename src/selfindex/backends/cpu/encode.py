@@ -156,7 +156,7 @@ def prompt_statistics(keys: Tensor) -> Tensor:
     """See `reference.prompt_statistics`."""
     name, keys = instruction_set(), adjacent(keys[None])
     _, heads, tokens, dim = keys.shape
-    constants = torch.empty(heads, 18 * dim, device=CPU)
+    constants = torch.empty(heads, 18 * dim, dtype=torch.float32, device=CPU)
     numbers = FORMATS[keys.dtype], *strided(keys), heads, tokens, dim, torch.get_num_threads()
     native().prompt_statistics(name, [*numbers, constants.data_ptr()])
     return constants
