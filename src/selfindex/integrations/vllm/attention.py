@@ -74,7 +74,7 @@ class PageAttention(AttentionImpl):
         )
         self.sink_logit = sinks
         self.window_name = ""
-        self.constants = torch.ones(1, self.num_kv_heads, head_size)
+        self.constants = torch.ones(1, self.num_kv_heads, head_size, dtype=torch.float32)
         self.balanced = False
         self._exact: Exact | None = None
 
