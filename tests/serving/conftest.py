@@ -4,14 +4,9 @@ import importlib.util
 import os
 
 import pytest
+import serving.engines  # noqa: F401 - how vLLM runs here, before it is imported
 
 from selfindex.integrations.vllm.plugin import state
-
-# Read when vLLM is imported: one process, so that a test sees what the engine does.
-os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_NO_USAGE_STATS="1", HF_HUB_OFFLINE="1")
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
 
 
 def pytest_collection_modifyitems(items):

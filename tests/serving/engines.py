@@ -1,15 +1,26 @@
 """Engines on tiny random models, with a record of the steps that their schedulers make."""
 
 import gc
+import os
 import random
+import string
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 import transformers
+from tiny_tokenizer import make_tokenizer
 
 VOCAB = 800
+STEPS_FILE = "SERVING_STEPS"
+"""Environment variable that names the file to which the scheduler of a server writes its steps."""
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+# Read when vLLM is imported: one process, so that a test sees what the engine does.
+os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_NO_USAGE_STATS="1", HF_HUB_OFFLINE="1")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
 
 _COMMON = {
     "vocab_size": VOCAB,
@@ -43,21 +54,42 @@ MODELS = {
 }
 
 
-def make_model(name, folder):
-    """Write a tiny random model to a folder; the transformers model."""
+def make_model(name, folder, **changes):
+    """Write a tiny random model to a folder, with some options of its own; the transformers model."""
     config_name, options = MODELS[name]
     torch.manual_seed(0)
-    config = getattr(transformers, config_name)(**_COMMON | options)
+    config = getattr(transformers, config_name)(**_COMMON | options | changes)
     model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
     model.save_pretrained(folder)
     return model
 
 
-def prompts(*lengths, seed=0, shared=0):
+def make_writer(folder):
+    """A tiny random model and a tokenizer of bytes in a folder, whose likeliest tokens are ASCII letters."""
+    tokenizer = make_tokenizer()
+    model = make_model("llama", folder, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
+    letters = tokenizer.convert_tokens_to_ids(list(string.ascii_letters))
+    others = [i for i in range(len(tokenizer)) if i not in letters]
+    with torch.no_grad():
+        model.lm_head.weight[others] = 0
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model
+
+
+def prompts(*lengths, seed=0, shared=0, vocab=VOCAB):
     """Random token ids; the first `shared` of each prompt are the same."""
     draw = random.Random(seed)
-    first = [draw.randrange(3, VOCAB) for _ in range(shared)]
-    return [first + [draw.randrange(3, VOCAB) for _ in range(n - shared)] for n in lengths]
+    first = [draw.randrange(3, vocab) for _ in range(shared)]
+    return [first + [draw.randrange(3, vocab) for _ in range(n - shared)] for n in lengths]
+
+
+def step_rows(output):
+    """(request, tokens computed before, new tokens) of every row of what a scheduler decided."""
+    computed = {x.req_id: x.num_computed_tokens for x in output.scheduled_new_reqs}
+    cached = output.scheduled_cached_reqs
+    computed |= dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+    return [(name, computed[name], new) for name, new in output.num_scheduled_tokens.items()]
 
 
 @dataclass
@@ -104,6 +136,19 @@ class Recorded:
             self.metrics = [(m.name, getattr(m, "value", 0) or 0) for m in self.engine.get_metrics()]
         return sum(value for found, value in self.metrics if found == f"vllm:{name}")
 
+    def forget(self):
+        """Drop the record of the steps, with no request left."""
+        self.steps.clear()
+        self.asked.clear()
+
+    def held(self):
+        """Requests that the scheduler or a manager of blocks has not forgotten."""
+        scheduler = self.core.scheduler
+        managers = scheduler.kv_cache_manager.coordinator.single_type_managers
+        tables = [table for x in managers for table in (x.req_to_blocks, x.num_cached_block)]
+        tables += [x._freed for x in managers if hasattr(x, "_freed")]
+        return {name for table in (scheduler.requests, *tables) for name in table}
+
     def used_blocks(self):
         """Blocks that requests hold; those that only prefix caching remembers are free."""
         pool = self.core.scheduler.kv_cache_manager.block_pool
@@ -136,11 +181,7 @@ def serving(folder, selfindex, **options):
 
     def noting(*args, **kwargs):
         output = schedule(*args, **kwargs)
-        computed = {x.req_id: x.num_computed_tokens for x in output.scheduled_new_reqs}
-        cached = output.scheduled_cached_reqs
-        computed |= dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
-        rows = output.num_scheduled_tokens.items()
-        recorded.steps.append([(name, computed[name], new) for name, new in rows])
+        recorded.steps.append(step_rows(output))
         for new in output.scheduled_new_reqs:
             recorded.asked.setdefault(new.req_id, list(scheduler.requests[new.req_id].prompt_token_ids))
         return output

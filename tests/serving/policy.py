@@ -7,6 +7,7 @@ the same tokens. Pages of equal prefixes are shared as the engine shares them.
 from dataclasses import dataclass, field
 
 import torch
+from serving.engines import DEVICE
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
@@ -14,6 +15,14 @@ from selfindex.backends import ops
 from selfindex.backends.partial import attend_exact, merge_parts
 from selfindex.codec import PageFormat
 from selfindex.config import SelfIndexConfig
+
+ENOUGH = 1.0 if DEVICE == "cpu" else 0.97
+"""Share of equal tokens in a few requests; on a GPU sums are rounded otherwise than in PyTorch on the CPU."""
+MOST_EQUAL = 0.995 if DEVICE == "cpu" else 0.97
+"""Share of equal tokens in many requests: a batch of another size is rounded otherwise on a CPU as well, and
+of nearly equal tokens at the edge of a budget another one is then selected."""
+CLOSE = 0.8
+"""Share of equal tokens in any of many requests."""
 
 
 @dataclass
@@ -58,8 +67,9 @@ class Policy:
     @torch.inference_mode()
     def step(self, sequence, computed, new):
         """Compute `new` tokens behind `computed` ones; append the next token if these were the last."""
-        if computed != sequence.done:  # started with a prefix that was there, or again after preemption
+        if computed == 0 or computed != sequence.done:  # behind a prefix that was there, or once more
             sequence.layers, sequence.low = {}, 0
+            self._evict(sequence, computed)
             self._hit(sequence, computed)
         sequence.done = computed + new
         self.current = sequence, computed
@@ -83,6 +93,12 @@ class Policy:
                 for i, layer in sequence.layers.items()
                 if layer.pages
             }
+
+    def _evict(self, sequence, computed):
+        """Forget pages that a request would have found if they were still there."""
+        page = self.config.page_size
+        for end in range(computed + page, len(sequence.tokens), page):
+            self.shared.pop(tuple(sequence.tokens[:end]), None)
 
     def _hit(self, sequence, computed):
         sequence.low = computed
@@ -156,3 +172,30 @@ class Policy:
         at, own = torch.arange(first, last), torch.arange(computed, last)[:, None]
         visible = (at <= own) & (at > own - window)
         return attend_exact(query, keys, values, visible[None, None, None], scaling)[0].transpose(1, 2)
+
+
+def agreement(model, config, constants, asked, steps, tokens):
+    """How many of an engine's tokens the policy chooses too, behind the engine's own tokens before them.
+
+    Args:
+        constants: layer -> balance [1, H, d].
+        asked: request -> token ids of its prompt.
+        steps: (request, tokens computed before, new tokens) of every row of every step.
+        tokens: request -> token ids of its answer.
+
+    Returns:
+        Equal tokens, and tokens compared.
+    """
+    policy = Policy(model, config, constants)
+    sequences = {name: Sequence(list(ids)) for name, ids in asked.items()}
+    total = same = 0
+    for name, computed, new in (row for step in steps for row in step):
+        sequence, before = sequences[name], len(sequences[name].tokens)
+        policy.step(sequence, computed, new)
+        place = before - len(asked[name])
+        if len(sequence.tokens) > before and place < len(tokens[name]):
+            total += 1
+            same += sequence.tokens[-1] == tokens[name][place]
+            sequence.tokens[-1] = tokens[name][place]
+    assert total == sum(map(len, tokens.values()))
+    return same, total

@@ -1,36 +1,19 @@
 """Tokens of the engine against the same policy without an engine, sequence by sequence."""
 
 import pytest
-from serving.engines import DEVICE, make_model, prompts, serving
-from serving.policy import Policy, Sequence
+from serving.engines import make_model, prompts, serving
+from serving.policy import ENOUGH, agreement
 
 from selfindex.config import SelfIndexConfig
 
 OPTIONS = {"budget": 48, "dense_below": 128}
 
 
-ENOUGH = 1.0 if DEVICE == "cpu" else 0.97
-"""Share of equal tokens; on a GPU sums are rounded otherwise than in PyTorch on the CPU."""
-
-
-def agreement(model, recorded, got, options):
-    """Share of the tokens [request] that the policy chooses too, behind the engine's own tokens before them.
-
-    The policy takes the steps that the engine made of the requests.
-    """
-    policy = Policy(model, SelfIndexConfig(**options), recorded.constants())
-    sequences = {name: Sequence(list(ids)) for name, ids in recorded.asked.items()}
-    tokens, total, same = dict(zip(recorded.asked, got, strict=True)), 0, 0
-    for step in recorded.steps:
-        for name, computed, new in step:
-            sequence, before = sequences[name], len(sequences[name].tokens)
-            policy.step(sequence, computed, new)
-            place = before - len(recorded.asked[name])
-            if len(sequence.tokens) > before and place < len(tokens[name]):
-                total += 1
-                same += sequence.tokens[-1] == tokens[name][place]
-                sequence.tokens[-1] = tokens[name][place]
-    assert total == sum(map(len, got))
+def shared_tokens(model, recorded, got, options):
+    """Share of the engine's tokens [request] that the policy chooses too."""
+    tokens = dict(zip(recorded.asked, got, strict=True))
+    config = SelfIndexConfig(**options)
+    same, total = agreement(model, config, recorded.constants(), recorded.asked, recorded.steps, tokens)
     return same / total
 
 
@@ -42,7 +25,7 @@ def check(folder, name, asked, new=24, options=OPTIONS, **engine):
             tuple(ids): one for ids, (one,) in zip(asked, recorded.generate(asked, new), strict=True)
         }
         got = [by_prompt[tuple(ids)] for ids in recorded.asked.values()]
-        assert agreement(model, recorded, got, options) >= ENOUGH
+        assert shared_tokens(model, recorded, got, options) >= ENOUGH
         assert recorded.used_blocks() == 0
     return recorded
 
@@ -69,7 +52,7 @@ def test_prefixes_are_shared(tmp_path):
     model = make_model("llama", tmp_path)
     with serving(tmp_path, OPTIONS, enable_prefix_caching=True) as recorded:
         got = [one for _ in range(2) for (one,) in recorded.generate(asked)]
-        assert agreement(model, recorded, got, OPTIONS) >= ENOUGH
+        assert shared_tokens(model, recorded, got, OPTIONS) >= ENOUGH
         assert recorded.metric("prefix_cache_hits") >= 2 * 384 + 3 * 384
 
 
