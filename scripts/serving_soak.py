@@ -235,7 +235,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument(
-        "--rounds", type=int, default=4, help="engines that take turns, every other one drafts"
+        "--rounds", type=int, default=2, help="engines that take turns; every other one drafts"
     )
     parser.add_argument("--wave", type=float, default=8, help="seconds in which requests come, before checks")
     parser.add_argument("--every", type=int, default=10, help="of how many plain requests one is asked again")
