@@ -34,7 +34,7 @@ class Locator {
   void locate(const int32_t* slots, int n, Tile& tile) {
     const Layout& layout = cache_.layout;
     for (int t = 0; t < n; t++) {
-      if (static_cast<uint32_t>(slots[t] - first_) >= static_cast<uint32_t>(layout.page)) turn_to(slots[t] / layout.page);
+      if (static_cast<uint32_t>(slots[t]) - static_cast<uint32_t>(first_) >= static_cast<uint32_t>(layout.page)) turn_to(slots[t] / layout.page);
       const int64_t at = slots[t] - first_;
       tile.page[t] = page_;
       tile.index[t] = index_;
