@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "selfindex"
 
 ROOMS = [
-    *("errors", "files", "versions", "config"),
+    *("errors", "files", "manual", "versions", "config"),
     *("codec", "index", "backends", "store", "attention"),
     *("report", "integrations", "selfindex", "evaluation", "cli", "__main__"),
 ]

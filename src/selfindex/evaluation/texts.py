@@ -25,14 +25,9 @@ from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
+from ..manual import manual
+
 JARGON_PATH = Path("/usr/share/doc/jargon-text/jargon.txt.gz")
-
-
-def manual() -> str:
-    """CPython's reference manual, as `help()` shows it."""
-    from pydoc_data import topics
-
-    return "\n".join(topics.topics[key] for key in sorted(topics.topics))
 
 
 def stdlib(max_chars: int = 4_000_000) -> str:

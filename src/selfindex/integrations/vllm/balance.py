@@ -21,6 +21,7 @@ from torch import Tensor
 from ...backends.cuda.loader import cache_folder
 from ...codec import BalanceProfile, measure_balance
 from ...errors import ConfigError, FormatError
+from ...manual import manual
 
 TOKENS = 2048
 """Tokens of the text to read, if the engine takes as many at once."""
@@ -187,15 +188,12 @@ def _text_ids(runner: Any) -> list[int]:
     """The start of CPython's reference manual in the model's tokens; without a tokenizer, arbitrary ones."""
     count, model = _tokens(runner), runner.model_config
     if not model.skip_tokenizer_init:
-        from pydoc_data import topics
-
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(
             model.tokenizer, revision=model.tokenizer_revision, trust_remote_code=model.trust_remote_code
         )
-        text = "\n".join(topics.topics[key] for key in sorted(topics.topics))
-        ids: list[int] = tokenizer(text[: 16 * count])["input_ids"][:count]
+        ids: list[int] = tokenizer(manual()[: 16 * count])["input_ids"][:count]
         return ids
     generator = torch.Generator().manual_seed(0)
     drawn: list[int] = torch.randint(model.get_vocab_size(), (count,), generator=generator).tolist()
