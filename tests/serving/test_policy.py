@@ -41,6 +41,12 @@ def test_every_token_selects_from_few(tmp_path):
     check(tmp_path, "llama", prompts(300, 640), options=options)
 
 
+def test_pages_that_steps_complete_are_read(tmp_path):
+    """So many steps that pages they fill, a row's first one as well, leave the window."""
+    options = {"budget": 0.1, "min_tokens": 16, "dense_below": 0, "recent": 0, "sinks": 4}
+    check(tmp_path, "llama", prompts(5, 100, 250), new=170, options=options)
+
+
 def test_preempted_requests_are_computed_again(tmp_path):
     recorded = check(tmp_path, "llama", prompts(*[300] * 6), new=60, num_gpu_blocks_override=150)
     assert recorded.metric("num_preemptions") > 0
