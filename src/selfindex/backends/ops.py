@@ -5,8 +5,8 @@ with `register_kernel`.
 """
 
 from . import cpu, cuda
-from .operators.define import register_kernel
 from .operators.decode_pages import operator as decode_pages
+from .operators.define import register_kernel
 from .operators.dense_attend import operator as dense_attend
 from .operators.encode import operator as encode
 from .operators.encode_into import operator as encode_into

@@ -142,9 +142,7 @@ class BlockTable:
         filled = [[held + [0] * (columns - len(held)) for held in rows] for rows in lists]
         return torch.tensor(filled, dtype=torch.int32, device="cpu").view(2, len(self.rows), columns)
 
-    def stage(
-        self, first: int, last: int, rows: slice = slice(None)
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def stage(self, first: int, last: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor, Tensor]:
         """Copy pages `first` to `last` of rows, all by default, into small pools of their own on the device.
 
         Returns:

@@ -82,7 +82,9 @@ def decode_pages(
     """
     fmt, device = PageFormat.parse(format), keys.device
     kernels = load(module_for("pages", fmt), device, fmt.head_dim, 1, fmt.value_bits, keys.dtype)
-    table, counts = (x.int() if x.stride(1) == 1 else x.int().contiguous() for x in (block_table, page_counts))
+    table, counts = (
+        x.int() if x.stride(1) == 1 else x.int().contiguous() for x in (block_table, page_counts)
+    )
     starts, constants = starts.int().contiguous(), constants.contiguous()
     params = PagesParams(
         index_pool.data_ptr(),
