@@ -10,7 +10,7 @@ LENGTHS = (70, 0, 33, 64)
 
 
 def stored(preset, bits, dim, shared=False):
-    """(format, index, payload, table, counts, constants) of rows of `LENGTHS` tokens; some pages are short."""
+    """Pages of rows of `LENGTHS` tokens: (format, index, payload, table, counts, constants)."""
     fmt = page_format(preset, bits, 2, dim)
     keys, values = gaussian(16, 2, 16, dim, seed=1), gaussian(16, 2, 16, dim, seed=2)
     index, payload, constants = encode(fmt, keys, values)
