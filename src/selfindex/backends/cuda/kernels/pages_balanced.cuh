@@ -134,17 +134,16 @@ __device__ __forceinline__ void Balanced::decode(const PagesParams& p, const Pla
 }
 #else
 __device__ __forceinline__ void Balanced::decode(const PagesParams& p, const Place& place, Memory& m) {
-  constexpr int ROUNDS = OWN / AT_ONCE, AHEAD = D == 256 ? 2 : ROUNDS;
+  constexpr int ROUNDS = OWN / AT_ONCE, AHEAD = ROUNDS < 4 ? ROUNDS : 4;
   const int lane = threadIdx.x & 31, slice = lane % LANES, own = (threadIdx.x >> 5) * OWN + lane / LANES;
   const float* consts = (const float*)(place.index + CONSTS);
   const float step = consts[0], key_base = consts[1] * LEVEL_UNIT, value_base = consts[2] * VALUE_UNIT;
-  float factor[16], shift[16];
+  constexpr bool HELD = D < 256;      // where registers suffice
+  float factors[HELD ? 16 : 1], shifts[HELD ? 16 : 1];
+  const auto factor = [&](int i) { return m.key[channel_of(slice, i)]; };
+  const auto shift = [&](int i) { return (float)m.mean[channel_of(slice, i)] * step * factor(i); };
 #pragma unroll
-  for (int i = 0; i < 16; i++) {
-    const int c = channel_of(slice, i);
-    factor[i] = m.key[c];
-    shift[i] = (float)m.mean[c] * step * factor[i];
-  }
+  for (int i = 0; i < (HELD ? 16 : 0); i++) { factors[i] = factor(i); shifts[i] = shift(i); }
 #pragma unroll 1
   for (int round = 0; round < ROUNDS; round += AHEAD) {
     u32 magnitudes[AHEAD], values[AHEAD], signs[AHEAD], scales[AHEAD];
@@ -191,7 +190,8 @@ __device__ __forceinline__ void Balanced::decode(const PagesParams& p, const Pla
 #pragma unroll
         for (int i = 0; i < 8; i++) {
           const int whole = x[8 * half + i];
-          key[i] = fmaf((float)key_of(whole) * key_scale, factor[8 * half + i], shift[8 * half + i]);
+          const int c = 8 * half + i;
+          key[i] = fmaf((float)key_of(whole) * key_scale, HELD ? factors[c] : factor(c), HELD ? shifts[c] : shift(c));
           value[i] = (float)value_of(whole) * value_scale * m.value[channel_of(slice, 8 * half + i)];
         }
         store_channels(p.keys, key_to + channel_of(slice, 8 * half), key);
