@@ -126,7 +126,7 @@ def measure(queries: int, tokens: int, rows: int, fmt: PageFormat) -> dict[str, 
         parts.write(output)
 
     step = min(tokens // PAGE, decoded.pages_at_a_time(HEADS, DIM, PAGE, query.dtype, rows))
-    room = torch.empty(2, HEADS, rows * step * PAGE, DIM, dtype=query.dtype, device="cuda")
+    room = torch.empty(2, rows * step * PAGE, HEADS, DIM, dtype=query.dtype, device="cuda").transpose(1, 2)
     starts = torch.arange(rows, dtype=torch.int32, device="cuda") * step * PAGE
 
     def decode() -> None:

@@ -46,6 +46,25 @@ def test_a_bounded_number_of_pages_at_a_time(preset, pages, calls, monkeypatch):
     assert max(n for _, n in calls) == min(pages, store.table.pages)
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+def test_tokens_are_split_where_queries_are_few(batch, calls, monkeypatch):
+    monkeypatch.setattr(decoded, "FEWEST_KEYS", 20)
+    monkeypatch.setattr(decoded, "multiprocessors", lambda device: 16 * batch)
+    store = filled(small_config(budget=1.0), 99, batch=batch)
+    keys, values, query = random_tokens(store, 20, seed=9)
+    assert store.encoded(0) == 80
+    assert decoded.splits_for(query, 80) == 4  # of 20 tokens for each of 4 heads
+    assert decoded.splits_for(query, 79) == 1
+    assert decoded.splits_for(query.repeat(1, 1, 7, 1), 80) == 2  # of two tiles
+    attended = []
+    attend_plain = decoded.attend_plain
+    monkeypatch.setattr(
+        decoded, "attend_plain", lambda *a, **b: attended.append(a[1]) or attend_plain(*a, **b)
+    )
+    check(store, (keys, values, query))
+    assert [x.shape[0] for x in attended] == [4 * batch]
+
+
 def test_rows_of_different_length_and_padding(calls):
     store = new_store(small_config(budget=1.0), batch=3)
     keys, values, query = random_tokens(store, 60)

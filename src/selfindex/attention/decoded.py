@@ -20,6 +20,8 @@ FEWEST_QUERIES = 256
 """New tokens a row from which decoding to memory pays."""
 MOST_SCRATCH = 256 << 20
 """Bytes of decoded keys and values at a time."""
+TILE, FEWEST_KEYS = 128, 2048
+"""Queries of a head that PyTorch's kernels give a block, and keys for which a block of its own pays."""
 STAGED_PAGES = 1024
 """Offloaded pages of all rows on the device at a time."""
 
@@ -44,6 +46,24 @@ def _kind(store: LayerStore, query: Tensor) -> tuple[object, ...]:
 def pages_at_a_time(kv_heads: int, dim: int, page: int, dtype: torch.dtype, rows: int = 1) -> int:
     """Pages of each row whose keys and values take `MOST_SCRATCH` bytes, or one."""
     return max(1, MOST_SCRATCH // (2 * kv_heads * dim * dtype.itemsize * page * rows))
+
+
+def splits_for(query: Tensor, tokens: int) -> int:
+    """Among how many blocks the tokens are divided where queries alone do not occupy the GPU: a power of two.
+
+    PyTorch's kernels do not divide them by themselves. It divides `tokens`, too.
+    """
+    sms = multiprocessors(query.device)
+    tiles = query.shape[0] * query.shape[1] * -(-query.shape[2] // TILE)
+    splits = 1
+    while 2 * splits * tiles <= sms and tokens % (2 * splits) == 0 and tokens >= 2 * splits * FEWEST_KEYS:
+        splits *= 2
+    return splits
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; 1 of others."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def groups_of(store: LayerStore) -> list[slice]:
@@ -73,17 +93,20 @@ def decoded_parts(store: LayerStore, rows: slice, query: Tensor, scaling: float,
     tables = [x[rows] for x in store.table.tensors()]
     for first in range(0, len(counts), step):
         tokens = sum(counts[first : first + step])
-        keys, values = query.new_empty(2, fmt.kv_heads, n * tokens, dim)
+        room = query.new_empty(2, n * tokens, fmt.kv_heads, dim)
         starts = torch.arange(0, n * tokens, tokens, dtype=torch.int32, device=query.device)
         table, near = (x[:, first : first + step] for x in tables)
         pools = store.pool.index, store.pool.payload
         if store.pool.offloading:
             *staged, table = store.table.stage(first, first + step, rows)
             pools = staged[0], staged[1]
-        ops.decode_pages(*pools, table, near, starts, keys, values, constants, fmt.name)
-        keys, values = (x.unflatten(1, (n, tokens)).transpose(0, 1) for x in (keys, values))
+        ops.decode_pages(*pools, table, near, starts, *room.transpose(1, 2), constants, fmt.name)
+        # A row that is split is several rows with the same queries.
+        splits = splits_for(query, tokens)
+        keys, values = room.unflatten(1, (n * splits, -1)).transpose(2, 3)
+        asking = query.repeat_interleave(splits, 0) if splits > 1 else query
         try:
-            part = attend_plain(query, keys, values, scaling, causal=False)
+            output, lse = attend_plain(asking, keys, values, scaling, causal=False)
         except RuntimeError as error:
             # Out of memory and errors of the GPU are other types; and it ran for the pages before.
             if first or type(error) is not RuntimeError:
@@ -95,5 +118,6 @@ def decoded_parts(store: LayerStore, rows: slice, query: Tensor, scaling: float,
                 stacklevel=2,
             )
             return False
-        parts.add(*part)
+        for i in range(splits):
+            parts.add(output[i::splits], lse[i::splits])
     return True
