@@ -100,7 +100,8 @@ def decoded_parts(store: LayerStore, rows: slice, query: Tensor, scaling: float,
         if store.pool.offloading:
             *staged, table = store.table.stage(first, first + step, rows)
             pools = staged[0], staged[1]
-        ops.decode_pages(*pools, table, near, starts, *room.transpose(1, 2), constants, fmt.name)
+        keys, values = room.transpose(1, 2)
+        ops.decode_pages(*pools, table, near, starts, keys, values, constants, fmt.name)
         # A row that is split is several rows with the same queries.
         splits = splits_for(query, tokens)
         keys, values = room.unflatten(1, (n * splits, -1)).transpose(2, 3)
