@@ -48,6 +48,11 @@ def pages_at_a_time(kv_heads: int, dim: int, page: int, dtype: torch.dtype, rows
     return max(1, MOST_SCRATCH // (2 * kv_heads * dim * dtype.itemsize * page * rows))
 
 
+def even(pages: int, most: int) -> int:
+    """Pages at a time, at most so many, of which the last ones are about as many as the others."""
+    return max(1, -(-pages // max(1, -(-pages // most))))
+
+
 def splits_for(query: Tensor, tokens: int) -> int:
     """Among how many blocks the tokens are divided where queries alone do not occupy the GPU: a power of two.
 
@@ -87,6 +92,7 @@ def decoded_parts(store: LayerStore, rows: slice, query: Tensor, scaling: float,
     step = pages_at_a_time(fmt.kv_heads, dim, fmt.page_size, query.dtype, n)
     if store.pool.offloading:
         step = min(step, max(1, STAGED_PAGES // n))
+    step = even(len(counts), step)
     constants = store.constants
     assert constants is not None  # there are pages
     constants = constants if constants.shape[0] == 1 else constants[rows]

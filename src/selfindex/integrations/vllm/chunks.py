@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ...attention.attend import BLOCK
-from ...attention.decoded import pages_at_a_time
+from ...attention.decoded import even, pages_at_a_time
 from ...attention.parts import Parts
 from ...backends import ops
 from .exact import Exact
@@ -238,8 +238,11 @@ class ChunkReader:
         positions = torch.where(place < sinks, place, place + (start - sinks)).clamp(min=0)
         blocks = held.table[chunk.row][(positions // geometry.block).long()]
         table, counts = meta.table[chunk.row : chunk.row + 1, :pages], counts[:, :pages]
-        each = pages_at_a_time(fmt.kv_heads, fmt.head_dim, geometry.page, geometry.dtype)
-        rest = max(0, min(pages, pages + -(-(most + own) // geometry.page) - each))
+        further = -(-(most + own) // geometry.page)
+        each = even(
+            pages + further, pages_at_a_time(fmt.kv_heads, fmt.head_dim, geometry.page, geometry.dtype)
+        )
+        rest = max(0, min(pages, pages + further - each))
         pieces = [slice(first, min(first + each, rest)) for first in range(0, rest, each)]
         room = max(
             (pages - rest) * geometry.page + most + own,
