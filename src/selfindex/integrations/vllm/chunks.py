@@ -75,7 +75,8 @@ class Before:
             them, others are any.
         queries, held: int32 [2], (0, new tokens) and (first of those tokens, L).
         table, counts: int32 [1, M], its pages and their tokens.
-        room: tokens decoded to memory at a time, with those of the window and the chunk behind the last.
+        room: tokens decoded to memory at a time, with those of the window and the chunk behind the last;
+            allocated: as many, or more, and mostly the same: memory of many sizes would pile up.
         pieces: pages that are decoded and attended to first, for want of room, and their tokens (0, n).
         rest: page from which on the others come, directly before the window's tokens.
         start: int32 [1], where in the room; span: int32 [2], (there, room).
@@ -88,6 +89,7 @@ class Before:
     table: Tensor
     counts: Tensor
     room: int
+    allocated: int
     pieces: list[tuple[slice, Tensor]]
     rest: int
     start: Tensor
@@ -173,7 +175,7 @@ class ChunkReader:
     ) -> None:
         """All that a chunk reads, itself last, becomes one sequence in memory that kernels take as it is."""
         query, count, name = new[0], len(new[0]), self.geometry.format.name
-        room = query.new_empty(before.room, *window.shape[1::2])
+        room = query.new_empty(before.allocated, *window.shape[1::2])[: before.room]
         keys, values = room.chunk(2, -1)
         places = keys.transpose(0, 1), values.transpose(0, 1)
         parts = Parts()
@@ -238,17 +240,13 @@ class ChunkReader:
         positions = torch.where(place < sinks, place, place + (start - sinks)).clamp(min=0)
         blocks = held.table[chunk.row][(positions // geometry.block).long()]
         table, counts = meta.table[chunk.row : chunk.row + 1, :pages], counts[:, :pages]
+        fit = pages_at_a_time(fmt.kv_heads, fmt.head_dim, geometry.page, geometry.dtype)
         further = -(-(most + own) // geometry.page)
-        each = even(
-            pages + further, pages_at_a_time(fmt.kv_heads, fmt.head_dim, geometry.page, geometry.dtype)
-        )
+        each = even(pages + further, fit)
         rest = max(0, min(pages, pages + further - each))
         pieces = [slice(first, min(first + each, rest)) for first in range(0, rest, each)]
-        room = max(
-            (pages - rest) * geometry.page + most + own,
-            *(geometry.page * (x.stop - x.start) for x in pieces),
-            0,
-        )
+        room = max(each * geometry.page if pieces else 0, (pages - rest) * geometry.page + most + own)
+        longest = meta.table.shape[1] * geometry.page + geometry.sinks + geometry.window
         zero = torch.zeros_like(start)
         begin = room - own - used - counts[:, rest:].sum(dtype=torch.int32)
         return Before(
@@ -259,6 +257,7 @@ class ChunkReader:
             table,
             counts,
             room,
+            max(room, min(longest, fit * geometry.page)),
             [(x, torch.stack((zero, counts[:, x].sum(dtype=torch.int32)))) for x in pieces],
             rest,
             begin[None],
