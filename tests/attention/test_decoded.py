@@ -121,3 +121,15 @@ def test_errors_of_the_gpu_are_not_taken_for_a_missing_kernel(error, monkeypatch
     keys, values, query = random_tokens(store, 20, seed=9)
     with pytest.raises(error):
         attend(store, query, keys, values, None, 0.125)
+
+
+@pytest.mark.parametrize("new", [9, 20])
+def test_tensors_that_want_derivatives_are_served(new):
+    """A call outside `torch.no_grad()`, of few and of many tokens."""
+    store = filled(small_config(budget=1.0))
+    keys, values, query = (x.requires_grad_() for x in random_tokens(store, new, seed=9))
+    got, _ = attend(store, query, keys, values, None, 0.125)
+    with torch.no_grad():
+        assert torch.equal(attend(store, query, keys, values, None, 0.125)[0], got)
+    (slope,) = torch.autograd.grad(got[:, :, -1].sum(), values)
+    assert slope.any()

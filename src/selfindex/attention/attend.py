@@ -65,7 +65,8 @@ def attend(
     if decoded:
         return output, read
     # Blocks of queries: attention to encoded tokens works in float32.
-    for q, out, *exact in zip(*(x.split(BLOCK, 2) for x in (query, output, *window)), strict=True):
+    for t in range(0, new, BLOCK):
+        q, out, *exact = (x[:, :, t : t + BLOCK] for x in (query, output, *window))
         parts = Parts()
         if any(encoded):
             part = _sparse_part(store, q, budgets, scaling) if sparse else _dense_part(store, q, scaling)
