@@ -280,6 +280,25 @@ def chunk_section(result: dict[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
+def chunk_prefix_section(result: dict[str, Any]) -> list[str]:
+    """A long chunk's attention to an encoded prefix."""
+    settings = result["settings"]
+    lines = ["## A long chunk over an encoded prefix"]
+    lines += paragraph(
+        where(result, f"python benchmarks/chunk_prefix.py --preset {settings['preset']} --output FILE"),
+        f"32 query heads, 8 KV heads of 128, bf16, batch {settings['rows']}, `{settings['preset']}`.",
+        "Milliseconds of one layer: pages decoded in registers by `dense_attend`, decoded to memory once",
+        "for PyTorch's kernel, merging included, and the fastest dense kernel over bf16 keys and values.",
+    )
+    lines += head("queries x prefix", "in registers", "to memory", "best dense", "in times of it")
+    for found in result["results"]:
+        name, best = min(found["dense"].items(), key=lambda each: each[1])
+        times = f"{found['place']:.2f}", f"{found['memory']:.2f}", f"{best:.2f} ({name})"
+        shape = f"{found['queries']} x {size(found['tokens'])}"
+        lines.append(row(shape, *times, f"{found['ratio']:.2f}"))
+    return [*lines, ""]
+
+
 def draw(result: dict[str, Any], target: Path) -> None:
     """Speed over dense against the length, one line a batch size."""
     figure, axis = plt.subplots(figsize=(6.4, 3.6))
@@ -316,6 +335,8 @@ def main() -> None:
     lines += compiled_section(load("end_to_end-compiled-h100.json"))
     lines += encode_section(load("encode-h100.json"))
     lines += chunk_section(load("chunk-h200.json")) + chunk_section(load("chunk-cpu.json"))
+    for path in sorted(RESULTS.glob("chunk_prefix-*.json")):
+        lines += chunk_prefix_section(load(path.name))
     if (RESULTS / "offload-h100.json").exists():
         lines += offload_section(load("offload-h100.json"))
     lines += cpu_section(load("cpu_decode.json"))

@@ -51,6 +51,16 @@ def arguments(request):
         "score": (query, index, table, counts, *tail),
         "select": (scores, budgets, 7),
         "sparse_attend": (query, index, payload, table, slots, *tail),
+        "decode_pages": (
+            *(index, payload, table, counts, starts, *gaussian(2, 2, 60, 64, seed=11)),
+            *(constants, fmt.name),
+        ),
+        "merge_into": (
+            [rest[0], held[0][:, :1].repeat(1, 4, 1, 1)[:, :, :1]],
+            [rest[1], -rest[1]],
+            *rest[2:3],
+            rest[0] + 1,
+        ),
         "dense_attend": (query, index, payload, table, counts, *tail),
         "sparse_decode": (query, index, payload, table, counts, budgets, 7, *tail),
         "step_attend": (*new, index, payload, table, counts, budgets, 7, *held, rest[2], *tail),

@@ -57,6 +57,9 @@ class PaperCodec:
     def map_query(self, query: Tensor, constants: Tensor) -> Tensor:
         return query.float()
 
+    def unmap_keys(self, keys: Tensor, constants: Tensor) -> Tensor:
+        return keys
+
     def unmap_output(self, output: Tensor) -> Tensor:
         return output
 
