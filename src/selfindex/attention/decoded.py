@@ -16,7 +16,7 @@ from ..store import LayerStore
 from .kernels import attend_plain, has_kernel
 from .parts import Parts
 
-FEWEST_QUERIES = 256
+FEWEST_QUERIES = 384
 """New tokens a row from which decoding to memory pays."""
 MOST_SCRATCH = 256 << 20
 """Bytes of decoded keys and values at a time."""
