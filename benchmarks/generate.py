@@ -29,10 +29,11 @@ from selfindex.evaluation.shapes import SHAPES, random_model
 from selfindex.evaluation.timing import measure
 
 
-def run(model: Any, ids: torch.Tensor, steps: int, way: str) -> dict[str, float]:
+def run(model: Any, ids: torch.Tensor, steps: int, way: str, preset: str = "balanced") -> dict[str, float]:
     """Seconds to the first token, milliseconds a token, memory."""
-    ours = way in ("selfindex", "compiled")
-    cache = selfindex.SelfIndexCache(model, budget=0.05, compile=way == "compiled") if ours else None
+    cache = None
+    if way in ("selfindex", "compiled"):
+        cache = selfindex.SelfIndexCache(model, budget=0.05, preset=preset, compile=way == "compiled")
     options = {"cache_implementation": "static"} if way == "static" else {}
     timing = measure(model, ids, steps, cache, **options)
     found = {"first_s": timing.first, "ms": timing.ms, "p90_ms": timing.p90_ms}
