@@ -272,11 +272,12 @@ class Decode:
         self.modern = properties.major >= 9
         self.attend_threads = min(attend_tokens(fmt), ATTEND_THREADS)
         splits = -(-width // attend_tokens(fmt))
+        paper = fmt.preset == "paper"
         sizes = {
             "take": 4 * rows,
-            "qfrag": rows * groups * 2 * 4 * (128 if dim == 96 else dim),
-            "qstep": rows * groups * 4,
-            "offsets": 4 * rows * (groups if fmt.preset == "paper" else pages * (4 * quads + 4)),
+            "qfrag": 0 if paper else rows * groups * 2 * 4 * (128 if dim == 96 else dim),
+            "qstep": 0 if paper else rows * groups * 4,
+            "offsets": 4 * rows * (groups if paper else pages * (4 * quads + 4)),
             "selected": rows * width * 4,
             "parts": rows * splits * groups * (dim + 4) * 4,
         }

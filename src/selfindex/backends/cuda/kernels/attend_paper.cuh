@@ -25,6 +25,7 @@ struct AttendMemory {
   __align__(16) u8 weights[ATTEND_WARPS][8][WEIGHT_ROW];  // bfloat16: of a head, upper and lower part
   __align__(16) u8 query[G * 2][QUERY_ROW];
   float top[ATTEND_WARPS][HEADS], total[ATTEND_WARPS][HEADS];
+  float step[HEADS];                                      // of the queries
 };
 static_assert(sizeof(AttendMemory) <= 48 * 1024, "static shared memory");
 
@@ -42,6 +43,33 @@ __device__ __forceinline__ void copy_scales(u8* to, const u8* from) {
 #pragma unroll
     for (int i = 0; i < 3; i++) ((u16*)to)[i] = ((const u16*)from)[i];
   } else copy_async<SCALE>(to, from); }
+
+// A query head times the largest keys as bytes, a warp a head; q.mean, of which one block tells merge.cuh.
+__device__ __forceinline__ void prepare_head(const Params& p, AttendMemory& m, int row, int g, bool publish) {
+  const int b = row / p.heads, h = row % p.heads, lane = threadIdx.x & 31;
+  const i64 at = b * p.query_row + (i64)(h * G + g) * p.query_head;
+  const float* constants = p.constants + b * p.constants_row + (i64)h * CONSTANTS;
+  float x[R], offset = 0.f, top = 0.f;
+#pragma unroll
+  for (int r = 0; r < R; r++) {
+    x[r] = load_input(p.query, at + r * 32 + lane);
+    offset = fmaf(x[r], constants[r * 32 + lane], offset);
+    x[r] *= constants[D + r * 32 + lane];
+    top = fmaxf(top, fabsf(x[r]));
+  }
+  top = fmaxf(warp_max(top), 1e-30f);
+  offset = warp_sum(offset);
+  const float inverse = QUERY_RANGE * reciprocal(top);
+#pragma unroll
+  for (int r = 0; r < R; r++) {
+    const int c = r * 32 + lane, v = __float2int_rn(x[r] * inverse), hi = (v + 64) >> 7, lo = v - (hi << 7);
+    const int place = (c & ~7) + (c & 1) * 4 + (c & 7) / 2;   // even channels of eight, then odd ones
+    m.query[g * 2][place] = (u8)hi;
+    m.query[g * 2 + 1][place] = (u8)lo;
+  }
+  if (lane == 0) m.step[g] = top * (1.f / QUERY_RANGE);
+  if (publish && lane == 0) p.offsets[(i64)row * G + g] = offset;
+}
 
 // Scales of groups r and r + 1, r even, of one of the four arrays.
 __device__ __forceinline__ u32 two_scales(const u8* token, int array, int r) { return *(const u32*)(token + SCALES + array * SCALE_ROOM + 2 * r); }
@@ -89,18 +117,24 @@ extern "C" __global__ void __launch_bounds__(ATTEND_THREADS, G <= 4 && D < 256 ?
       for (int i = 0; i < 4; i++) scales[i] = content + TOKEN + i * SCALE;
     }
 #endif
-    u8* to = m.tokens[tid];
+    // Neighbouring lanes copy a token's content: fewer lines of the cache an instruction. Of four lanes a token,
+    // those four tokens apart meet different banks.
+    constexpr int PARTS = TOKEN / 16;
 #pragma unroll
-    for (int i = 0; i < TOKEN; i += 16) copy_async<16>(to + i, content + i);
+    for (int i = 0; i < PARTS; i++) {
+      const int n = i * 32 + lane, part = n % PARTS;
+      const int token = PARTS == 4 ? i * 8 + (lane >> 3) + (lane & 4) : n / PARTS;
+      const u8* from = (const u8*)__shfl_sync(~0u, (u64)content, token);
+      copy_async<16>(m.tokens[w * 32 + token] + part * 16, from + part * 16);
+    }
+    u8* to = m.tokens[tid];
     constexpr int UNIT = D == 96 ? 4 : D == 64 ? 8 : 16;
 #pragma unroll
     for (int i = 0; i < CODE; i += UNIT) copy_async<UNIT>(to + SIGNS + i, codes + i);
 #pragma unroll
     for (int i = 0; i < 4; i++) copy_scales(to + SCALES + i * SCALE_ROOM, scales[i]);
   }
-  const u8* fragments = p.qfrag + (i64)row * G * 2 * FRAGMENT;
-  for (int i = tid; i < G * 2 * FRAGMENT / 16; i += ATTEND_THREADS)
-    *(uint4*)&m.query[i / (FRAGMENT / 16)][i % (FRAGMENT / 16) * 16] = ((const uint4*)fragments)[i];
+  for (int head = w; head < G; head += ATTEND_WARPS) prepare_head(p, m, row, head, blockIdx.x == 0);   // meanwhile
   asm volatile("cp.async.wait_all;" ::: "memory");
   __syncthreads();
 
@@ -146,7 +180,7 @@ extern "C" __global__ void __launch_bounds__(ATTEND_THREADS, G <= 4 && D < 256 ?
 #pragma unroll
   for (int quad = 0; quad < QUADS; quad++) {
     const int head = quad * 4 + j;
-    const float gain = head < G ? p.qstep[(i64)row * G + head] * p.scale : 0.f;
+    const float gain = head < G ? m.step[head] * p.scale : 0.f;
     float top = FAR;
 #pragma unroll
     for (int i = 0; i < 4; i++) {

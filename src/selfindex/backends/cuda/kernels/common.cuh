@@ -40,7 +40,7 @@ constexpr int PAYLOAD_RECORD = (VALUE_SCALES + PAGE + 15) / 16 * 16;
 // Query channels as the attention kernel multiplies them: a quarter warp owns CHUNK channels.
 constexpr int WORDS = D == 64 ? 1 : D == 256 ? 4 : 2;   // 16-channel magnitude words a lane
 constexpr int CHUNK = 16 * WORDS;
-constexpr int FRAGMENT = PAPER ? D : 4 * CHUNK;         // bytes; channels D.. are zero
+constexpr int FRAGMENT = 4 * CHUNK;                     // bytes; channels D.. are zero
 
 // The query in the score: four digits -1, 0, 1 to the base 3, each a bit plane of its ones and one of
 // its negative ones.
@@ -63,8 +63,8 @@ struct Params {
   const int* budgets;         // [B]
   u8* scratch;                // score codes that do not fit shared memory
   int* take;                  // [rows]: tokens to select
-  u8* qfrag;                  // [rows, G, 2, FRAGMENT] query bytes in the attention's order
-  float* qstep;               // [rows, G]: step of the 15-bit query
+  u8* qfrag;                  // [rows, G, 2, FRAGMENT] query bytes in the attention's order; balanced only
+  float* qstep;               // [rows, G]: step of the 15-bit query; balanced only
   float* offsets;             // [rows, M, HEADS + 4]: q.mean a head; key base, value base, block. Paper: [rows, G], q.mean
   int* selected;              // [rows, width] ascending slots
   float* parts;               // [rows, splits, G, D + 4]: sums, maximum, total

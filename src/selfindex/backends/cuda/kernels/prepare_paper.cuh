@@ -18,37 +18,7 @@ struct QueryMemory {
   int used, tokens, take;                   // pages in use, tokens in them, tokens to select
 };
 
-// What attention and merge need of a query head: bytes of query times largest key of a channel; q.mean.
-__device__ __forceinline__ void publish_head(const Params& p, int row, int g) {
-  const int b = row / p.heads, h = row % p.heads, lane = threadIdx.x & 31;
-  const i64 at = b * p.query_row + (i64)(h * G + g) * p.query_head;
-  const float* constants = p.constants + b * p.constants_row + (i64)h * CONSTANTS;
-  float x[R], offset = 0.f, top = 0.f;
-#pragma unroll
-  for (int r = 0; r < R; r++) {
-    x[r] = load_input(p.query, at + r * 32 + lane);
-    offset = fmaf(x[r], constants[r * 32 + lane], offset);
-    x[r] *= constants[D + r * 32 + lane];
-    top = fmaxf(top, fabsf(x[r]));
-  }
-  top = fmaxf(warp_max(top), 1e-30f);
-  offset = warp_sum(offset);
-  const float inverse = QUERY_RANGE / top;
-  u8* fragment = p.qfrag + ((i64)row * G + g) * 2 * FRAGMENT;
-#pragma unroll
-  for (int r = 0; r < R; r++) {
-    const int c = r * 32 + lane, v = __float2int_rn(x[r] * inverse), hi = (v + 64) >> 7, lo = v - (hi << 7);
-    const int place = (c & ~7) + (c & 1) * 4 + (c & 7) / 2;   // even channels of eight, then odd ones
-    fragment[place] = (u8)hi;
-    fragment[FRAGMENT + place] = (u8)lo;
-  }
-  if (lane == 0) {
-    p.qstep[(i64)row * G + g] = top / QUERY_RANGE;
-    p.offsets[(i64)row * G + g] = offset;
-  }
-}
-
-// Everything in QueryMemory; one block of a row publishes what the attention needs of it.
+// Everything in QueryMemory; one block of a row publishes how many tokens are selected.
 template <int WARPS> __device__ __forceinline__ void prepare_row(const Params& p, int row, QueryMemory& m, bool publish) {
   constexpr int THREADS = WARPS * 32, ENTRIES = 4 * D, OWN = (ENTRIES + THREADS - 1) / THREADS;   // of the tables, a multiple of a warp
   const int b = row / p.heads, h = row % p.heads, tid = threadIdx.x, lane = tid & 31, w = tid >> 5;
@@ -68,7 +38,6 @@ template <int WARPS> __device__ __forceinline__ void prepare_row(const Params& p
     for (int g = 0; g < G; g++) sum += load_input(p.query, b * p.query_row + (i64)(h * G + g) * p.query_head + c);
     m.mean[c] = sum / G;
   }
-  if (publish) for (int g = w; g < G; g += WARPS) publish_head(p, row, g);
   count_tokens(p, b, m, 0, THREADS);
   __syncthreads();
   // The transform runs over 16 neighbouring lanes.
