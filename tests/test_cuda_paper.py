@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -47,3 +48,17 @@ def test_weights_of_the_sets_give_the_table_up_to_a_constant():
     )
     constant = table - sums
     torch.testing.assert_close(constant, constant[:1].expand(16).clone(), atol=1e-6, rtol=0)
+
+
+@given(st.integers(0, 480 * 32767), st.data())
+def test_keys_grow_with_scores_and_leave_out_bin_0(span, data):
+    """Single precision, as score_paper.cuh multiplies: whatever the range of the scores."""
+    least = data.draw(st.integers(-span, 0))
+    scores = sorted(data.draw(st.lists(st.integers(least, least + span), min_size=1, max_size=20)))
+    scores = np.array([least, *scores, least + span], dtype=np.float32)
+    first, last = 16 + 1, 2048 * 16 - 2
+    slope = np.float32(last - first) / np.float32(max(span, 1))
+    start = np.float32(2**23) + np.float32(first) - np.float32(least) * slope
+    keys = (scores.astype(np.float64) * slope + start).astype(np.float32).view(np.uint32) & 0x7FFF
+    assert 16 <= keys.min() <= keys.max() <= 32767
+    assert (np.diff(keys.astype(int)) >= 0).all()

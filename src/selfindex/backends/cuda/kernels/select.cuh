@@ -17,6 +17,12 @@ template <int WARPS> struct SelectMemory {
   uint2 warp_counts[WARPS];                   // tokens above and at the threshold
 };
 
+template <int WARPS> __device__ __forceinline__ void clear_histogram(SelectMemory<WARPS>& m) {
+  for (int i = threadIdx.x; i < BINS; i += WARPS * 32) m.histogram[i] = 0; }
+
+// A block of a cluster, and its run of the row's pages.
+struct Block { int rank, size, row, first, pages; };
+
 // Where the keys of a block's pages are: the first `split` in one place, the others in another.
 struct KeyPlaces {
   u8 *near, *far;
