@@ -53,11 +53,11 @@ def attention(batches: list[int], lengths: list[int]) -> Iterator[Row]:
             yield row | {"dense": time_dense(batch, length)}
 
 
-def attempt(way: Callable[..., Row], *sizes: Any, **options: Any) -> Row | None:
-    """What a way measures, or None if it ran out of memory."""
+def attempt(action: Callable[..., Row], *sizes: Any, **options: Any) -> Row | None:
+    """What an action measures, or None if it ran out of memory."""
     end_to_end.clean()
     try:
-        return way(*sizes, **options)
+        return action(*sizes, **options)
     except torch.OutOfMemoryError:
         return None
 
@@ -75,13 +75,13 @@ def steps(model: Any, batches: list[int], lengths: list[int]) -> Iterator[Row]:
 
 def second(model: Any, lengths: list[int]) -> Iterator[Row]:
     """Seconds from the prompt to the first and to the second token, gigabytes at the peak."""
-    ways = {"dense": ("dynamic", "balanced")} | {preset: ("selfindex", preset) for preset in PRESETS}
+    ways = {"dense": {"way": "dynamic"}} | {name: {"way": "selfindex", "preset": name} for name in PRESETS}
     for length in lengths:
         ids = torch.randint(3, model.config.vocab_size, (1, length), device=model.device)
         row: Row = {"batch": 1, "length": length}
         # Twice: libraries prepare their kernels for every length that they have not seen.
         for name in [*ways, *ways]:
-            found = attempt(generate.run, model, ids, 2, *ways[name])
+            found = attempt(generate.run, model, ids, 2, **ways[name])
             row[name] = found and {
                 "first_s": found["first_s"],
                 "second_s": found["first_s"] + found["ms"] / 1e3,
