@@ -10,9 +10,9 @@ constexpr int ATTEND_WARPS = D == 256 ? 4 : 8, ATTEND_TOKENS = 32 * ATTEND_WARPS
 
 // A token in shared memory: codes of its key and its value, signs, then the four scales of each group.
 // The stride leaves eight neighbours in different banks.
-constexpr int SIGNS = D / 2, SCALE_ROOM = R == 3 ? 8 : SCALE, SCALES = (SIGNS + CODE + 7) / 8 * 8;
+constexpr int SIGNS = D / 2, SCALE_ROOM = R == 3 ? 8 : SCALE, SCALES_AT = (SIGNS + CODE + 15) / 16 * 16;
 constexpr int TOKEN_ROOM = D == 64 ? 80 : D == 256 ? 240 : 112;
-static_assert(SCALES + 4 * SCALE_ROOM <= TOKEN_ROOM && TOKEN_ROOM % 16 == 0, "a token fits its room");
+static_assert(SCALES_AT + 4 * SCALE_ROOM <= TOKEN_ROOM && TOKEN_ROOM % 16 == 0, "a token fits its room");
 constexpr int QUERY_ROW = D == 96 ? D : D + 32;           // bytes; likewise
 constexpr int WEIGHT_ROW = 80;                            // bytes of 32 weights, likewise
 constexpr int SUM_ROW = D + 8;                            // floats, likewise
@@ -38,11 +38,19 @@ template <int N> __device__ __forceinline__ void copy_async(u8* to, const u8* fr
   if constexpr (N == 16) asm volatile("cp.async.cg.shared.global [%0],[%1],16;" :: "r"(shared_address(to)), "l"(from) : "memory");
   else asm volatile("cp.async.ca.shared.global [%0],[%1],%2;" :: "r"(shared_address(to)), "l"(from), "n"(N) : "memory"); }
 
-__device__ __forceinline__ void copy_scales(u8* to, const u8* from) {
-  if constexpr (R == 3) {
+// PARTS times 16 bytes of every token of a warp, of which each lane says where its own lie. Neighbouring lanes
+// copy what lies together, so that an instruction meets fewer lines of the cache; their tokens are so far apart
+// that they meet different banks.
+template <int PARTS> __device__ __forceinline__ void copy_together(u8* to, const u8* own, int lane) {
 #pragma unroll
-    for (int i = 0; i < 3; i++) ((u16*)to)[i] = ((const u16*)from)[i];
-  } else copy_async<SCALE>(to, from); }
+  for (int i = 0; i < PARTS; i++) {
+    const int n = i * 32 + lane, part = n % PARTS;
+    const int token = PARTS == 4 ? i * 8 + (lane >> 3) + (lane & 4)
+                    : PARTS == 2 ? i * 16 + (lane >> 4) * 8 + (lane >> 3 & 1) + (lane & 6) : n / PARTS;
+    const u8* from = (const u8*)__shfl_sync(~0u, (u64)own, token);
+    copy_async<16>(to + token * TOKEN_ROOM + part * 16, from + part * 16);
+  }
+}
 
 // A query head times the largest keys as bytes, a warp a head; q.mean, of which one block tells merge.cuh.
 __device__ __forceinline__ void prepare_head(const Params& p, AttendMemory& m, int row, int g, bool publish) {
@@ -72,7 +80,7 @@ __device__ __forceinline__ void prepare_head(const Params& p, AttendMemory& m, i
 }
 
 // Scales of groups r and r + 1, r even, of one of the four arrays.
-__device__ __forceinline__ u32 two_scales(const u8* token, int array, int r) { return *(const u32*)(token + SCALES + array * SCALE_ROOM + 2 * r); }
+__device__ __forceinline__ u32 two_scales(const u8* token, int array, int r) { return *(const u32*)(token + SCALES_AT + array * SCALE_ROOM + 2 * r); }
 __device__ __forceinline__ float one_of(u32 pair, int r) { return half_to_float(r & 1 ? pair >> 16 : pair & 0xffff); }
 
 __device__ __forceinline__ void mma_bfloat(float* c, const u32* a, u32 b0, u32 b1) {
@@ -106,33 +114,23 @@ extern "C" __global__ void __launch_bounds__(ATTEND_THREADS, G <= 4 && D < 256 ?
     const u8* codes = p.index + block * p.index_stride + (i64)h * INDEX_RECORD + t * CODE;
     const u8* payload = p.payload + block * p.payload_stride + (i64)h * PAYLOAD_RECORD;
     const u8* content = payload + t * TOKEN;
-    const u8* scales[4];
-#pragma unroll
-    for (int i = 0; i < 4; i++) scales[i] = payload + scales_of(i) + t * SCALE;
+    const u8* scales = payload + KEY_SCALES + t * SCALES;
 #ifdef OFFLOADED
     const int place = recent.place[(i64)row * p.width + min(first + tid, k - 1)];
     if (place >= 0) {
       content = recent.data + (i64)place * ENTRY;
-#pragma unroll
-      for (int i = 0; i < 4; i++) scales[i] = content + TOKEN + i * SCALE;
+      scales = content + TOKEN;
     }
 #endif
-    // Neighbouring lanes copy a token's content: fewer lines of the cache an instruction. Of four lanes a token,
-    // those four tokens apart meet different banks.
-    constexpr int PARTS = TOKEN / 16;
-#pragma unroll
-    for (int i = 0; i < PARTS; i++) {
-      const int n = i * 32 + lane, part = n % PARTS;
-      const int token = PARTS == 4 ? i * 8 + (lane >> 3) + (lane & 4) : n / PARTS;
-      const u8* from = (const u8*)__shfl_sync(~0u, (u64)content, token);
-      copy_async<16>(m.tokens[w * 32 + token] + part * 16, from + part * 16);
-    }
+    copy_together<TOKEN / 16>(m.tokens[w * 32], content, lane);
     u8* to = m.tokens[tid];
     constexpr int UNIT = D == 96 ? 4 : D == 64 ? 8 : 16;
 #pragma unroll
     for (int i = 0; i < CODE; i += UNIT) copy_async<UNIT>(to + SIGNS + i, codes + i);
+    if constexpr (R == 3) {   // each of the four gets room for one more
 #pragma unroll
-    for (int i = 0; i < 4; i++) copy_scales(to + SCALES + i * SCALE_ROOM, scales[i]);
+      for (int i = 0; i < 4 * R; i++) ((u16*)(to + SCALES_AT))[i / R * 4 + i % R] = ((const u16*)scales)[i];
+    } else copy_together<SCALES / 16>(m.tokens[w * 32] + SCALES_AT, scales, lane);
   }
   for (int head = w; head < G; head += ATTEND_WARPS) prepare_head(p, m, row, head, blockIdx.x == 0);   // meanwhile
   asm volatile("cp.async.wait_all;" ::: "memory");

@@ -23,10 +23,10 @@ constexpr int TOKEN = D / 4 + D / 4 + (VALUE_BITS == 3 ? D / 8 : 0);
 #if PAPER
 constexpr int CONSTANTS = 18 * D;    // float32 a head: mean [D], largest [D], codebook [D / 4, 16, 4]
 constexpr int INDEX_RECORD = PAGE * CODE;
-constexpr int SCALE = 2 * R;         // bytes of a token's float16, one for 32 channels, in one of four arrays
-__device__ __forceinline__ constexpr int scales_of(int array) { return PAGE * (TOKEN + array * SCALE); }
-constexpr int KEY_SCALES = scales_of(0), KEY_ZEROS = scales_of(1), VALUE_SCALES = scales_of(2), VALUE_ZEROS = scales_of(3);
-constexpr int PAYLOAD_RECORD = scales_of(4);
+// A token's float16, one for 32 channels: scales and zero points of the key and of the value, side by side.
+constexpr int SCALE = 2 * R, SCALES = 4 * SCALE;   // bytes of each, of all
+constexpr int KEY_SCALES = PAGE * TOKEN, KEY_ZEROS = KEY_SCALES + SCALE, VALUE_SCALES = KEY_ZEROS + SCALE, VALUE_ZEROS = VALUE_SCALES + SCALE;
+constexpr int PAYLOAD_RECORD = PAGE * (TOKEN + SCALES);
 #else
 constexpr int CONSTANTS = D;         // float32 a head: balance
 constexpr int KEY_SCALES = PAGE * CODE;
