@@ -29,10 +29,13 @@ from selfindex.evaluation.shapes import SHAPES, random_model
 from selfindex.evaluation.timing import measure
 
 
-def run(model: Any, ids: torch.Tensor, steps: int, way: str, chunk: int) -> dict[str, float]:
+def run(
+    model: Any, ids: torch.Tensor, steps: int, way: str, chunk: int = 0, preset: str = "balanced"
+) -> dict[str, float]:
     """Seconds to the first token, milliseconds a token, memory."""
-    ours = way in ("selfindex", "compiled")
-    cache = selfindex.SelfIndexCache(model, budget=0.05, compile=way == "compiled") if ours else None
+    cache = None
+    if way in ("selfindex", "compiled"):
+        cache = selfindex.SelfIndexCache(model, budget=0.05, preset=preset, compile=way == "compiled")
     options: dict[str, Any] = {"cache_implementation": "static"} if way == "static" else {}
     if chunk:
         options["prefill_chunk_size"] = chunk

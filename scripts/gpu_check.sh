@@ -35,6 +35,7 @@ for part in "${parts[@]}"; do
       for name in decode_attention encode end_to_end; do
         "$python" "benchmarks/$name.py" --preset paper --output "$out/$name-paper.json" || failed=1
       done
+      "$python" benchmarks/paper.py --output "$out/paper.json" || failed=1
       "$python" benchmarks/chunk.py --device cuda --output "$out/chunk.json" || failed=1
       "$python" benchmarks/chunk_prefix.py --output "$out/chunk_prefix.json" || failed=1
       "$python" benchmarks/end_to_end.py --lengths 8192 131072 --layers 8 --compile 8192 131072 --skip-largest \

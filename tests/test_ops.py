@@ -46,7 +46,7 @@ def arguments(request):
             constants,
             fmt.name,
         ),
-        "prompt_statistics": (keys[0],),
+        "prompt_statistics": (keys,),
         "paged_window_attend": (*new, paged, table, starts, lengths, 2, *rest),
         "score": (query, index, table, counts, *tail),
         "select": (scores, budgets, 7),

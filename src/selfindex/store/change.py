@@ -19,8 +19,10 @@ class RowChange:
 
     encode: tuple[Tensor, Tensor]
     keep: tuple[Tensor, Tensor]
-    prompt: Tensor | None = None
-    """Keys of the row's prompt, if its statistics come from them (paper preset)."""
+    constants: Tensor | None = None
+    """Constants [H, ...] of a prompt that begins the row (paper preset)."""
+    prompt: int = 0
+    """Tokens of that prompt."""
 
 
 @dataclass(frozen=True)

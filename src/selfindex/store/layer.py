@@ -86,6 +86,9 @@ class LayerStore:
         """Tokens of a row, encoded or not."""
         return self.encoded(row) + self.window.lengths[row]
 
+    def _lengths(self) -> list[int]:
+        return [self.length(b) for b in range(self.batch)]
+
     def append(
         self, keys: Tensor, values: Tensor, query: Tensor, valid: Tensor | None, scaling: float
     ) -> None:
@@ -123,7 +126,11 @@ class LayerStore:
         if valid is None and self._rows_are_equal():
             return self._plan_equal_rows(keys, values, query, check)
         statistics = self._observe(statistics, query, valid)
-        rows = []
+        rows: list[RowChange] = []
+        prompt = keys.shape[2] - (LONGEST_DRAFT if drafts else 0)
+        if config.preset == "paper" and valid is None and prompt > config.sinks and not any(self._lengths()):
+            rows = keep_pinned(config, keys, values, query, scaling, prompt)
+            return self._encode_rows(rows, statistics, check)
         for b in range(self.batch):
             new_k, new_v, new_q = keys[b], values[b], query[b]
             if valid is not None and not bool(valid[b].all()):
@@ -131,7 +138,8 @@ class LayerStore:
             first = config.preset == "paper" and self.length(b) == 0
             prompt = new_k.shape[1] - (LONGEST_DRAFT if drafts else 0)
             if first and prompt > config.sinks:
-                rows.append(keep_pinned(config, new_k, new_v, new_q, scaling, prompt))
+                alone = new_k[None], new_v[None], new_q[None]
+                rows += keep_pinned(config, *alone, scaling, prompt)
             elif first and drafts:
                 rows.append(RowChange((new_k[:, :0], new_v[:, :0]), (new_k, new_v)))
             else:
@@ -254,9 +262,9 @@ class LayerStore:
         if self.config.preset == "paper":
             fresh, prompts = {}, list(now.prompt_tokens)
             for b, row in enumerate(rows):
-                if row.prompt is not None:
-                    fresh[b] = ops.prompt_statistics(row.prompt)
-                    prompts[b] = max(prompts[b], row.prompt.shape[1])
+                if row.constants is not None:
+                    fresh[b] = row.constants
+                    prompts[b] = max(prompts[b], row.prompt)
                 elif row.encode[0].shape[1] and not now.has_constants[b]:
                     fresh[b] = ops.prompt_statistics(row.encode[0])
             if not fresh:

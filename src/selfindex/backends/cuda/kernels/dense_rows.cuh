@@ -54,21 +54,21 @@ __device__ __forceinline__ void levels(u32 at, u32& first, u32& second, const Le
 // half precision holds four times its largest number, stay in the range.
 constexpr float KEY_GAIN = 8.f;
 __device__ __forceinline__ LevelTable level_table(const u8* payload, int token, int r) {
-  const float scale = half_at(payload + KEY_SCALES + token * SCALE + 2 * r) / KEY_GAIN;
-  const float zero = half_at(payload + KEY_ZEROS + token * SCALE + 2 * r) / KEY_GAIN;
+  const float scale = half_at(payload + KEY_SCALES + token * SCALES + 2 * r) / KEY_GAIN;
+  const float zero = half_at(payload + KEY_ZEROS + token * SCALES + 2 * r) / KEY_GAIN;
   const u32 lower = halves(zero, zero + scale), upper = halves(fmaf(2.f, scale, zero), fmaf(3.f, scale, zero));
   return {prmt(lower, upper, 0x7531), prmt(lower, upper, 0x6420)}; }
 // A token's values of 32 channels from the levels 2 code - 3 of `code_pairs`, times a factor: scale and
 // centre, a pair of fp16.
 __device__ __forceinline__ u32 value_line(const u8* payload, int token, int r, float factor) {
-  const float scale = half_at(payload + VALUE_SCALES + token * SCALE + 2 * r), zero = half_at(payload + VALUE_ZEROS + token * SCALE + 2 * r);
+  const float scale = half_at(payload + VALUE_SCALES + token * SCALES + 2 * r), zero = half_at(payload + VALUE_ZEROS + token * SCALES + 2 * r);
   return halves(0.5f * scale * factor, fmaf(1.5f, scale, zero) * factor); }
 // No value of a token is larger.
 __device__ __forceinline__ float value_bound(const u8* payload, int token) {
   float bound = 0.f;
 #pragma unroll
   for (int r = 0; r < R; r++)
-    bound = fmaxf(bound, fmaf(3.f, fabsf(half_at(payload + VALUE_SCALES + token * SCALE + 2 * r)), fabsf(half_at(payload + VALUE_ZEROS + token * SCALE + 2 * r))));
+    bound = fmaxf(bound, fmaf(3.f, fabsf(half_at(payload + VALUE_SCALES + token * SCALES + 2 * r)), fabsf(half_at(payload + VALUE_ZEROS + token * SCALES + 2 * r))));
   return fmaxf(bound, 1e-20f); }
 #else
 constexpr float KEY_GAIN = 1.f;
