@@ -258,3 +258,22 @@ def test_caches_side_by_side_have_streams_of_their_own():
     forward(model, ids, again)
     forward(model, ids[:, -1:], again)
     assert any(again.replay._recorder._stream is stream for stream in streams)
+
+
+def test_the_report_says_what_a_replayed_step_missed():
+    """Queries lie where graphs of several lengths, which share memory, have put them."""
+    model = model_on_gpu()
+    caches = [
+        selfindex.SelfIndexCache(model, budget=150, dense_below=0, cuda_graphs=graphs)
+        for graphs in (False, True)
+    ]
+    for cache in caches:
+        forward(model, prompt(2500, batch=2).cuda(), cache)
+    for i, new in enumerate([1, 3, 1, 1, 8, 3, 1] * 5):
+        for cache in caches:
+            forward(model, prompt(new, batch=2, seed=i).cuda(), cache)
+        single, replayed = (cache.report() for cache in caches)
+        for one, other in zip(single.layers, replayed.layers, strict=True):
+            assert 0.01 < one.missed < 0.99
+            assert other.row_missed == pytest.approx(one.row_missed, rel=0.05, abs=0.01)
+    assert (caches[0].replay.steps, caches[1].replay.steps) == (0, 35)

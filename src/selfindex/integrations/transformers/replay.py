@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from ...attention.attend import MOST_STEP_TOKENS
+from ...attention.missed import LastStep
 from ...attention.step import FixedPlan, budgets_of
 from ...store import LayerStore
 from .graphs import RecordedModel, Recorder
@@ -132,6 +133,8 @@ class Replay:
             recording.plan.update(_stores(cache)[0], cache.get_seq_length())
             for name in ("input_ids", "position_ids"):
                 recording.given[name].copy_(given[name])
+            for layer in cache.compressed_layers:
+                layer.last = None  # its query may lie where this step writes its own
             if recording.graph is not None:
                 recording.graph.replay()
             else:
@@ -234,8 +237,8 @@ class Replay:
 
     def _take_over(self, cache: LayeredCache, recording: _Recording) -> None:
         """Have the cache hold the tokens that a step has put into its tensors."""
-        stores, new = _stores(cache), len(recording.plan.lengths)
-        read, rows = budgets_of(stores[0], new), stores[0].batch
+        stores, new, rows = _stores(cache), len(recording.plan.lengths), len(recording.plan.budgets)
+        read, encoded = budgets_of(stores[0], new), [stores[0].encoded(b) for b in range(rows)]
         observed = new * rows if stores[0].unobserved else 0
         cache.finite.begin()
         numbers = [layer.layer_idx for layer in cache.compressed_layers]
@@ -249,7 +252,7 @@ class Replay:
                 if observed:
                     seen = store.statistics.queries_seen + observed
                     store.statistics = replace(store.statistics, queries_seen=seen)
-                layer.read = read
+                layer.last = LastStep(read, encoded, recording.plan.asked[layer.layer_idx])
                 store.commit(change)
                 layer.positions += new
             cache.positions = positions
