@@ -84,10 +84,8 @@ def filled_cache(model: Any, batch: int, length: int, **options: Any) -> selfind
         layer.lazy_initialization(like, like)
         store: Any = layer.store
         index, payload, constants = encoded_pages(store.format, 128)
-        fixed = {"constants": constants}
-        if config.preset == "paper":  # of every row
-            fixed = {"constants": constants.repeat(batch, 1, 1), "has_constants": (True,) * batch}
-        store.statistics = replace(store.statistics, **fixed)
+        own = constants.repeat(batch, 1, 1)  # of every row
+        store.statistics = replace(store.statistics, constants=own, has_constants=(True,) * batch)
         store.reserve(batch * (pages + 2), window)
         for b in range(batch):
             source = torch.randint(index.shape[0], (pages,), device="cuda")

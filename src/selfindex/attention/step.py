@@ -99,6 +99,7 @@ class FixedPlan(StepPlan):
         new: tokens a row, T.
 
     Attributes:
+        observed: int32 [T, B], 1 where the balance of a row is measured from the query of the token.
         positions: tokens, padding included, that the model is told it has seen.
         first: int32 [], position of the first new token.
         hidden: positions that nothing sees in sliding-window layers.
@@ -108,12 +109,13 @@ class FixedPlan(StepPlan):
 
     def __init__(self, store: LayerStore, new: int, hidden: Mapping[Any, Tensor]) -> None:
         with torch.inference_mode(False):
-            rows = torch.zeros(new + 2, store.batch, dtype=torch.int32, device=store.window.keys.device)
+            rows = torch.zeros(2 * new + 2, store.batch, dtype=torch.int32, device=store.window.keys.device)
         width = most_of_a_budget(store.config, store.table.padded()[0].shape[1])
         super().__init__(rows[:new], rows[new], width, everything=False)
         self._rows = rows
         self.positions = 0
-        self.first = rows[new + 1, 0]
+        self.observed = rows[new + 1 : 2 * new + 1]
+        self.first = rows[2 * new + 1, 0]
         self.hidden = hidden
         self.asked: dict[int, Asked] = {}
 
@@ -121,7 +123,8 @@ class FixedPlan(StepPlan):
         """Plan the next step, from what a layer holds now, in so many positions."""
         new = len(self.lengths)
         lengths = ([n + t for n in store.window.lengths] for t in range(new))
-        numbers = [*lengths, budgets_of(store, new), [positions] * store.batch]
+        observed = ([int(t < room) for room in store.unobserved] for t in range(new))
+        numbers = [*lengths, budgets_of(store, new), *observed, [positions] * store.batch]
         self._rows.copy_(torch.tensor(numbers, dtype=torch.int32))
 
 

@@ -158,16 +158,19 @@ class SelfIndexCache(LayeredCache):
     def profile(self) -> BalanceProfile:
         """The balance this cache measured, to be saved and passed as `profile=` later.
 
+        Of several rows with one of their own it is the geometric mean.
+
         Raises:
             StateError: nothing was encoded yet, or the preset has no balance.
         """
         balance = {}
         for layer in self._compressed:
-            if self.config.preset != "balanced" or layer.store is None or layer.store.constants is None:
+            own = None if layer.store is None else layer.store.statistics.own
+            if own is None or self.config.preset != "balanced":
                 raise StateError(
                     "no balance yet: the balanced preset measures it when it encodes its first page"
                 )
-            balance[layer.layer_idx] = layer.store.constants[0]
+            balance[layer.layer_idx] = own.log().mean(0).exp() if len(own) > 1 else own[0]
         return BalanceProfile(balance)
 
     def save(self, model: PreTrainedModel, path: str | Path) -> None:

@@ -239,7 +239,7 @@ class SelfIndexLayer(CacheLayerMixin):
                     )
                 if step:
                     check = cache.finite.of(self.layer_idx)
-                    self.take(store.plan_step(keys.shape[2], check), keys.shape[2])
+                    self.take(store.plan_step(keys.shape[2], check, query), keys.shape[2])
                 else:
                     self.commit(query, keys, values, valid, scaling)
                 self.last = LastStep(read, encoded, asked)
@@ -252,8 +252,9 @@ class SelfIndexLayer(CacheLayerMixin):
     ) -> Tensor:
         """`attend` in a step of fixed shape, which touches the device only: see `replay`."""
         store, plan = cast(LayerStore, self.store), cast(FixedPlan, self._plans.fixed)
-        if store.unobserved:
-            store.statistics.query_square.add_(store.square(query).sum((0, 2)))
+        if any(store.unobserved):
+            counted = store.square(query) * plan.observed.T[:, None, :, None]
+            store.statistics.query_square.add_(counted.sum(2))
         plan.asked[self.layer_idx] = Asked.by(query, scaling, sink_logit, compiled)
         return attend_step(store, query, new.new_keys, new.new_values, plan, scaling, sink_logit)
 
