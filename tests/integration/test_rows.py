@@ -3,7 +3,6 @@
 import backends
 import pytest
 import torch
-from backends import scaled
 from decoded_cache import small_cache
 from tiny_models import forward, generate, pair, prompt
 
@@ -26,24 +25,24 @@ def step_of(mask, new=1):
     return torch.cat((mask, mask.new_ones(len(mask), new)), 1)
 
 
-@backends.every
+@backends.on_cpu
 @pytest.mark.parametrize("preset", ["balanced", "paper"])
 @pytest.mark.parametrize("fixed", [False, True])
 def test_a_reply_is_the_same_in_any_company(backend, preset, fixed):
     _, ours = pair("llama")
-    rows, ids, mask = padded([scaled(n) for n in LENGTHS])
-    cache = small_cache(ours, budget=scaled(12), preset=preset)
+    rows, ids, mask = padded(LENGTHS)
+    cache = small_cache(ours, budget=12, preset=preset)
     cache.replay.emulate = fixed
     together = generate(ours, ids, cache, attention_mask=mask, max_new_tokens=24)
     for b, row in enumerate(rows):
-        alone = small_cache(ours, budget=scaled(12), preset=preset)
+        alone = small_cache(ours, budget=12, preset=preset)
         alone.replay.emulate = fixed
         reply = generate(ours, row[None], alone, max_new_tokens=24)
         assert torch.equal(together[b, -24:], reply[0, -24:]), b
         if (own := alone.compressed_layers[0].store.constants) is not None:
             found = cache.compressed_layers[0].store.constants[b]
             torch.testing.assert_close(found, own[0], atol=1e-4, rtol=1e-4)
-    assert (cache.replay.steps > 10) == (fixed or backend.device == "cuda")
+    assert (cache.replay.steps > 10) == fixed
 
 
 def recordings(cache, model, steps, monkeypatch):
