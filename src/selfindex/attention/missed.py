@@ -30,7 +30,8 @@ class Asked(NamedTuple):
         """Keep the last of queries [B, Hq, T, d]; `reused`: their memory is written to after the step."""
         last = query.detach()
         if reused or query.shape[2] > 1:  # a view would keep all of them
-            last = last[:, :, -1:].clone()
+            with torch.inference_mode(False):  # steps outside of it may write to the copy
+                last = last[:, :, -1:].clone()
         return cls(last, scaling, None if sink_logit is None else sink_logit.detach())
 
 

@@ -103,8 +103,8 @@ class FixedPlan(StepPlan):
         positions: tokens, padding included, that the model is told it has seen.
         first: int32 [], position of the first new token.
         hidden: positions that nothing sees in sliding-window layers.
-        asked: what the step asked each layer, by index. A graph writes it to the same memory every time: held
-            here, no other tensor of the graph gets that.
+        asked: what the step asked each layer, by index, in memory of its own: memory of a recorded graph
+            that is held after the graph is gone stops the next one from being recorded.
     """
 
     def __init__(self, store: LayerStore, new: int, hidden: Mapping[Any, Tensor]) -> None:

@@ -190,7 +190,7 @@ class SelfIndexLayer(CacheLayerMixin):
         """
         cache = self._cache
         if self._plans.fixed is not None:
-            return self._attend_fixed(query, new, scaling, sink_logit, compiled)
+            return self._attend_fixed(query, new, scaling, sink_logit)
         with cache.guard.use():
             if new is not self._pending or self.store is None:
                 raise StateError(
@@ -247,15 +247,16 @@ class SelfIndexLayer(CacheLayerMixin):
                 cache.end_pass()
             return output
 
-    def _attend_fixed(
-        self, query: Tensor, new: NewKeys, scaling: float, sink_logit: Tensor | None, compiled: bool
-    ) -> Tensor:
+    def _attend_fixed(self, query: Tensor, new: NewKeys, scaling: float, sink_logit: Tensor | None) -> Tensor:
         """`attend` in a step of fixed shape, which touches the device only: see `replay`."""
         store, plan = cast(LayerStore, self.store), cast(FixedPlan, self._plans.fixed)
         if any(store.unobserved):
             counted = store.square(query) * plan.observed.T[:, None, :, None]
             store.statistics.query_square.add_(counted.sum(2))
-        plan.asked[self.layer_idx] = Asked.by(query, scaling, sink_logit, compiled)
+        if (asked := plan.asked.get(self.layer_idx)) is None:  # the first run, which is not recorded
+            plan.asked[self.layer_idx] = Asked.by(query, scaling, sink_logit, reused=True)
+        else:
+            asked.query.copy_(query[:, :, -1:])
         return attend_step(store, query, new.new_keys, new.new_values, plan, scaling, sink_logit)
 
     def commit(
