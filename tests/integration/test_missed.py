@@ -257,7 +257,7 @@ def test_offloading_and_forks(backend):
         for i in range(3):
             forward(ours, prompt(1, seed=i), cache)
         torch.testing.assert_close(estimated(fork), before)
-        assert error(estimated(cache), before) > TOLERANCE
+        assert error(estimated(cache), before) > 0.05  # other steps miss other shares
     backend.check_ran("dense_attend", "window_attend")
 
 
