@@ -33,7 +33,7 @@ def arguments(request):
     new = [gaussian(2, heads, 1, 64, seed=5) for heads in (4, 2, 2)]
     return {
         "encode": (keys, values, full, constants[:1], fmt.name),
-        "measure_balance": (query, keys, gaussian(2, 64).square(), 9),
+        "measure_balance": (query, keys[:2], gaussian(2, 2, 64).square(), 9),
         "encode_into": (keys, values, full, blocks, index, payload, constants[:1], fmt.name),
         "encode_paged": (
             paged,

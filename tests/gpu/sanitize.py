@@ -50,7 +50,7 @@ for preset, dim, groups, bits, lengths in (
     keys = torch.randn(2, 1, 128, dim, device="cuda", dtype=torch.bfloat16)
     counts = torch.tensor([128, 70], dtype=torch.int32, device="cuda")
     ops.encode(keys, keys, counts, cache.constants, cache.fmt.name)
-    ops.measure_balance(keys[:, :, :9], keys, cache.constants[0], 18)
+    ops.measure_balance(keys[:, :, :9], keys, cache.constants.expand(2, -1, -1), 18)
     ops.prompt_statistics(keys)
     owned = empty_pools(cache.fmt, 3, "cuda")
     blocks = torch.tensor([2, -1], dtype=torch.int32, device="cuda")
