@@ -21,7 +21,7 @@ struct Paper {
 #pragma unroll 2
     for (int round = 0; round < OWN / AT_ONCE; round++) {
       const int token = own + round * AT_ONCE;
-      const u8 *codes = place.payload + token * TOKEN, *scales = place.payload + token * SCALE;
+      const u8 *codes = place.payload + token * TOKEN, *scales = place.payload + token * SCALES;
       const u32 magnitudes = read2(codes + 2 * slice), levels = read2(codes + D / 4 + 2 * slice), signs = read1(place.index + token * CODE + slice);
       if (!fits(p, place, token)) continue;
       const i64 to = place.first + token, key_to = place.head * p.key_head + to * p.key_token, value_to = place.head * p.value_head + to * p.value_token;
