@@ -18,7 +18,7 @@ from torch import Tensor
 from ..errors import FormatError
 from ..files import write_tensors
 
-LIMIT = 4.0
+LIMIT = 16.0
 """s is clamped to [1 / LIMIT, LIMIT]."""
 
 _NAME = re.compile(r"layers\.(\d+)\.balance")
