@@ -4,7 +4,7 @@ Real text, and needles among needles (RULER's niah_multikey_2) that the dense mo
 variant: the attention mass that 5 % of the tokens miss and the error of the output, layer by layer;
 KL and top-1 agreement of the next tokens, every query selecting; the share of needles found; bytes.
 
-    python -m evals.variants --model qwen-coder-1.5b --prefix 8064 --texts manual stdlib --needles 24 \\
+    python -m evals.variants --model qwen-coder-1.5b --prefix 8064 --texts manual stdlib --needles 24
         --device cuda --output variants-qwen-coder-1.5b-8k.json
 """
 
@@ -89,9 +89,7 @@ def run_needles(model: Any, tokenizer: Any, args: argparse.Namespace, todo: dict
     return rows
 
 
-def summary(
-    rows: Rows, asked: Rows, todo: dict[str, Variant], head_dim: int
-) -> dict[str, dict[str, Any]]:
+def summary(rows: Rows, asked: Rows, todo: dict[str, Variant], head_dim: int) -> dict[str, dict[str, Any]]:
     """Means with intervals; differences to the first variant, paired by token."""
     first, out = next(iter(todo)), {}
     for name, variant in todo.items():
