@@ -121,7 +121,7 @@ GROUPS = {
 
 
 DEFAULT = Variant(
-    KeySpec(page=128, balance="built", constant=0.9, fit="norm"),
+    KeySpec(page=128, balance="built", constant=0.9),
     ValueSpec(group=0, page=128),
     aggregate="sum",
     sharpness=0.5,
@@ -153,10 +153,9 @@ def variants() -> dict[str, Variant]:
     """The default, and it with one thing else, most of them at its bytes."""
     return {
         "default": DEFAULT,
-        "key scale of least error": _key(DEFAULT, fit="mse"),
+        "keys of equal norm": _key(DEFAULT, fit="norm"),
         "unbiased key scale": _key(DEFAULT, fit="unbiased"),
-        "balance within 4": _key(DEFAULT, balance="within 4"),
-        "least error, balance within 4": _key(DEFAULT, fit="mse", balance="within 4"),
+        "balance within 16": _key(DEFAULT, balance="within 16"),
         "key levels of least angle": _key(DEFAULT, search=True),
         "shaped key errors": _key(DEFAULT, shaped=True),
         "a scale for the index": _key(DEFAULT, own_scale=True),

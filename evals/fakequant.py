@@ -12,7 +12,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from selfindex.codec.balance import measure_balance
+from selfindex.codec.balance import LIMIT, measure_balance
 from selfindex.codec.scales import decode_scales, encode_scales
 from selfindex.evaluation.baselines.quantised import LEVELS, minmax, random_rotation
 
@@ -152,9 +152,9 @@ def rotary_mean(k: Tensor, frequencies: Tensor, start: int, tokens: int = 256) -
     return torch.cat((plain_a * cos - plain_b * sin, plain_b * cos + plain_a * sin), -1)
 
 
-def balance_vector(k: Tensor, q_sq: Tensor) -> Tensor:
+def balance_vector(k: Tensor, q_sq: Tensor, limit: float = LIMIT) -> Tensor:
     """Vector s of [H, d] from keys [H, n, d] and the mean square of the queries [Hq, d]."""
-    return measure_balance(k[None], q_sq.unflatten(0, (k.shape[0], -1)).mean(1))
+    return measure_balance(k[None], q_sq.unflatten(0, (k.shape[0], -1)).mean(1), limit)
 
 
 def encode_keys(

@@ -23,7 +23,7 @@ Balances = dict[str, dict[int, Tensor]]  # kind -> layer -> s
 
 def balances(record: Record, other: Record | None) -> Balances:
     """The balance vectors a variant may name: from the whole prompt, its start, another text; "built" is
-    as in the cache, of keys behind the sinks, and "within 4" the same with factors of 1/4 to 4.
+    as nearly in the cache, of keys behind the sinks, and "within 16" the same with factors of 1/16 to 16.
     """
     out: Balances = defaultdict(dict)
     for i, layer in record.layers.items():
@@ -31,7 +31,7 @@ def balances(record: Record, other: Record | None) -> Balances:
         for window in (256, 512, 1024):
             out[f"first{window}"][i] = balance_vector(layer.k[:, :window], layer.q_sq[window])
         out["built"][i] = balance_vector(layer.k[:, SINKS:256], layer.q_sq[256])
-        out["within 4"][i] = out["built"][i].clamp(1 / 4, 4)
+        out["within 16"][i] = balance_vector(layer.k[:, SINKS:256], layer.q_sq[256], limit=16)
         if other is not None:
             far = other.layers[i]
             out["other"][i] = balance_vector(far.k, far.q_sq[0])

@@ -34,7 +34,7 @@ def test_decoded_gaussian_pages_are_as_close_as_the_quantiser_allows(bits):
     assert 0.85 * optimum < distortion(got_values, values) < 1.05 * optimum / (1 - optimum)
 
 
-def test_values_are_unbiased_and_keys_keep_their_length():
+def test_values_are_unbiased_and_keys_have_least_error():
     fmt = page_format(dim=128, page=64)
     keys, values = gaussian(4, 2, 64, 128, seed=1), gaussian(4, 2, 64, 128, seed=2)
     constants = torch.ones(1, 2, 128)
@@ -44,7 +44,7 @@ def test_values_are_unbiased_and_keys_keep_their_length():
     gain = (got_values * values).sum(-1) / values.square().sum(-1)
     assert gain.mean() == pytest.approx(1.0, abs=0.005)
     assert (gain - 1).abs().max() < 1 / 31
+    # Least error: what is left over is orthogonal to the decoded key.
     centre = keys.mean(2, keepdim=True)
-    gain = (got_keys - centre).norm(dim=-1) / (keys - centre).norm(dim=-1)
-    assert gain.mean() == pytest.approx(1.0, abs=0.003)
-    assert (gain - 1).abs().max() < 1 / 31
+    gain = ((keys - centre) * (got_keys - centre)).sum(-1) / (got_keys - centre).square().sum(-1)
+    assert gain.mean() == pytest.approx(1.0, abs=0.005)

@@ -67,9 +67,9 @@ class BalancedCodec:
         centred = (rotated - (mean_code * step[..., None])[:, :, None, :]) * live
 
         codes, levels = _quantise(centred, MAGNITUDES_8)
-        # Keys: the scale that keeps their length. Least squares would shrink what queries look for.
-        scale = _ratio(centred.square().sum(-1), levels.square().sum(-1)).sqrt() * valid[:, None, :]
-        scale_code, base = encode_scales(scale)
+        # Keys: the scale of least squared error, since logits are compared with each other.
+        scale = _ratio((centred * levels).sum(-1), levels.square().sum(-1)) * valid[:, None, :]
+        scale_code, base = encode_scales(scale.clamp(min=0))
         self._put(index, fmt.index, codes=packing.pack_bits((centred >= 0) & live))
         self._put(index, fmt.index, key_scale=scale_code, key_base=base)
         self._put(index, fmt.index, mean=mean_code.to(torch.int8), mean_step=step)

@@ -43,11 +43,6 @@ inline void hadamard(Floats* x, int dim, int order, const float* block) {
       }
 }
 
-inline Floats root(Floats x) {
-  for (int t = 0; t < kLanes; t++) x[t] = __builtin_sqrtf(x[t]);
-  return x;
-}
-
 struct Sums {
   Floats square, product, levels;  // <x, x>, <x, c>, <c, c>
 };
@@ -58,7 +53,9 @@ inline Sums quantise(const Floats* x, int dim, Words* crumbs, Words* signs) {
   Sums sums{};
   for (int i = 0; i < dim; i++) sums.square += x[i] * x[i];
   // The root mean square times the midpoints between levels; an all but zero token has code 0.
-  Floats rms = root(sums.square / (float)dim);
+  const Floats mean = sums.square / (float)dim;
+  Floats rms{};
+  for (int t = 0; t < kLanes; t++) rms[t] = __builtin_sqrtf(mean[t]);
   rms = rms > 0.0f ? rms : spread(__builtin_inff());
   constexpr float kLevels[4] = {kSizes == 4 ? 13.0f / 53 : 0.5f, kSizes == 4 ? 40.0f / 53 : 1.5f,
                                 71.0f / 53, 114.0f / 53};
@@ -182,7 +179,7 @@ void encode_keys(const EncodeRecord& record) {
     Floats* x = rotated + start / kLanes * dim;
     for (int i = 0; i < dim; i++) x[i] -= mean[i];
     const Sums sums = quantise<4>(x, dim, crumbs, signs);
-    store(record.scales + start, root(ratio(sums.square, sums.levels)));
+    store(record.scales + start, ratio(sums.product, sums.levels));
     for (int t = 0; t < live; t++) {
       put(signs, dim, 2, t, record.index + layout.codes + (int64_t)(start + t) * (dim / 8));
       put(crumbs, dim, 4, t, record.payload + (start + t) * layout.token + layout.magnitudes);

@@ -1,6 +1,6 @@
 // A page of the balanced preset (codec/balanced.py):
 //   k~ = R (s k);  centred on the page's 8-bit mean;  sign + nearest of 4 magnitudes of its own rms;
-//   scale = |k~| / |level|.   v~ = R_v v;  scale = <v~, v~> / <v~, level>.
+//   scale = <k~, level> / <level, level>.   v~ = R_v v;  scale = <v~, v~> / <v~, level>.
 struct EncodeMemory {
   float sums[ENCODE_WARPS][D];
   float mean[D];
@@ -93,23 +93,24 @@ __device__ __forceinline__ void encode_page(const EncodeParams& p, const Source&
       x[i][r] = live ? x[i][r] - centre[r] : 0.f;
       square = fmaf(x[i][r], x[i][r], square);
     }
-    square = warp_sum(square);
-    const float rms = sqrtf(square / D);
+    const float rms = sqrtf(warp_sum(square) / D);
     u32 sign[R], low[R], high[R];
-    float norm = 0.f;
+    float dot = 0.f, norm = 0.f;
 #pragma unroll
     for (int r = 0; r < R; r++) {
       const float a = fabsf(x[i][r]);
       // Thresholds are midpoints of the levels 13, 40, 71, 114 / 53.
       const bool m1 = a > 26.5f / 53.f * rms, m2 = a > 55.5f / 53.f * rms, m3 = a > 92.5f / 53.f * rms;
       const float level = (m3 ? 114.f : m2 ? 71.f : m1 ? 40.f : 13.f) / 53.f;
+      dot = fmaf(a, level, dot);
       norm = fmaf(level, level, norm);
       sign[r] = __ballot_sync(~0u, live && x[i][r] >= 0.f);
       low[r] = __ballot_sync(~0u, live && (m3 || (m1 && !m2)));
       high[r] = __ballot_sync(~0u, live && m2);
     }
+    dot = warp_sum(dot);
     norm = warp_sum(norm);
-    if (lane == 0) m.scale[t] = live ? sqrtf(square / norm) : 0.f;
+    if (lane == 0) m.scale[t] = live ? dot / norm : 0.f;
     store_bits(index + t * CODE, sign, lane);
     store_crumbs(payload + t * TOKEN, low, high, lane);
   }
