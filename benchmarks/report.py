@@ -17,9 +17,9 @@ from report_models import (
     cpu_model_section,
     eager_section,
     generate_section,
-    serving_section,
     size,
 )
+from report_serving import draw_serving, serving_section
 
 from selfindex.codec import PageFormat
 from selfindex.evaluation.markdown import head, paragraph, row
@@ -311,7 +311,8 @@ def main() -> None:
     )
     lines += decode_section(decode)
     lines += generate_section([load(path.name) for path in sorted(RESULTS.glob("generate-*-h200.json"))])
-    lines += serving_section([load(path.name) for path in sorted(RESULTS.glob("serving-*-h200.json"))])
+    serving = [load(path.name) for path in sorted(RESULTS.glob("serving-*-h200.json"))]
+    lines += serving_section(serving)
     lines += end_section(load("end_to_end-h100.json"))
     lines += compiled_section(load("end_to_end-compiled-h100.json"))
     lines += encode_section(load("encode-h100.json"))
@@ -324,6 +325,7 @@ def main() -> None:
     lines += (ROOT / "benchmarks" / "notes.md").read_text().splitlines()
     (ROOT / "docs" / "performance.md").write_text("\n".join(lines).rstrip() + "\n")
     draw(decode, ROOT / "docs" / FIGURE)
+    draw_serving(serving, ROOT / "docs")
 
 
 if __name__ == "__main__":
