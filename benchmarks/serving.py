@@ -32,12 +32,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-OURS = {"selfindex": {"budget": 0.05}}
-CACHES: dict[str, dict[str, Any]] = {
-    "bf16": {"attention_backend": "FLASH_ATTN"},
-    "fp8": {"attention_backend": "FLASH_ATTN", "kv_cache_dtype": "fp8"},
-    "selfindex": {"attention_backend": "CUSTOM", "additional_config": OURS},
-}
+from evals.server import CACHES, QUIET
+
 LONGEST = 131072 + 8192
 """Tokens of a sequence: the longest prompt, and what is decoded while others are read."""
 LLAMA = {
@@ -58,12 +54,7 @@ LLAMA = {
     "eos_token_id": 128001,
     "torch_dtype": "bfloat16",
 }
-ENVIRONMENT = {
-    "VLLM_NO_USAGE_STATS": "1",
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_USE_FLASHINFER_SAMPLER": "0",
-    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
-}
+ENVIRONMENT = QUIET | {"VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
 PARTS = ("single", "saturated", "mixed")
 
 

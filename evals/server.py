@@ -15,7 +15,17 @@ from typing import Any
 
 import psutil
 
-QUIET = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+CACHES: dict[str, dict[str, Any]] = {
+    "bf16": {"attention_backend": "FLASH_ATTN"},
+    "fp8": {"attention_backend": "FLASH_ATTN", "kv_cache_dtype": "fp8"},
+    "selfindex": {
+        "attention_backend": "CUSTOM",
+        "additional_config": {"selfindex": {"budget": 0.05}},
+    },
+}
+"""Options of an engine with this cache, and with its own: those of the model's dtype and of fp8."""
+QUIET = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "VLLM_USE_FLASHINFER_SAMPLER": "0"}
+"""Variables under which vLLM runs without a network, and without a package that compiles at first use."""
 
 
 def is_cpu_build() -> bool:

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # vLLM on a machine with a GPU, which must have vllm (0.26 was tried) and selfindex's CUDA parts installed.
-#   scripts/serving_gpu.sh [tests] [smoke] [soak] [benchmark]     (tests and smoke without arguments)
+#   scripts/serving_gpu.sh [tests] [smoke] [soak] [benchmark] [quality]     (tests and smoke without arguments)
 # OUT: folder of results and logs (default: serving_gpu). PYTHON: interpreter. MODEL_LAYERS: of the smoke run.
 # SOAK: seconds of random load (default: 600). CACHE: of the benchmark, bf16, fp8 or selfindex (default: all), for
 # which BENCHMARK holds further options; a call for each cache, with its own OUT and CUDA_VISIBLE_DEVICES, fills as
-# many GPUs. To publish: cp OUT/serving-CACHE.json benchmarks/results/serving-CACHE-h200.json, then report.py.
+# many GPUs. MODEL: folder, SERVED: options of `python -m evals.served` for the part quality. To publish: cp OUT/serving-CACHE.json benchmarks/results/serving-CACHE-h200.json, then report.py.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${OUT:-serving_gpu} python=${PYTHON:-python3} failed=0
@@ -40,8 +40,12 @@ for part in "${parts[@]}"; do
       # shellcheck disable=SC2086 # several words
       "$python" benchmarks/serving.py ${CACHE:+--caches "$CACHE"} ${BENCHMARK:-} \
         --output "$out/serving${CACHE:+-$CACHE}.json" 2>&1 | tee "$out/serving${CACHE:+-$CACHE}.log" || failed=1 ;;
+    quality)
+      # shellcheck disable=SC2086
+      "$python" -m evals.served "${MODEL:?folder of a model}" --out "$out" ${SERVED:-} --output "$out/served.json" 2>&1 |
+        tee "$out/served.log" || failed=1 ;;
     *)
-      echo "unknown part '$part'; parts are tests, smoke, soak, benchmark" >&2; exit 2 ;;
+      echo "unknown part '$part'; parts are tests, smoke, soak, benchmark, quality" >&2; exit 2 ;;
   esac
 done
 exit $failed
