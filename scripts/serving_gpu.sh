@@ -4,7 +4,8 @@
 # OUT: folder of results and logs (default: serving_gpu). PYTHON: interpreter. MODEL_LAYERS: of the smoke run.
 # SOAK: seconds of random load (default: 600). CACHE: of the benchmark, bf16, fp8 or selfindex (default: all), for
 # which BENCHMARK holds further options; a call for each cache, with its own OUT and CUDA_VISIBLE_DEVICES, fills as
-# many GPUs. MODEL: folder, SERVED: options of `python -m evals.served` for the part quality. To publish: cp OUT/serving-CACHE.json benchmarks/results/serving-CACHE-h200.json, then report.py.
+# many GPUs. MODEL: folder, SERVED: options of `python -m evals.served` for the part quality. To publish:
+# cp OUT/serving-CACHE.json benchmarks/results/serving-CACHE-h200.json, then python benchmarks/report.py.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${OUT:-serving_gpu} python=${PYTHON:-python3} failed=0

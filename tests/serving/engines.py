@@ -117,7 +117,7 @@ class Recorded:
         return runner.vllm_config.compilation_config.static_forward_context
 
     def constants(self):
-        """Balance of every encoded layer, by its number."""
+        """What pages of every encoded layer refer to, by its number."""
         impls = {n: getattr(layer, "impl", None) for n, layer in self.layers.items()}
         return {int(n.split(".")[2]): x.constants.cpu() for n, x in impls.items() if hasattr(x, "constants")}
 

@@ -147,11 +147,6 @@ def _refusals(config: SelfIndexConfig, vllm_config: Any) -> Iterator[tuple[bool,
 
 def _option_refusals(config: SelfIndexConfig) -> Iterator[tuple[bool, type[Exception], str]]:
     """Options that mean something to `SelfIndexCache` only."""
-    yield (
-        config.preset != "balanced",
-        ConfigError,
-        "preset='paper' takes its statistics from one prompt and shares no pages; use 'balanced' in vLLM",
-    )
     yield config.offloading, ConfigError, "offloading is not supported in vLLM, whose pages stay on the GPU"
     yield (
         config.compile or not config.cuda_graphs,
