@@ -117,7 +117,7 @@ class Policy:
             layer.raw[computed + t] = key[0, :, t].clone(), value[0, :, t].clone()
         window = getattr(module, "sliding_window", None)
         if window is not None:
-            return self._sliding(layer, query, computed, window, scaling), None
+            return self._sliding(layer, query, computed, window, scaling, s_aux), None
         page, (heads, dim) = self.config.page_size, (key.shape[1], key.shape[3])
         fmt = PageFormat(self.config.preset, heads, dim, page, self.config.value_bits)
         constants = self.constants.get(module.layer_idx)
@@ -165,13 +165,14 @@ class Policy:
                 parts.append(ops.sparse_decode(*pools, budgets, budget, constants, scaling, fmt.name))
         return merge_parts(parts, sink_logit).to(query.dtype).transpose(1, 2)
 
-    def _sliding(self, layer, query, computed, window, scaling):
+    def _sliding(self, layer, query, computed, window, scaling, sink_logit):
         last = computed + query.shape[2]
         first = max(0, computed - window + 1)
         keys, values = layer.tokens(range(first, last))
         at, own = torch.arange(first, last), torch.arange(computed, last)[:, None]
         visible = (at <= own) & (at > own - window)
-        return attend_exact(query, keys, values, visible[None, None, None], scaling)[0].transpose(1, 2)
+        part = attend_exact(query, keys, values, visible[None, None, None], scaling)
+        return merge_parts([part], sink_logit).to(query.dtype).transpose(1, 2)
 
 
 def agreement(model, config, constants, asked, steps, tokens):

@@ -2,7 +2,7 @@
 
 import pytest
 from serving.engines import make_model, prompts, serving
-from serving.policy import ENOUGH, agreement
+from serving.policy import ENOUGH, MOST_EQUAL, agreement
 
 from selfindex.config import SelfIndexConfig
 
@@ -17,7 +17,7 @@ def shared_tokens(model, recorded, got, options):
     return same / total
 
 
-def check(folder, name, asked, new=24, options=OPTIONS, **engine):
+def check(folder, name, asked, new=24, options=OPTIONS, enough=ENOUGH, **engine):
     """Generate in one batch, and compare; the record of the engine."""
     model = make_model(name, folder)
     with serving(folder, options, **engine) as recorded:
@@ -25,12 +25,12 @@ def check(folder, name, asked, new=24, options=OPTIONS, **engine):
             tuple(ids): one for ids, (one,) in zip(asked, recorded.generate(asked, new), strict=True)
         }
         got = [by_prompt[tuple(ids)] for ids in recorded.asked.values()]
-        assert shared_tokens(model, recorded, got, options) >= ENOUGH
+        assert shared_tokens(model, recorded, got, options) >= enough
         assert recorded.used_blocks() == 0
     return recorded
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2-96", "qwen3-128", "gemma3"])
+@pytest.mark.parametrize("name", ["llama", "qwen2-96", "qwen3-128", "gemma3", "gpt-oss"])
 def test_batches_of_prompts_and_steps(name, tmp_path):
     """Prompts of very different lengths, some longer than a step takes, while others decode."""
     check(tmp_path, name, prompts(5, 127, 128, 300, 700, 901), max_num_batched_tokens=256)
@@ -41,7 +41,7 @@ def test_pages_of_the_paper_preset(name, tmp_path):
     """Statistics are the model's, and the first tokens are in full precision, as pages are shared."""
     options = OPTIONS | {"preset": "paper"}
     asked = prompts(5, 127, 128, 300, 700, 901)
-    check(tmp_path, name, asked, new=60, options=options, max_num_batched_tokens=256)
+    check(tmp_path, name, asked, new=60, options=options, enough=MOST_EQUAL, max_num_batched_tokens=256)
 
 
 def test_statistics_are_kept_and_prefixes_shared_by_the_paper_preset(tmp_path, monkeypatch):
