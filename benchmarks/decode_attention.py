@@ -142,7 +142,8 @@ def environment() -> dict[str, str]:
     """What the numbers depend on."""
     found = {"date": datetime.date.today().isoformat()}
     found |= {"python": platform.python_version(), "torch": torch.__version__}
-    found |= {"cuda": str(torch.version.cuda), "device": torch.cuda.get_device_name()}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    found |= {"cuda": str(torch.version.cuda), "device": device}
     for name in ("selfindex", "cuda-core", "nvidia-cuda-nvrtc", "nvidia-cudnn-cu13"):
         try:
             found[name] = metadata.version(name)

@@ -16,10 +16,10 @@ from report_models import (
     eager_section,
     end_section,
     generate_section,
-    serving_section,
 )
 from report_operators import decode_section, draw, encode_section
 from report_paper import paper_section
+from report_serving import draw_serving, serving_section
 
 from selfindex.evaluation.markdown import head, paragraph, row
 
@@ -149,7 +149,8 @@ def main() -> None:
     lines += decode_section(decode)
     lines += paper_section(load_all("paper"))
     lines += generate_section(load_all("generate"))
-    lines += serving_section(load_all("serving"))
+    serving = load_all("serving")
+    lines += serving_section(serving)
     lines += end_section([result for result in whole if not result["compiled"]])
     lines += compiled_section([result for result in whole if result["compiled"]])
     lines += encode_section(load_all("encode"))
@@ -163,6 +164,7 @@ def main() -> None:
     lines += (ROOT / "benchmarks" / "notes.md").read_text().splitlines()
     (ROOT / "docs" / "performance.md").write_text("\n".join(lines).rstrip() + "\n")
     draw(decode, ROOT / "docs")
+    draw_serving(serving, ROOT / "docs")
 
 
 if __name__ == "__main__":

@@ -91,43 +91,6 @@ def eager_section(results: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def serving_section(found: list[dict[str, Any]]) -> list[str]:
-    """VLLM with this cache and with its own."""
-    lines = ["## Serving with vLLM"]
-    for result in found:
-        settings, machine = result["settings"], result["environment"]
-        options = " ".join(
-            f"--{name} {' '.join(map(str, settings[name]))}" for name in ("caches", "lengths", "saturate")
-        )
-        lines += paragraph(
-            f"`python benchmarks/serving.py {options} --most {settings['most']} --output FILE`,",
-            f"{machine['date']}, {machine['device']}, torch {machine['torch']}.",
-            "What was asked for last failed: the GPU's memory did not suffice." if result["failed"] else "",
-        )
-    lines += paragraph(
-        "Llama-3.1-8B's shapes, random bf16 weights, budget 5 %, prompts in chunks of 8,192 tokens, decode",
-        "steps as CUDA graphs without torch.compile, no prefix caching; baselines use FlashAttention 3.",
-        "Capacity is what the engine counts; one request: the best of three.",
-    )
-    results = {name: each for result in found for name, each in result["results"].items()}
-    lengths = [one["length"] for one in next(iter(results.values()))["single"]]
-    titles = [f"{size(length)}: first token, ms | ms a token" for length in lengths]
-    lines += head("cache", "vLLM", "capacity, tokens", *" | ".join(titles).split(" | "))
-    for name, each in results.items():
-        numbers = [f"{one[what]:.{digits}f}" for one in each["single"]
-                   for what, digits in (("first_ms", 0), ("step_ms", 2))]  # fmt: skip
-        lines.append(row(name, each["vllm"], f"{each['capacity']:,}", *numbers))
-    lines.append("")
-    for name, each in results.items():
-        for many in each["saturated"]:
-            lines += paragraph(
-                f"{name}, {many['requests']} requests of {many['prompt']:,} tokens at once, as many as fit:",
-                f"{many['step_ms']:.1f} ms a step, {many['decode_tokens_per_s']:,.0f} tokens/s",
-                "while all decode.",
-            )
-    return lines
-
-
 def end_section(results: list[Result]) -> list[str]:
     """A whole model."""
     lines = ["## A whole model"]

@@ -1,15 +1,22 @@
 """Capacity and speed of vLLM with this cache, and with its own bf16 and fp8 caches.
 
-    python benchmarks/serving.py --output serving.json [--lengths 2048 8192 32768 130048]
-        [--saturate 32768:256 130048:256] [--caches bf16 fp8 selfindex] [--layers 32] [--tensor-parallel 1]
+    python benchmarks/serving.py --output serving.json [--caches bf16 fp8 selfindex]
+        [--parts single saturated mixed] [--lengths 2048 8192 32768 131072]
+        [--saturate 32768:512 131072:512] [--mixed 0.4:60]
 
-Llama-3.1-8B's shapes with random weights, made in a temporary folder; no network, no tokenizer. Every cache
-gets a process and an engine of its own. Measured are
+Llama-3.1-8B's shapes with random weights, made in a temporary folder; no network. Every cache and part gets
+a process and an engine of its own, so that they can run in calls of their own, or on GPUs of their own
+(through CUDA_VISIBLE_DEVICES): benchmarks/report.py merges the files. Measured are
   - tokens that the cache holds, as the engine counts them;
-  - for each length, one request: time to first token, and milliseconds for each further one;
-  - for each PROMPT:NEW of --saturate, as many requests as the cache holds: tokens/s of the steps in which
-    all of them decode, and of all new tokens over the whole time.
-Decode steps run as CUDA graphs, without torch.compile. Baselines use FlashAttention.
+  - single: for each length, one request: time to first token, and milliseconds for each further one;
+  - saturated: for each PROMPT:STEPS, as many requests as the engine says fit, --most, or as many as are
+    read within --fill-seconds. When all of them decode, so many steps are timed; then requests are dropped
+    by halves, and fewer steps are timed, down to one request: tokens/s against requests in flight;
+  - mixed: for each RATE:REQUESTS, `vllm serve` under `vllm bench serve`: Poisson arrivals, RATE a second on
+    average, prompts of 2k to 64k tokens (uniform), 256 new ones each.
+Prompts are random tokens of their own, no two of which begin alike, and prefix caching is off: nothing is
+read from a cache that was not computed for the request, which is checked. Decode steps run as CUDA graphs,
+without torch.compile. Baselines use FlashAttention. Making the outputs is part of a step, for all caches.
 """
 
 from __future__ import annotations
@@ -17,21 +24,18 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
-CACHES: dict[str, dict[str, Any]] = {
-    "bf16": {"attention_backend": "FLASH_ATTN"},
-    "fp8": {"attention_backend": "FLASH_ATTN", "kv_cache_dtype": "fp8"},
-    "selfindex": {"attention_backend": "CUSTOM", "additional_config": {"selfindex": {"budget": 0.05}}},
-}
-LONGEST = 131072
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from evals.server import CACHES, QUIET
+
+LONGEST = 131072 + 8192
+"""Tokens of a sequence: the longest prompt, and what is decoded while others are read."""
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -50,30 +54,29 @@ LLAMA = {
     "eos_token_id": 128001,
     "torch_dtype": "bfloat16",
 }
-ENVIRONMENT = {
-    "VLLM_NO_USAGE_STATS": "1",
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_USE_FLASHINFER_SAMPLER": "0",
-    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
-}
-STEPS = 64
-"""New tokens of a request that is measured alone."""
+ENVIRONMENT = QUIET | {"VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
+PARTS = ("single", "saturated", "mixed")
 
 
 def main() -> None:
-    """Measure all caches, or, in a process started for it, one of them."""
+    """Measure all caches, or, in a process started for it, one part of one of them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--caches", nargs="+", default=list(CACHES), choices=list(CACHES))
-    parser.add_argument("--lengths", type=int, nargs="*", default=[2048, 8192, 32768, 130048])
-    parser.add_argument("--saturate", nargs="*", default=["32768:256"])
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192, 32768, 131072])
+    parser.add_argument("--saturate", nargs="+", default=["32768:512", "131072:512"], metavar="PROMPT:STEPS")
+    parser.add_argument("--mixed", nargs="+", default=["0.4:60"], metavar="RATE:REQUESTS")
+    parser.add_argument("--mixed-lengths", type=int, nargs=2, default=[2048, 65536], metavar=("LOW", "HIGH"))
     parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--model", help="folder of another model, with weights or without; for small trials")
     parser.add_argument("--tensor-parallel", type=int, default=1)
     parser.add_argument("--memory", type=float, default=0.92, help="share of the GPU's memory")
-    parser.add_argument("--most", type=int, default=64, help="requests at once at most")
+    parser.add_argument("--most", type=int, default=160, help="requests at once at most")
+    parser.add_argument("--fill-seconds", type=float, default=240, help="for reading prompts, at most")
     parser.add_argument("--chunk", type=int, default=8192, help="tokens of a step at most")
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
         measure(arguments)
@@ -82,22 +85,34 @@ def main() -> None:
 
 
 def run_all(arguments: argparse.Namespace) -> None:
-    """Every cache in a process of its own; one that fails is reported, and the others go on."""
+    """Every cache and part in a process of its own; one that fails is reported, and the others go on."""
     from decode_attention import environment
 
-    results, failed = {}, []
+    failed: list[str] = []
+    results: dict[str, dict[str, Any]] = {}
+    settings = {key: value for key, value in vars(arguments).items() if key not in ("output", "one", "model")}
     for name in arguments.caches:
-        with tempfile.TemporaryDirectory() as folder:
-            part = Path(folder) / "result.json"
-            command = [sys.executable, __file__, *sys.argv[1:], "--one", name, "--output", str(part)]
-            status = subprocess.run(command, env=ENVIRONMENT | os.environ).returncode
-            if part.exists():
-                results[name] = json.loads(part.read_text())
-            if status:
-                failed.append(name)
-        settings = {key: value for key, value in vars(arguments).items() if key not in ("output", "one")}
-        found = {"environment": environment(), "settings": settings, "results": results, "failed": failed}
-        arguments.output.write_text(json.dumps(found, indent=1) + "\n")
+        for part in arguments.parts:
+            with tempfile.TemporaryDirectory() as folder:
+                file = Path(folder) / "result.json"
+                command = [
+                    sys.executable,
+                    __file__,
+                    *sys.argv[1:],
+                    "--one",
+                    name,
+                    part,
+                    "--output",
+                    str(file),
+                ]
+                status = subprocess.run(command, env=ENVIRONMENT | os.environ).returncode
+                if file.exists():
+                    results[name] = results.get(name, {}) | json.loads(file.read_text())
+                if status:
+                    failed.append(f"{name} {part}")
+            found = {"environment": environment(), "settings": settings, "results": results, "failed": failed}
+            arguments.output.write_text(json.dumps(found, indent=1) + "\n")
+    print("prompts share no prefix, prefix caching is off")
     for name, result in results.items():
         print(summary(name, result))
     sys.exit(f"failed: {', '.join(failed)}" if failed else 0)
@@ -105,137 +120,74 @@ def run_all(arguments: argparse.Namespace) -> None:
 
 def summary(name: str, result: dict[str, Any]) -> str:
     """What was measured with one cache, in words."""
-    lines = [f"{name}: vLLM {result['vllm']}, capacity {result['capacity']:,} tokens"]
+    held = f", capacity {result['capacity']:,} tokens" if "capacity" in result else ""
+    lines = [f"{name}: vLLM {result['vllm']}{held}"]
     for row in result.get("single", ()):
         lines.append(
             f"  1 x {row['length']}: first token {row['first_ms']:.0f} ms, {row['step_ms']:.2f} ms a token"
         )
     for row in result.get("saturated", ()):
         lines.append(
-            f"  {row['requests']} x {row['prompt']}+{row['new']}: {row['decode_tokens_per_s']:,.0f} tokens/s "
-            f"decoding ({row['step_ms']:.2f} ms a step), {row['tokens_per_s']:,.0f} over all"
+            f"  {row['requests']} x {row['prompt']} ({row['fit']} fit, {row['preemptions']} preempted): "
+            f"{row['decode_tokens_per_s']:,.0f} tokens/s decoding ({row['step_ms']:.2f} ms a step, "
+            f"{row['full_steps']} steps), read in {row['fill_s']:.0f} s"
+        )
+        flight = [f"{some['requests']}: {some['tokens_per_s']:,.0f}" for some in row["flight"]]
+        lines.append(f"    tokens/s by requests in flight: {', '.join(flight)}")
+    for row in result.get("mixed", ()):
+        lines.append(
+            f"  {row['rate']}/s, {row['completed']} requests: first token {row['ttft_ms'][0]:.0f} ms "
+            f"(p99 {row['ttft_ms'][1]:.0f}), between tokens {row['itl_ms'][0]:.1f} ms "
+            f"(p99 {row['itl_ms'][1]:.0f}), {row['tokens_per_s']:.0f} tokens/s, "
+            f"{row['preemptions']:.0f} preempted"
         )
     return "\n".join(lines)
 
 
 def measure(arguments: argparse.Namespace) -> None:
-    """Start one engine and write what it does to the output, after every measurement."""
-    with tempfile.TemporaryDirectory() as folder:
-        config = LLAMA | {"num_hidden_layers": arguments.layers}
-        Path(folder, "config.json").write_text(json.dumps(config))
-        # The engine's counts can be asked for in this process; workers of several GPUs have their own.
-        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        start = time.perf_counter()
-        engine = make_engine(folder, arguments)
+    """One part of one cache, written to the output after every measurement."""
+    part = arguments.one[1]
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(arguments.model or made)
+        if arguments.model is None:
+            config = LLAMA | {"num_hidden_layers": arguments.layers}
+            (folder / "config.json").write_text(json.dumps(config))
+        if part == "mixed":
+            from serving_load import mixed
+
+            rows = mixed(folder, options(folder, arguments), Path(made), arguments)
+        else:
+            # The engine's steps are timed in this process; workers of several GPUs have their own.
+            os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+            from serving_engine import rows_of
+
+            rows = rows_of(part, str(folder), options(folder, arguments), arguments)
         import vllm
 
-        result: dict[str, Any] = {
-            "vllm": vllm.__version__,
-            "capacity": capacity(engine),
-            "start_s": time.perf_counter() - start,
-            "single": [],
-            "saturated": [],
-        }
-        save(arguments.output, result)
-        for length in arguments.lengths:
-            result["single"].append(single(engine, length))
-            save(arguments.output, result)
-        for pair in arguments.saturate:
-            prompt, new = map(int, pair.split(":"))
-            requests = min(arguments.most, result["capacity"] // (prompt + new))
-            result["saturated"].append(saturated(engine, prompt, new, max(1, requests)))
-            save(arguments.output, result)
+        result: dict[str, Any] = {"vllm": vllm.__version__}
+        for facts, row in rows:
+            result |= facts
+            result[part] = [*result.get(part, ()), *([row] if row else [])]
+            arguments.output.write_text(json.dumps(result))
 
 
-def save(path: Path, result: dict[str, Any]) -> None:
-    """Write what there is so far."""
-    path.write_text(json.dumps(result))
-
-
-def make_engine(folder: str, arguments: argparse.Namespace) -> Any:
-    """The engine of one cache."""
-    from vllm import LLM
-
+def options(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Options of the engine, in Python as for `vllm serve`."""
+    config = json.loads((folder / "config.json").read_text())
     sizes = sorted({1, 2, 4, *range(8, arguments.most + 1, 8), arguments.most})
     graphs = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": sizes}
-    return LLM(
-        model=folder,
-        load_format="dummy",
-        skip_tokenizer_init=True,
-        dtype="bfloat16",
-        max_model_len=LONGEST,
-        max_num_batched_tokens=arguments.chunk,
-        max_num_seqs=arguments.most,
-        gpu_memory_utilization=arguments.memory,
-        enable_prefix_caching=False,
-        tensor_parallel_size=arguments.tensor_parallel,
-        enforce_eager=arguments.eager,
-        compilation_config={"mode": 0} if arguments.eager else graphs,
-        seed=0,
-        **CACHES[arguments.one],
-    )
-
-
-def capacity(engine: Any) -> int:
-    """Tokens that the cache holds, as the engine prints it."""
-    config = engine.llm_engine.vllm_config
-    known = getattr(config.cache_config, "kv_cache_size_tokens", None)
-    if known:
-        return int(known)
-    core = engine.llm_engine.engine_core.engine_core
-    from vllm.v1.core.kv_cache_utils import get_kv_cache_capacity
-
-    return int(get_kv_cache_capacity(config, core.scheduler.kv_cache_config)[0])
-
-
-def run(engine: Any, requests: int, prompt: int, new: int) -> tuple[float, float, list[tuple[float, int]]]:
-    """(seconds, seconds until all had a first token, [(seconds of a step, requests that got a token)])."""
-    from vllm import SamplingParams
-
-    draw = random.Random(0)
-    parameters = SamplingParams(temperature=0.0, max_tokens=new, ignore_eos=True, detokenize=False)
-    core, seen, steps, first = engine.llm_engine, set(), [], 0.0
-    for i in range(requests):
-        tokens = [draw.randrange(1000, 100000) for _ in range(prompt)]
-        core.add_request(f"{time.perf_counter()}-{i}", {"prompt_token_ids": tokens}, parameters)
-    start = last = time.perf_counter()
-    while core.has_unfinished_requests():
-        outputs = core.step()
-        now = time.perf_counter()
-        steps.append((now - last, len(outputs)))
-        last = now
-        seen |= {output.request_id for output in outputs}
-        if len(seen) == requests and not first:
-            first = now - start
-    return last - start, first, steps
-
-
-def single(engine: Any, length: int) -> dict[str, Any]:
-    """One request, the best of three."""
-    run(engine, 1, length, 4)
-    rows = []
-    for _ in range(3):
-        whole, first, _ = run(engine, 1, length, STEPS)
-        rows.append((first, (whole - first) / (STEPS - 1)))
-    first, step = (min(column) for column in zip(*rows, strict=True))
-    return {"length": length, "first_ms": first * 1e3, "step_ms": step * 1e3}
-
-
-def saturated(engine: Any, prompt: int, new: int, requests: int) -> dict[str, Any]:
-    """So many requests at once; prompts are computed chunk by chunk before all of them decode."""
-    whole, first, steps = run(engine, requests, prompt, new)
-    full = [seconds for seconds, served in steps if served == requests]
-    step = statistics.median(full) if full else float("nan")
     return {
-        "prompt": prompt,
-        "new": new,
-        "requests": requests,
-        "first_s": first,
-        "full_steps": len(full),
-        "step_ms": step * 1e3,
-        "decode_tokens_per_s": requests / step,
-        "tokens_per_s": requests * new / whole,
-    }
+        "load_format": "auto" if list(folder.glob("*.safetensors")) else "dummy",
+        "dtype": "bfloat16",
+        "max_model_len": min(LONGEST, config["max_position_embeddings"]),
+        "max_num_batched_tokens": arguments.chunk,
+        "max_num_seqs": arguments.most,
+        "gpu_memory_utilization": arguments.memory,
+        "tensor_parallel_size": arguments.tensor_parallel,
+        "compilation_config": {"mode": 0} if arguments.eager else graphs,
+        "seed": 0,
+        **CACHES[arguments.one[0]],
+    } | ({"enforce_eager": True} if arguments.eager else {})
 
 
 if __name__ == "__main__":

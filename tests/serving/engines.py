@@ -51,6 +51,19 @@ MODELS = {
             "layer_types": ["sliding_attention", "full_attention"] * 2,
         },
     ),
+    "gpt-oss": (
+        "GptOssConfig",
+        {
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 64,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "sliding_window": 96,
+            "num_hidden_layers": 4,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+        },
+    ),
 }
 
 
@@ -60,6 +73,9 @@ def make_model(name, folder, **changes):
     torch.manual_seed(0)
     config = getattr(transformers, config_name)(**_COMMON | options | changes)
     model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+    for parameter_name, parameter in model.named_parameters():
+        if parameter_name.endswith("sinks"):  # large enough to take a good part of the attention
+            torch.nn.init.normal_(parameter, 4.0)
     model.save_pretrained(folder)
     return model
 
@@ -117,7 +133,7 @@ class Recorded:
         return runner.vllm_config.compilation_config.static_forward_context
 
     def constants(self):
-        """Balance of every encoded layer, by its number."""
+        """What pages of every encoded layer refer to, by its number."""
         impls = {n: getattr(layer, "impl", None) for n, layer in self.layers.items()}
         return {int(n.split(".")[2]): x.constants.cpu() for n, x in impls.items() if hasattr(x, "constants")}
 

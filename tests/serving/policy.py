@@ -51,7 +51,7 @@ class Policy:
     """Runs sequences of one transformers model.
 
     Args:
-        constants: layer -> balance [1, H, d]; ones where missing.
+        constants: layer -> those of its pages, [1, H, ...]; ones where missing.
         few: most new tokens of a row that select for themselves.
     """
 
@@ -122,12 +122,12 @@ class Policy:
             layer.raw[computed + t] = key[0, :, t].clone(), value[0, :, t].clone()
         window = getattr(module, "sliding_window", None)
         if window is not None:
-            return self._sliding(layer, query, computed, window, scaling), None
+            return self._sliding(layer, query, computed, window, scaling, s_aux), None
+        page, (heads, dim) = self.config.page_size, (key.shape[1], key.shape[3])
+        fmt = PageFormat(self.config.preset, heads, dim, page, self.config.value_bits)
         constants = self.constants.get(module.layer_idx)
         if constants is None:
-            constants = torch.ones(1, key.shape[1], key.shape[3])
-        page = self.config.page_size
-        fmt = PageFormat("balanced", key.shape[1], key.shape[3], page, self.config.value_bits)
+            constants = torch.ones(1, heads, fmt.constants)
         for i in range(computed // page, (computed + new) // page):
             first = i * page + (self.config.sinks if i == 0 else 0)
             k, v = layer.tokens(range(first, (i + 1) * page))
@@ -170,20 +170,21 @@ class Policy:
                 parts.append(ops.sparse_decode(*pools, budgets, budget, constants, scaling, fmt.name))
         return merge_parts(parts, sink_logit).to(query.dtype).transpose(1, 2)
 
-    def _sliding(self, layer, query, computed, window, scaling):
+    def _sliding(self, layer, query, computed, window, scaling, sink_logit):
         last = computed + query.shape[2]
         first = max(0, computed - window + 1)
         keys, values = layer.tokens(range(first, last))
         at, own = torch.arange(first, last), torch.arange(computed, last)[:, None]
         visible = (at <= own) & (at > own - window)
-        return attend_exact(query, keys, values, visible[None, None, None], scaling)[0].transpose(1, 2)
+        part = attend_exact(query, keys, values, visible[None, None, None], scaling)
+        return merge_parts([part], sink_logit).to(query.dtype).transpose(1, 2)
 
 
 def agreement(model, config, constants, asked, steps, tokens):
     """How many of an engine's tokens the policy chooses too, behind the engine's own tokens before them.
 
     Args:
-        constants: layer -> balance [1, H, d].
+        constants: layer -> those of its pages, [1, H, ...].
         asked: request -> token ids of its prompt.
         steps: (request, tokens computed before, new tokens) of every row of every step.
         tokens: request -> token ids of its answer.

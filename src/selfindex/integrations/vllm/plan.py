@@ -71,15 +71,19 @@ class Planner:
         self._ahead = -(-geometry.window // geometry.page)
         """Pages behind `encoded_below` that a prefix hit may have left without full-precision tokens."""
 
-    def _lost(self, table: Tensor, page: Tensor, last: Tensor) -> Tensor:
-        """Whether a page below position `last` came with a prefix hit, encoded only: bool [n].
+    def _lost(self, table: Tensor, page: Tensor, known: Tensor) -> Tensor:
+        """Whether a page came with a prefix hit, encoded only: bool [n].
 
         A hit is a number of whole pages, so the page's last window block tells; the sinks are in others.
+
+        Args:
+            known: int32 [n], tokens of the row. A block behind them is of a chunk that is being computed,
+                and says nothing: the chunk stores only its last tokens.
         """
         size = self.geometry.block
         ends = (page + 1) * self.geometry.page - size  # of the block before the page's end
         block = table.gather(1, (ends // size).clamp(0, table.shape[1] - 1).long()[:, None])[:, 0]
-        return (block == 0) & (ends <= last) & (page >= 0)
+        return (block == 0) & (ends < known) & (page >= 0)
 
     def reads(self, lengths: Tensor, window_table: Tensor) -> Reads:
         """Args: lengths int32 [n], each query's row up to and with the query; the rows' window blocks."""
@@ -104,7 +108,7 @@ class Planner:
         page = lengths // geometry.page - 1
         first = page * geometry.page
         due = first + geometry.page > lengths - new - geometry.drafts
-        due = due & (page >= 0) & ~self._lost(window_table, page, lengths - 1)
+        due = due & (page >= 0) & ~self._lost(window_table, page, lengths)
         block = page_table.gather(1, page.clamp(min=0).long()[:, None])[:, 0]
         blocks = torch.where(due & (block > 0), block, -1)
         sinks = torch.where(page == 0, geometry.sinks, 0)

@@ -1,13 +1,12 @@
-"""The balance of keys: a constant of the model, fixed before the first page that requests may share.
+"""What encoded keys refer to: constants of the model, fixed before the first page that requests may share.
 
-It comes from a profile, or from the user's cache folder, or is measured when the engine starts: the model
-reads a text that is always there, with exact attention. Nothing depends on any request.
+They are the balance of keys, or the statistics of the paper preset. They come from a profile (balance only),
+or from the user's cache folder, or are measured when the engine starts: the model reads a text that is always
+there, with exact attention. Nothing depends on any request.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,23 +17,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...backends.cuda.loader import cache_folder
+from ...backends import ops
 from ...codec import BalanceProfile, measure_balance
+from ...config import Preset
 from ...errors import ConfigError, FormatError
 from ...manual import manual
+from . import kept
+from .kept import layer_index
 
 TOKENS = 2048
 """Tokens of the text to read, if the engine takes as many at once."""
 
-VERSION = "1"
-"""Of how it is measured: another one, another file."""
-
-_SAMPLE = 64
-"""Elements of a weight that tell it from another one."""
-
 
 def fix_at_start() -> None:
-    """Have the balance fixed by the next question for the cache's specs, the first call after loading.
+    """Have the constants fixed by the next question for the cache's specs, the first call after loading.
 
     A runner has the model, and an attention layer meets its runner nowhere: its class is wrapped, once.
     """
@@ -58,40 +54,37 @@ def _fixing(ask: Any) -> Any:
 
 
 def fix(runner: Any) -> None:
-    """Give every encoded layer of a runner's model its balance, unless it has it."""
+    """Give every encoded layer of a runner's model its constants, unless it has them."""
     engine = runner.vllm_config
     layers = {
         name: layer
         for name, layer in engine.compilation_config.static_forward_context.items()
-        if hasattr(getattr(layer, "impl", None), "balanced")
+        if hasattr(getattr(layer, "impl", None), "fixed")
     }
-    todo = [layer for layer in layers.values() if not layer.impl.balanced]
+    todo = [layer for layer in layers.values() if not layer.impl.fixed]
     if not todo:
         return
-    profile = todo[0].impl.config.profile
-    found = _found(runner, layers) if profile is None else _from_profile(profile, layers)
+    config = todo[0].impl.config
+    if config.profile is None:
+        found = _found(runner, layers, config.preset)
+    else:
+        found = _from_profile(config.profile, layers)
     for name, layer in layers.items():
         layer.impl.constants = found[name].to(layer.impl.constants.device, torch.float32)[None]
-        layer.impl.balanced = True
+        layer.impl.fixed = True
 
 
-def _found(runner: Any, layers: dict[str, Any]) -> dict[str, Tensor]:
+def _found(runner: Any, layers: dict[str, Any], preset: Preset) -> dict[str, Tensor]:
     """What was measured at an earlier start, or is now."""
-    path = _place(runner)
-    found = _load(path, layers)
+    path = kept.place(runner, preset, _tokens(runner))
+    shapes = {name: tuple(layer.impl.constants.shape[1:]) for name, layer in layers.items()}
+    found = kept.load(path, preset, shapes)
     everywhere = _all_ranks(found is not None)
     if found is not None and everywhere:
         return found
-    measured = _measure(runner, layers)
-    _save(measured, path, layers)
+    measured = _measure(runner, layers, preset)
+    kept.save(path, preset, measured)
     return measured
-
-
-def layer_index(name: str) -> int:
-    """Number of a layer by its name in the model, as "model.layers.7.self_attn.attn"."""
-    from vllm.model_executor.models.utils import extract_layer_index
-
-    return int(extract_layer_index(name))
 
 
 def _from_profile(path: str | Path, layers: dict[str, Any]) -> dict[str, Tensor]:
@@ -113,58 +106,6 @@ def _from_profile(path: str | Path, layers: dict[str, Any]) -> dict[str, Tensor]
         first = rank * balance.shape[0] // ranks
         found[name] = balance[first : first + heads]
     return found
-
-
-def _place(runner: Any) -> Path:
-    """File of this model's balance on this rank."""
-    from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
-
-    rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
-    return cache_folder() / "balance" / f"{fingerprint(runner)}-{rank}-of-{ranks}.safetensors"
-
-
-def fingerprint(runner: Any) -> str:
-    """Tells models apart by their configuration and a sample of every weight of this rank."""
-    model = runner.get_model()
-    facts = {
-        k: v
-        for k, v in runner.model_config.hf_config.to_dict().items()
-        if k not in ("_name_or_path", "transformers_version")
-    }
-    text = json.dumps([VERSION, _tokens(runner), facts], sort_keys=True, default=str)
-    digest = hashlib.sha256(text.encode())
-    for name, weight in sorted(model.named_parameters()):
-        flat = weight.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // _SAMPLE)][:_SAMPLE]
-        digest.update(f"\n{name} {weight.dtype} {tuple(weight.shape)} ".encode())
-        digest.update(sample.contiguous().view(torch.uint8).cpu().numpy().tobytes())
-    return digest.hexdigest()[:32]
-
-
-def _load(path: Path, layers: dict[str, Any]) -> dict[str, Tensor] | None:
-    """What was measured before; None if there is nothing, or nothing that can be read."""
-    try:
-        balance = BalanceProfile.load(path).balance
-    except FormatError:
-        return None
-    found = {name: balance.get(layer_index(name)) for name in layers}
-    wanted = {name: (layer.impl.num_kv_heads, layer.impl.head_size) for name, layer in layers.items()}
-    if any(x is None or tuple(x.shape) != wanted[name] for name, x in found.items()):
-        return None
-    return {name: x for name, x in found.items() if x is not None}
-
-
-def _save(found: dict[str, Tensor], path: Path, layers: dict[str, Any]) -> None:
-    """Keep what was measured; without a place to keep it, the next start measures again."""
-    from vllm.logger import init_logger
-
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        BalanceProfile({layer_index(name): x for name, x in found.items()}).save(path)
-    except OSError as error:
-        init_logger("vllm.selfindex").warning(
-            "the balance of keys cannot be kept and is measured at every start: %s", error
-        )
 
 
 def _all_ranks(flag: bool) -> bool:
@@ -203,9 +144,9 @@ def _text_ids(runner: Any) -> list[int]:
 class _Measuring:
     """Stands in for an attention layer's implementation: exact attention, and notes of its tensors."""
 
-    def __init__(self, replaced: Any) -> None:
-        self._replaced = replaced
-        self.balance: Tensor | None = None
+    def __init__(self, replaced: Any, preset: Preset) -> None:
+        self._replaced, self._preset = replaced, preset
+        self.constants_found: Tensor | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._replaced, name)
@@ -223,8 +164,12 @@ class _Measuring:
         output: Tensor,
         **further: Any,
     ) -> Tensor:
-        square = query.float().square().unflatten(1, (key.shape[1], -1)).mean((0, 2))
-        self.balance = measure_balance(key.transpose(0, 1)[None], square)
+        keys = key.transpose(0, 1)
+        if self._preset == "paper":
+            self.constants_found = ops.prompt_statistics(keys)
+        else:
+            square = query.float().square().unflatten(1, (key.shape[1], -1)).mean((0, 2))
+            self.constants_found = measure_balance(keys[None], square)
         q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
         window = getattr(layer, "sliding_window", None)
         mask = None
@@ -240,10 +185,10 @@ class _Measuring:
 
 
 @contextmanager
-def _measuring(runner: Any) -> Iterator[dict[str, _Measuring]]:
+def _measuring(runner: Any, preset: Preset) -> Iterator[dict[str, _Measuring]]:
     layers = runner.vllm_config.compilation_config.static_forward_context
     old = {name: layer.impl for name, layer in layers.items() if hasattr(layer, "impl")}
-    new = {name: _Measuring(impl) for name, impl in old.items()}
+    new = {name: _Measuring(impl, preset) for name, impl in old.items()}
     try:
         for name, impl in new.items():
             layers[name].impl = impl
@@ -254,7 +199,7 @@ def _measuring(runner: Any) -> Iterator[dict[str, _Measuring]]:
 
 
 @torch.inference_mode()
-def _measure(runner: Any, layers: dict[str, Any]) -> dict[str, Tensor]:
+def _measure(runner: Any, layers: dict[str, Any], preset: Preset) -> dict[str, Tensor]:
     from vllm.forward_context import set_forward_context
     from vllm.logger import init_logger
 
@@ -262,20 +207,20 @@ def _measure(runner: Any, layers: dict[str, Any]) -> dict[str, Tensor]:
     positions = torch.arange(len(ids), device=runner.device)
     if getattr(runner.model_config, "uses_mrope", False):
         positions = positions.expand(3, -1)
-    init_logger("vllm.selfindex").info("measuring the balance of keys on %d tokens", len(ids))
+    init_logger("vllm.selfindex").info("measuring the constants of keys on %d tokens", len(ids))
     engine = runner.vllm_config
     if engine.lora_config is not None:  # which adapters act is said anew for each batch: none do here
         runner._set_active_loras((0,), (0,) * len(ids), set())
     with (
-        _measuring(runner) as notes,
+        _measuring(runner, preset) as notes,
         set_forward_context(None, engine, num_tokens=len(ids), skip_compiled=True),
     ):
         runner.get_model()(input_ids=ids, positions=positions, intermediate_tensors=None, inputs_embeds=None)
-    found = {name: notes[name].balance for name in layers}
-    missing = [name for name, balance in found.items() if balance is None]
+    found = {name: notes[name].constants_found for name in layers}
+    missing = [name for name, constants in found.items() if constants is None]
     if missing:
         raise ConfigError(
-            f"the balance of keys could not be measured in {missing[0]}: "
+            f"the constants of keys could not be measured in {missing[0]}, which the model does not run: "
             "make a file with `selfindex profile` and give it as profile"
         )
-    return {name: balance.cpu() for name, balance in found.items() if balance is not None}
+    return {name: constants.cpu() for name, constants in found.items() if constants is not None}
