@@ -40,6 +40,7 @@ def test_balance_is_limited():
     balance = measure_balance(keys, torch.ones(1, 64))
     assert balance.min() == 1 / LIMIT
     assert balance.max() == LIMIT
+    assert measure_balance(keys, torch.ones(1, 64), limit=2).max() == 2
 
 
 @pytest.mark.parametrize("silent", ["keys", "queries", "both"])
