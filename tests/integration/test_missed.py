@@ -10,7 +10,7 @@ import pytest
 import torch
 from backends import scaled
 from decoded_cache import full_cache, small_cache
-from tiny_models import forward, pair, prompt
+from tiny_models import forward, make_model, pair, prompt
 from torch._dynamo.backends.debugging import aot_eager
 
 from selfindex import SelfIndexCache
@@ -106,10 +106,22 @@ def test_the_report_says_what_attention_was_missed(backend, preset, new, fixed):
 
 
 @pytest.mark.parametrize("family", ["gpt_oss", "gemma3", "qwen3_moe", "smollm3"])
-def test_of_other_families_learned_sinks_included(family):
+def test_of_other_families(family):
     _, ours = pair(family)
     cache, true = stepped(ours, budget=6)
     assert error(estimated(cache), true) < TOLERANCE
+
+
+def test_learned_sinks_take_their_share():
+    ours = make_model("gpt_oss")
+    with torch.no_grad():
+        for layer in ours.model.layers:
+            layer.self_attn.sinks.fill_(8.0)
+    cache, true = stepped(ours, budget=6)
+    assert error(estimated(cache), true) < TOLERANCE
+    for layer in cache.compressed_layers:
+        layer.last = replace(layer.last, asked=layer.last.asked._replace(sink_logit=None))
+    assert error(estimated(cache), true) > 1
 
 
 @pytest.mark.parametrize("fixed", [False, True])

@@ -84,7 +84,7 @@ def test_steps_past_several_windows(family, length):
     dense, ours = models(family)
     both = Both(ours)
     both(prompt(length, 2))
-    for token in prompt(70, 2, seed=1).split(1, 1):
+    for token in prompt(70, 2, seed=2).split(1, 1):
         both(token)
     assert both.steps == 70
     wanted = forward(dense, prompt(1, 2), decoded_cache(both.caches[1], dense))
@@ -102,7 +102,7 @@ def test_other_passes_and_changes_between(family, padded):
         nonlocal mask
         for new in numbers:
             mask = None if mask is None else grow(mask, new)
-            both(prompt(new, both.caches[0]._batch(), seed=new), mask)
+            both(prompt(new, both.caches[0]._batch(), seed=new + 1), mask)
 
     both(prompt(40, 2), mask)
     run(both, 1, 3, 8, 1, 9, 1, 20, 8, 8, 8, 1)
@@ -194,7 +194,7 @@ def test_tokens_that_a_mask_hides_later_are_not_seen():
         {"num_beams": 3},
         {"do_sample": True, "top_k": 12, "num_return_sequences": 2},
         {"prompt_lookup_num_tokens": 4},
-        {"eos_token_id": list(range(2, 12))},
+        {"eos_token_id": list(range(2, 6))},
     ],
     ids=str,
 )

@@ -123,7 +123,8 @@ class FixedPlan(StepPlan):
         """Plan the next step, from what a layer holds now, in so many positions."""
         new = len(self.lengths)
         lengths = ([n + t for n in store.window.lengths] for t in range(new))
-        observed = ([int(t < room) for room in store.unobserved] for t in range(new))
+        rooms = store.unobserved
+        observed = ([int(t < room) for room in rooms] for t in range(new))
         numbers = [*lengths, budgets_of(store, new), *observed, [positions] * store.batch]
         self._rows.copy_(torch.tensor(numbers, dtype=torch.int32))
 

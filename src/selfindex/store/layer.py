@@ -189,8 +189,9 @@ class LayerStore:
         """
         if self.window.width + new >= self.window_limit:
             return self._plan_overflow(new, check, query)
-        statistics = self.statistics if query is None else self._observed(query)
-        return advanced_by(new) if statistics is self.statistics else Change(statistics, advanced=new)
+        if query is None or not any(self.unobserved):
+            return advanced_by(new)
+        return Change(self._observed(query), advanced=new)
 
     @_outside_inference_mode
     def _plan_overflow(
@@ -208,7 +209,9 @@ class LayerStore:
         if self.config.preset == "paper" or len(set(self.window.lengths)) > 1:
             return False
         now = self.statistics
-        return now.shared or len({*zip(now.has_constants, now.queries_seen, strict=True)}) == 1
+        if now.shared or all(now.has_constants):
+            return True
+        return not any(now.has_constants) and len(set(now.queries_seen)) == 1
 
     def _plan_equal_rows(
         self,
@@ -257,8 +260,8 @@ class LayerStore:
         self, rows: list[RowChange], queries: list[Tensor], check: Callable[[Tensor, Tensor], None]
     ) -> Change:
         """Encode what leaves the windows of rows; queries: of the new tokens of each, [Hq, n, d]."""
-        fix = self._fix_paper if self.config.preset == "paper" else self._fix_balance
-        statistics = fix(rows, queries)
+        paper = self.config.preset == "paper"
+        statistics = self._fix_paper(rows) if paper else self._fix_balance(rows, queries)
         page, parts, owners = self.config.page_size, [], []
         for b, row in enumerate(rows):
             tokens = row.encode[0].shape[1]
@@ -275,7 +278,7 @@ class LayerStore:
         window = tuple((slice(b, b + 1), 0, row.keep[0], row.keep[1]) for b, row in enumerate(rows))
         return Change(statistics, encoded, tuple(owners), window)
 
-    def _fix_paper(self, rows: list[RowChange], queries: list[Tensor]) -> Statistics:
+    def _fix_paper(self, rows: list[RowChange]) -> Statistics:
         """Constants of rows that have none, from their prompts or the first tokens that they encode."""
         now, fresh = self.statistics, {}
         prompts = list(now.prompt_tokens)
