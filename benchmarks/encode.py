@@ -101,7 +101,9 @@ def time_prompt(length: int, fmt: PageFormat) -> dict[str, Any]:
         asking = normal(HEADS, GROUPS, OBSERVED_QUERIES, DIM)
         sinks = SelfIndexConfig(preset="paper").sinks
         found["statistics"] = event_time(lambda: ops.prompt_statistics(whole), 20)
-        found["pinned"] = event_time(lambda: choose_pinned(whole, asking, int(sinks), DIM**-0.5), 20)
+        found["pinned"] = event_time(
+            lambda: choose_pinned(whole[None], asking[None], int(sinks), DIM**-0.5), 20
+        )
         spent += found["statistics"] + found["pinned"]
     found["dense"] = best_dense(length, length, True, 3)
     found["share"] = spent / min(found["dense"].values())

@@ -29,11 +29,16 @@ from selfindex.evaluation.shapes import SHAPES, random_model
 from selfindex.evaluation.timing import measure
 
 
-def run(model: Any, ids: torch.Tensor, steps: int, way: str) -> dict[str, float]:
+def run(
+    model: Any, ids: torch.Tensor, steps: int, way: str, chunk: int = 0, preset: str = "balanced"
+) -> dict[str, float]:
     """Seconds to the first token, milliseconds a token, memory."""
-    ours = way in ("selfindex", "compiled")
-    cache = selfindex.SelfIndexCache(model, budget=0.05, compile=way == "compiled") if ours else None
-    options = {"cache_implementation": "static"} if way == "static" else {}
+    cache = None
+    if way in ("selfindex", "compiled"):
+        cache = selfindex.SelfIndexCache(model, budget=0.05, preset=preset, compile=way == "compiled")
+    options: dict[str, Any] = {"cache_implementation": "static"} if way == "static" else {}
+    if chunk:
+        options["prefill_chunk_size"] = chunk
     timing = measure(model, ids, steps, cache, **options)
     found = {"first_s": timing.first, "ms": timing.ms, "p90_ms": timing.p90_ms}
     found["peak_gb"] = timing.peak / 1e9
@@ -53,6 +58,7 @@ def main() -> None:
     parser.add_argument(
         "--static", type=int, nargs="*", default=[], help="lengths to run the static cache at"
     )
+    parser.add_argument("--chunk", type=int, default=0, help="tokens of a prompt that are read at a time")
     args = parser.parse_args()
     torch.manual_seed(0)
     rows: list[dict[str, Any]] = []
@@ -68,13 +74,15 @@ def main() -> None:
         for batch in args.batches:
             for length in args.lengths:
                 row: dict[str, Any] = {"model": name, "batch": batch, "length": length}
+                if args.chunk:
+                    row["chunk"] = args.chunk
                 ids = torch.randint(3, model.config.vocab_size, (batch, length), device="cuda")
                 # Twice: libraries prepare their kernels for every length that they have not seen.
                 for way in ["dynamic", "selfindex"] * 2 + ["static", "compiled"] * (
                     2 * (length in args.static)
                 ):
                     try:
-                        row[way] = run(model, ids, args.steps, way)
+                        row[way] = run(model, ids, args.steps, way, args.chunk)
                     except torch.OutOfMemoryError:
                         row[way] = None
                     if row[way] is None:

@@ -133,7 +133,7 @@ def size_of(cache: Any, before: int) -> dict[str, float]:
     """GB on the GPU, since `before` bytes were there, and in host memory."""
     torch.cuda.synchronize()
     gc.collect()
-    host = cache.report().memory.host
+    host = cache.report(missed=False).memory.host
     return {"gpu_gb": (torch.cuda.memory_allocated() - before) / 1e9, "host_gb": host / 1e9}
 
 

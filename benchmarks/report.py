@@ -9,25 +9,22 @@ import json
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from report_common import size, where
 from report_models import (
+    compiled_section,
     cpu_model_section,
     eager_section,
+    end_section,
     generate_section,
-    size,
 )
+from report_operators import decode_section, draw, encode_section
+from report_paper import paper_section
 from report_serving import draw_serving, serving_section
 
-from selfindex.codec import PageFormat
 from selfindex.evaluation.markdown import head, paragraph, row
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-FIGURE = "figures/decode.png"
-PAGE = 128
 
 
 def load(name: str) -> dict[str, Any]:
@@ -35,168 +32,9 @@ def load(name: str) -> dict[str, Any]:
     return json.loads((RESULTS / name).read_text())
 
 
-def where(result: dict[str, Any], command: str) -> str:
-    """The command, and what it ran on."""
-    found = result["environment"]
-    return f"`{command}`, {found['date']}, {found['device']}, torch {found['torch']}, CUDA {found['cuda']}."
-
-
-def lengths(result: dict[str, Any]) -> str:
-    """The lengths that were measured, as arguments."""
-    return " ".join(map(str, sorted({row["length"] for row in result["results"]})))
-
-
-def decode_section(result: dict[str, Any]) -> list[str]:
-    """The decode operator against dense attention."""
-    lines = ["## Decode attention"]
-    lines += paragraph(
-        where(result, f"python benchmarks/decode_attention.py --lengths {lengths(result)} --output FILE"),
-        "32 query heads, 8 KV heads, head_dim 128, bf16, 5 % budget, `balanced`. Microseconds per layer,",
-        "medians of CUDA-graph replays over rotating inputs; dense is the best of PyTorch's flash and cuDNN",
-        "kernels in the same run. The sparse call covers scoring, exact selection, attention to the selected",
-        "tokens and the combine; the full-precision window is not in it. Stages are timed alone and overlap",
-        f"in the call. A device copy moved {result['copy_tb_per_s']:.2f} TB/s.",
-    )
-    plane = PageFormat.parse(result["format"]).index_bytes
-    lines += head("batch x length", "dense", "sparse", "ratio", "score + select",
-                  "index, TB/s", "attend")  # fmt: skip
-    for found in result["results"]:
-        stages, batch, length = found["sparse"], found["batch"], found["length"]
-        lines.append(
-            row(
-                f"{batch} x {size(length)}",
-                f"{found['dense_best']:.0f} ({found['dense_kernel']})",
-                f"{stages['call']:.0f}",
-                f"{found['ratio']:.2f}",
-                f"{stages['decode']:.1f}",
-                f"{batch * length / PAGE * plane / stages['decode'] / 1e6:.2f}",
-                f"{stages['attend']:.1f}",
-            )
-        )
-    lines += ["", *stage_table(result)]
-    crossings = ", ".join(
-        f"batch {batch}: {'nowhere' if length is None else size(length)}"
-        for batch, length in result["crossover"].items()
-    )
-    lines += [*paragraph(f"Shortest measured length from which on sparse is never slower: {crossings}.")]
-    return [*lines, f"![Decode attention, times as fast as dense]({FIGURE})", ""]
-
-
-def stage_table(result: dict[str, Any]) -> list[str]:
-    """What the stages have to read, and the time that would take at the bandwidth of dense attention."""
-    fmt, shape = PageFormat.parse(result["format"]), result["shape"]
-    token = fmt.head_dim // 8 + fmt.payload_bytes // (fmt.kv_heads * PAGE) + 1
-    lines = paragraph(
-        "What the stages have to read at least (the index of all tokens; codes, magnitudes, values and",
-        "scales of the selected ones), the time that takes at the bandwidth which dense attention reaches at",
-        "the same size, and the time they take:",
-    )
-    lines += head("batch x length", "stage", "MB", "at dense's bandwidth, us", "takes, us")
-    for found in result["results"]:
-        batch, length = found["batch"], found["length"]
-        if length != 128 << 10 or batch not in (1, 8):
-            continue
-        dense = 4 * batch * shape["kv_heads"] * length * shape["head_dim"]
-        selected = batch * shape["kv_heads"] * shape["budget"] * length
-        read = {"decode": batch * length / PAGE * fmt.index_bytes, "attend": selected * token}
-        for stage, name in (("decode", "score + select"), ("attend", "attend")):
-            least = read[stage] / dense * found["dense_best"]
-            size_of = f"{batch} x {size(length)}", name, f"{read[stage] / 1e6:.1f}"
-            lines.append(row(*size_of, f"{least:.1f}", f"{found['sparse'][stage]:.1f}"))
-    return [*lines, ""]
-
-
-def end_section(result: dict[str, Any]) -> list[str]:
-    """A whole model."""
-    lines = ["## A whole model"]
-    lines += paragraph(
-        where(result, f"python benchmarks/end_to_end.py --lengths {lengths(result)} --output FILE"),
-        f"{result['model']} ({result['weights_gb']:.1f} GB). selfindex is a loop of 128 steps that",
-        "replays one graph, the encoding of a page included (`model.generate` replays it now, see above);",
-        "dense is the same model in a",
-        "captured graph with the best dense SDPA kernel on exactly the tokens that exist.",
-        "Milliseconds per token.",
-    )
-    lines += head("batch x length", "dense", "selfindex", "ratio", "dense cache, GB", "selfindex cache, GB")
-    for found in result["results"]:
-        ours, dense = found["selfindex"], found["dense"]
-        lines.append(
-            row(
-                f"{found['batch']} x {size(found['length'])}",
-                f"{dense['ms']:.2f} ({dense['kernel']})",
-                f"{ours['ms']:.2f}",
-                f"{dense['ms'] / ours['ms']:.2f}",
-                f"{dense['cache_gb']:.2f}",
-                f"{ours['cache_gb']:.2f}",
-            )
-        )
-    dense, ours = result["largest"]["dense"], result["largest"]["selfindex"]
-
-    def full(found: dict[str, Any]) -> str:
-        return (
-            f"{found['batch']} ({found['ms']:.1f} ms a step, {found['tokens_per_s']:.0f} tokens/s, "
-            f"peak {found['peak_gb']:.1f} GB)"
-        )
-
-    lines.append("")
-    lines += paragraph(
-        f"The largest batch of {size(ours['length'])} tokens that runs: dense {full(dense)}, selfindex",
-        f"{full(ours)}: {ours['batch'] / dense['batch']:.1f} times the batch,",
-        f"{ours['tokens_per_s'] / dense['tokens_per_s']:.1f} times the throughput.",
-    )
-    return lines
-
-
-def compiled_section(result: dict[str, Any]) -> list[str]:
-    """The same step with the model run through torch.compile."""
-    plain = {found["length"]: found for found in result["results"]}
-    sizes = " ".join(str(found["length"]) for found in result["compiled"])
-    command = f"python benchmarks/end_to_end.py --lengths {lengths(result)} --layers {result['layers']}"
-    lines = paragraph(
-        "`selfindex.generate(compile=True)` runs the model through torch.compile, which fuses its many small",
-        f"kernels; dense is compiled alike. {result['layers']} layers (compiling all 32 takes minutes).",
-        where(result, f"{command} --compile {sizes} --skip-largest --output FILE"),
-    )
-    lines += head("batch x length", "dense", "selfindex", "ratio", "dense compiled", "selfindex compiled",
-                  "ratio", "StaticCache compiled")  # fmt: skip
-    for found in result["compiled"]:
-        cells = [f"{found['batch']} x {size(found['length'])}"]
-        for way in (plain[found["length"]], found):
-            dense, ours = way["dense"]["ms"], way["selfindex"]["ms"]
-            cells += [f"{dense:.2f}", f"{ours:.2f}", f"{dense / ours:.2f}"]
-        cells.append(f"{found['static']['ms']:.2f}" if "static" in found else "")
-        lines.append(row(*cells))
-    return [*lines, ""]
-
-
-def encode_section(result: dict[str, Any]) -> list[str]:
-    """Encoding, and attention to the whole encoded prefix."""
-    lines = ["## Encoding, and attention to everything"]
-    lines += paragraph(
-        where(result, "python benchmarks/encode.py --output FILE"),
-        "One layer. Encoding a prompt in one call, as the store does it, against the causal attention of the",
-        "same prompt:",
-    )
-    lines += head("prompt", "encode, ms", "dense attention, ms", "share")
-    for found in result["prompt"]:
-        encode, best = found["encode_one_call"] / 1e3, min(found["dense"].values()) / 1e3
-        lines.append(row(size(found["length"]), f"{encode:.2f}", f"{best:.1f}", f"{encode / best:.2%}"))
-    step = result["decode"]
-    lines.append("")
-    lines += paragraph(
-        f"Encoding a page takes {step['page']:.1f} us once in 128 steps:",
-        f"{step['share']:.2%} of a dense decode step at {size(step['length'])}.",
-    )
-    lines += paragraph(
-        "`dense_attend` (a chunk of new queries, or a step below the length where selection pays) against",
-        "dense attention to a 16-bit prefix, microseconds:",
-    )
-    lines += head("queries x prefix", "dense_attend", "best dense", "times as fast")
-    for found in result["dense_attend"]:
-        shape = f"{found['queries']} x {size(found['length'])}"
-        best = min(found["dense"].values())
-        lines.append(row(shape, f"{found['dense_attend']:.0f}", f"{best:.0f}", f"{found['ratio']:.2f}"))
-    return [*lines, ""]
+def load_all(name: str) -> list[dict[str, Any]]:
+    """Committed results of one benchmark, of every preset and machine."""
+    return [load(path.name) for path in sorted(RESULTS.glob(f"{name}-*.json"))]
 
 
 def offload_section(result: dict[str, Any]) -> list[str]:
@@ -280,51 +118,52 @@ def chunk_section(result: dict[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
-def draw(result: dict[str, Any], target: Path) -> None:
-    """Speed over dense against the length, one line a batch size."""
-    figure, axis = plt.subplots(figsize=(6.4, 3.6))
-    for batch in sorted({found["batch"] for found in result["results"]}):
-        rows = [found for found in result["results"] if found["batch"] == batch]
-        axis.plot(
-            [r["length"] / 1024 for r in rows], [r["ratio"] for r in rows], "o-", label=f"batch {batch}"
-        )
-    axis.axhline(1, color="0.5", linewidth=1)
-    axis.set_xscale("log", base=2)
-    axis.set_xticks([8 << i for i in range(7)], [f"{8 << i}k" for i in range(7)])
-    axis.set_xlabel("tokens of context")
-    axis.set_ylabel("times as fast as dense")
-    axis.grid(alpha=0.25)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, fontsize=9)
-    figure.tight_layout()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(target, dpi=130)
+def chunk_prefix_section(result: dict[str, Any]) -> list[str]:
+    """A long chunk's attention to an encoded prefix."""
+    settings = result["settings"]
+    lines = ["## A long chunk over an encoded prefix"]
+    lines += paragraph(
+        where(result, f"python benchmarks/chunk_prefix.py --preset {settings['preset']} --output FILE"),
+        f"32 query heads, 8 KV heads of 128, bf16, batch {settings['rows']}, `{settings['preset']}`.",
+        "Milliseconds of one layer: pages decoded in registers by `dense_attend`, decoded to memory once",
+        "for PyTorch's kernel, merging included, and the fastest dense kernel over bf16 keys and values.",
+    )
+    lines += head("queries x prefix", "in registers", "to memory", "best dense", "in times of it")
+    for found in result["results"]:
+        name, best = min(found["dense"].items(), key=lambda each: each[1])
+        times = f"{found['place']:.2f}", f"{found['memory']:.2f}", f"{best:.2f} ({name})"
+        shape = f"{found['queries']} x {size(found['tokens'])}"
+        lines.append(row(shape, *times, f"{found['ratio']:.2f}"))
+    return [*lines, ""]
 
 
 def main() -> None:
     """Write the page and the figure."""
-    decode = load("decode_attention-h100.json")
+    decode = load_all("decode_attention")
+    whole = load_all("end_to_end")
     lines = ["# Performance", ""]
     lines += paragraph(
         "Written by `python benchmarks/report.py` from benchmarks/results/ and benchmarks/notes.md.",
         "Every section ran in one go on the machine it names.",
     )
     lines += decode_section(decode)
-    lines += generate_section([load(path.name) for path in sorted(RESULTS.glob("generate-*-h200.json"))])
-    serving = [load(path.name) for path in sorted(RESULTS.glob("serving-*-h200.json"))]
+    lines += paper_section(load_all("paper"))
+    lines += generate_section(load_all("generate"))
+    serving = load_all("serving")
     lines += serving_section(serving)
-    lines += end_section(load("end_to_end-h100.json"))
-    lines += compiled_section(load("end_to_end-compiled-h100.json"))
-    lines += encode_section(load("encode-h100.json"))
+    lines += end_section([result for result in whole if not result["compiled"]])
+    lines += compiled_section([result for result in whole if result["compiled"]])
+    lines += encode_section(load_all("encode"))
     lines += chunk_section(load("chunk-h200.json")) + chunk_section(load("chunk-cpu.json"))
-    if (RESULTS / "offload-h100.json").exists():
-        lines += offload_section(load("offload-h100.json"))
+    for result in load_all("chunk_prefix"):
+        lines += chunk_prefix_section(result)
+    lines += [line for result in load_all("offload") for line in offload_section(result)]
     lines += cpu_section(load("cpu_decode.json"))
     lines += cpu_model_section(load("cpu_model.json"))
-    lines += eager_section([load(path.name) for path in sorted(RESULTS.glob("eager_step-*.json"))])
+    lines += eager_section(load_all("eager_step"))
     lines += (ROOT / "benchmarks" / "notes.md").read_text().splitlines()
     (ROOT / "docs" / "performance.md").write_text("\n".join(lines).rstrip() + "\n")
-    draw(decode, ROOT / "docs" / FIGURE)
+    draw(decode, ROOT / "docs")
     draw_serving(serving, ROOT / "docs")
 
 

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from report_common import Result, by_machine, in_turn, lengths, preset, preset_option, size, where
+
 from selfindex.config import PRESETS
 from selfindex.evaluation.markdown import head, paragraph, row
-
-
-def size(length: int) -> str:
-    """A length in units of 1024 tokens."""
-    return f"{length // 1024}k"
 
 
 def latest(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -67,11 +64,9 @@ def cpu_model_section(result: dict[str, Any]) -> list[str]:
     for each in result["results"]:
         ms = each["ms"]
         dense = [f"{ms[way]:.0f}" for way in ("transformers", "in place")]
-        for preset in (name for name in PRESETS if name in ms):
-            ratios = [f"{ms[way] / ms[preset]:.2f}" for way in ("transformers", "in place")]
-            lines.append(
-                row(each["dtype"], size(each["length"]), *dense, preset, f"{ms[preset]:.0f}", *ratios)
-            )
+        for ours in (name for name in PRESETS if name in ms):
+            ratios = [f"{ms[way] / ms[ours]:.2f}" for way in ("transformers", "in place")]
+            lines.append(row(each["dtype"], size(each["length"]), *dense, ours, f"{ms[ours]:.0f}", *ratios))
     return [*lines, ""]
 
 
@@ -92,5 +87,78 @@ def eager_section(results: list[dict[str, Any]]) -> list[str]:
         for each in result["results"]:
             times = [f"{each[way]:.1f}" for way in ("dense", "selfindex")]
             lines.append(row(size(int(each["length"])), *times))
+        lines.append("")
+    return lines
+
+
+def end_section(results: list[Result]) -> list[str]:
+    """A whole model."""
+    lines = ["## A whole model"]
+    lines += paragraph(
+        f"{results[0]['model']} ({results[0]['weights_gb']:.1f} GB). selfindex is a loop of 128 steps that",
+        "replays one graph, the encoding of a page included (`model.generate` replays it now, see above);",
+        "dense is the same model in a",
+        "captured graph with the best dense SDPA kernel on exactly the tokens that exist.",
+        "Milliseconds per token.",
+    )
+    for machine in by_machine(results):
+        for result in machine:
+            command = f"python benchmarks/end_to_end.py --lengths {lengths(result)}"
+            lines += paragraph(where(result, f"{command}{preset_option(result)} --output FILE"))
+        lines += head("batch x length", "preset", "dense", "selfindex", "ratio",
+                      "dense cache, GB", "selfindex cache, GB")  # fmt: skip
+        for result, found in in_turn(machine):
+            ours, dense = found["selfindex"], found["dense"]
+            lines.append(
+                row(
+                    f"{found['batch']} x {size(found['length'])}",
+                    preset(result),
+                    f"{dense['ms']:.2f} ({dense['kernel']})",
+                    f"{ours['ms']:.2f}",
+                    f"{dense['ms'] / ours['ms']:.2f}",
+                    f"{dense['cache_gb']:.2f}",
+                    f"{ours['cache_gb']:.2f}",
+                )
+            )
+        lines.append("")
+        for result in machine:
+            dense, ours = result["largest"]["dense"], result["largest"]["selfindex"]
+            lines += paragraph(
+                f"The largest batch of {size(ours['length'])} tokens that runs: dense {_full(dense)},",
+                f"`{preset(result)}` {_full(ours)}: {ours['batch'] / dense['batch']:.1f} times the batch,",
+                f"{ours['tokens_per_s'] / dense['tokens_per_s']:.1f} times the throughput.",
+            )
+    return lines
+
+
+def _full(found: dict[str, Any]) -> str:
+    """The largest batch that ran."""
+    return (
+        f"{found['batch']} ({found['ms']:.1f} ms a step, {found['tokens_per_s']:.0f} tokens/s, "
+        f"peak {found['peak_gb']:.1f} GB)"
+    )
+
+
+def compiled_section(results: list[Result]) -> list[str]:
+    """The same step with the model run through torch.compile."""
+    lines = paragraph(
+        "`selfindex.generate(compile=True)` runs the model through torch.compile, which fuses its many small",
+        "kernels; dense is compiled alike. Fewer layers: compiling all 32 takes minutes.",
+    )
+    for result in results:
+        plain = {found["length"]: found for found in result["results"]}
+        sizes = " ".join(str(found["length"]) for found in result["compiled"])
+        command = f"python benchmarks/end_to_end.py --lengths {lengths(result)} --layers {result['layers']}"
+        command += f" --compile {sizes} --skip-largest{preset_option(result)} --output FILE"
+        lines += paragraph(f"{result['layers']} layers, `{preset(result)}`.", where(result, command))
+        lines += head("batch x length", "dense", "selfindex", "ratio", "dense compiled", "selfindex compiled",
+                      "ratio", "StaticCache compiled")  # fmt: skip
+        for found in result["compiled"]:
+            cells = [f"{found['batch']} x {size(found['length'])}"]
+            for way in (plain[found["length"]], found):
+                dense, ours = way["dense"]["ms"], way["selfindex"]["ms"]
+                cells += [f"{dense:.2f}", f"{ours:.2f}", f"{dense / ours:.2f}"]
+            cells.append(f"{found['static']['ms']:.2f}" if "static" in found else "")
+            lines.append(row(*cells))
         lines.append("")
     return lines

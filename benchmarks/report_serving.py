@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
-from report_models import size
+from report_common import size
 
 from selfindex.evaluation.markdown import head, paragraph, row
 

@@ -101,7 +101,7 @@ class Stream:
 
     def row(self, what: str, times: list[float]) -> None:
         """Add a row and check the accounting."""
-        report = self.cache.report()
+        report = self.cache.report(missed=False)
         found = {
             "held": self.cache.get_seq_length(),
             "read": report.layers[0].read,

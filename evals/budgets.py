@@ -84,9 +84,15 @@ def spread(
     return mine
 
 
-def bytes_read(variant: Variant, head_dim: int, share: float, page: int = 128) -> float:
+def bytes_stored(variant: Variant, head_dim: int) -> float:
+    """Bytes of the `balanced` format per encoded token and KV head, as `bytes_read` counts them."""
+    return bytes_read(replace(variant, rerank=1), head_dim, 1.0)
+
+
+def bytes_read(variant: Variant, head_dim: int, share: float) -> float:
     """Bytes a step reads per encoded token and KV head of the `balanced` format, `share` selected."""
-    index = head_dim / 8 + 1 + (head_dim + 12) / page
+    page = variant.key.page or 128
+    index = head_dim / 8 + 1 + variant.key.own_scale + (head_dim + 12) / page
     payload = head_dim / 4 + head_dim * variant.value.bits / 8 + 1
     candidates = (variant.rerank - 1) * share * head_dim / 4
     means = 0.0 if variant.comp == "off" else head_dim / page

@@ -32,6 +32,7 @@ class LayerRecord:
     q_tail: Tensor  # [Hq, TAIL, d] last queries of the prefix
     q_sq: dict[int, Tensor]  # window (0 = whole prefix) -> [Hq, d] mean square of the queries
     scaling: float
+    frequencies: Tensor | None = None  # [d / 2] of RoPE, radians a token
 
 
 @dataclass
@@ -46,7 +47,8 @@ class Record:
     cache: Any = None  # dense cache after the prefix
 
 
-def _window_ids(tokenizer: Any, text: str, part: int, parts: int, length: int) -> Tensor:
+def window_ids(tokenizer: Any, text: str, part: int, parts: int, length: int) -> Tensor:
+    """Ids [length] of the beginning of a part of a text."""
     ids = tokenizer(excerpt(text, part, parts, 12 * length), return_tensors="pt").input_ids[0]
     if ids.numel() < length:
         raise ValueError(f"the text gives {ids.numel()} tokens, {length} are needed")
@@ -74,7 +76,8 @@ def record(model: Any, ids: Tensor, prefix: int, text: str) -> Record:
     observe_dense(model, cache, ids[None, :prefix], on_prefix, logits_to_keep=1)
     logits = observe_dense(model, copy.deepcopy(cache), ids[None, prefix:], on_block).logits[0]
     held = {i: {"k": cache.layers[i].keys[0], "v": cache.layers[i].values[0]} for i in found}
-    records = {i: LayerRecord(**held[i], **own) for i, own in found.items()}
+    frequencies = getattr(getattr(model.base_model, "rotary_emb", None), "inv_freq", None)
+    records = {i: LayerRecord(**held[i], **own, frequencies=frequencies) for i, own in found.items()}
     return Record(text, ids, prefix, logits, records, cache)
 
 
@@ -94,7 +97,7 @@ def load_record(
         result: Record = torch.load(store / name, weights_only=False)
         return result
     model, tokenizer = loaded()
-    ids = _window_ids(tokenizer, load_text(text), part, parts, prefix + block)
+    ids = window_ids(tokenizer, load_text(text), part, parts, prefix + block)
     result = record(model, ids, prefix, text)
     if store is not None:
         store.mkdir(parents=True, exist_ok=True)

@@ -63,7 +63,7 @@ def chat(model: Any, tokenizer: Any, text: str, args: argparse.Namespace) -> lis
         continue_from(model, ours, new[:, :-1])
         targets = torch.tensor(reply, device=new.device)
         found = compare(continue_from(model, dense, fed), continue_from(model, ours, fed), targets)
-        turns.append({"tokens": dense.get_seq_length(), "ratio": ours.report().ratio} | found)
+        turns.append({"tokens": dense.get_seq_length(), "ratio": ours.report(missed=False).ratio} | found)
         words = tokenizer.decode(reply, skip_special_tokens=True)
         messages.append({"role": "assistant", "content": words})
         before = tokenizer.apply_chat_template(messages, tokenize=False)

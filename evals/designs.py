@@ -121,7 +121,7 @@ GROUPS = {
 
 
 DEFAULT = Variant(
-    KeySpec(page=128, balance="first256", constant=0.9),
+    KeySpec(page=128, balance="built", constant=0.9),
     ValueSpec(group=0, page=128),
     aggregate="sum",
     sharpness=0.5,
@@ -146,6 +146,34 @@ def open_choices() -> dict[str, dict[str, object]]:
         "default, gated compensation": {"comp": "gate"},
         "default, careful compensation": {"comp": "careful"},
         "default, gated compensation, threshold": {"comp": "gate", "spread": "threshold"},
+    }
+
+
+def variants() -> dict[str, Variant]:
+    """The default, and it with one thing else, most of them at its bytes."""
+    return {
+        "default": DEFAULT,
+        "keys of equal norm": _key(DEFAULT, fit="norm"),
+        "unbiased key scale": _key(DEFAULT, fit="unbiased"),
+        "balance within 16": _key(DEFAULT, balance="within 16"),
+        "key levels of least angle": _key(DEFAULT, search=True),
+        "shaped key errors": _key(DEFAULT, shaped=True),
+        "a scale for the index": _key(DEFAULT, own_scale=True),
+        "mean before RoPE": _key(DEFAULT, rotary=True),
+        "mean per 64 tokens": _key(DEFAULT, page=64),
+        "values of equal norm": _value(DEFAULT, fit="norm"),
+        "value levels of least angle": _value(DEFAULT, search=True),
+        "64 sinks": replace(DEFAULT, sinks=64),
+        "256 recent tokens": replace(DEFAULT, recent=256),
+        "votes of plain softmax": replace(DEFAULT, sharpness=1.0),
+        "7.5 %": replace(DEFAULT, budget=0.075),
+        "rerank 2x": replace(DEFAULT, rerank=2),
+        "10 %": replace(DEFAULT, budget=0.1),
+        "rerank 3x": replace(DEFAULT, rerank=3),
+        "3-bit values": _value(DEFAULT, bits=3),
+        "oracle's tokens": replace(DEFAULT, aggregate="oracle"),
+        "all tokens": replace(DEFAULT, budget=1.0),
+        "all tokens, 3-bit values": replace(_value(DEFAULT, bits=3), budget=1.0),
     }
 
 

@@ -12,11 +12,12 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from selfindex.codec.balance import measure_balance
+from selfindex.codec.balance import LIMIT, measure_balance
 from selfindex.codec.scales import decode_scales, encode_scales
 from selfindex.evaluation.baselines.quantised import LEVELS, minmax, random_rotation
 
 MEAN_ABS = 0.7978845608  # E|x| of a unit Gaussian
+SEARCHED = (0.88, 1.12)  # multiples of the root mean square
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,11 @@ class KeySpec:
     token_scale: bool = True  # the index multiplies each token's score by its scale
     constant: float = MEAN_ABS  # score constant a
     exact: bool = False  # decode to the exact keys (to isolate the selection)
+    fit: str = "mse"  # scale of a token, as in `lloyd`
+    search: bool = False  # levels of the least angle, as in `lloyd`
+    own_scale: bool = False  # the index has a scale of its own, the mean magnitude of the token
+    rotary: bool = False  # besides the page's, subtract a mean before RoPE, turned to the token's place
+    shaped: bool = False  # round so that errors are small where queries are large (GPTQ)
 
 
 @dataclass(frozen=True)
@@ -41,7 +47,8 @@ class ValueSpec:
     bits: int = 2
     kind: str = "lloyd"  # "lloyd", "uniform" (min/max clipped), or "exact"
     group: int = 32
-    fit: str = "unbiased"  # "unbiased" <v,v>/<v,c> or "mse" <v,c>/<c,c>
+    fit: str = "unbiased"  # scale of a group, as in `lloyd`
+    search: bool = False
     clip: float = 0.85
     rotate: bool = True
     centre: bool = False  # store against the page's int8 mean
@@ -82,44 +89,111 @@ def page_means(x: Tensor, page: int | None, int8: bool) -> Tensor:
     return mean.repeat_interleave(page, 1)[:, : x.shape[1]]
 
 
-def lloyd(x: Tensor, bits: int, group: int, fit: str, page: int) -> tuple[Tensor, Tensor]:
-    """Symmetric Lloyd-Max codes of [H, n, d]: (level per element, scale per group)."""
+def nearest(size: Tensor, bits: int) -> Tensor:
+    """The level that is nearest to each magnitude."""
+    level = torch.full_like(size, LEVELS[bits][0])
+    for low, high in pairwise(LEVELS[bits]):
+        level.add_(size > (low + high) / 2, alpha=high - low)
+    return level
+
+
+def lloyd(
+    x: Tensor, bits: int, group: int, fit: str, page: int, search: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Symmetric Lloyd-Max codes of [H, n, d]: (level per element, scale per group).
+
+    Levels c are the nearest ones in units of the root mean square, or with `search` of the multiple
+    of it that gives the least angle between x and c. The scale makes the error least ("mse"), the
+    product with x right ("unbiased": <x, x> / <x, c>) or the norm ("norm": |x| / |c|).
+    """
     heads, n, d = x.shape
     y = x.reshape(heads, n, d // group, group)
-    rms = y.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-30)
-    size = y.abs() / rms
-    code = torch.full_like(size, LEVELS[bits][0])
-    for low, high in pairwise(LEVELS[bits]):
-        code.add_(size > (low + high) / 2, alpha=high - low)
-    code = torch.copysign(code, y)
-    inner = (y * code).sum(-1)
-    if fit == "mse":
-        return code, round_e4m4(inner / code.square().sum(-1), page)
-    return code, round_e4m4(y.square().sum(-1) / inner.clamp_min(1e-30), page)
+    size = y.abs()
+    rms = size.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-30)
+    code = nearest(size / rms, bits)
+    if search:
+        best = (size * code).sum(-1, keepdim=True) / code.norm(dim=-1, keepdim=True)
+        for factor in SEARCHED:
+            other = nearest(size / (factor * rms), bits)
+            cosine = (size * other).sum(-1, keepdim=True) / other.norm(dim=-1, keepdim=True)
+            code, best = torch.where(cosine > best, other, code), torch.maximum(cosine, best)
+    inner, square, own = (size * code).sum(-1), size.square().sum(-1), code.square().sum(-1)
+    scale = {
+        "mse": inner / own,
+        "unbiased": square / inner.clamp_min(1e-30),
+        "norm": (square / own).sqrt(),
+    }[fit]
+    return torch.copysign(code, y), round_e4m4(scale, page)
 
 
-def balance_vector(k: Tensor, q_sq: Tensor) -> Tensor:
+def shaped_codes(x: Tensor, scale: Tensor, bits: int, weight: Tensor, rotation: Tensor) -> Tensor:
+    """Levels of x [H, n, d] at the scales [H, n, 1], channel after channel, each of which takes over
+    the errors of those before (GPTQ, arXiv 2210.17323): least in the metric R diag(weight) R^T.
+    """
+    d = x.shape[-1]
+    metric = torch.einsum("ic,hc,jc->hij", rotation, weight, rotation)
+    damping = 0.1 * weight.mean(-1)[:, None, None] * torch.eye(d)
+    factor = torch.linalg.cholesky(torch.linalg.inv(metric + damping)).mT
+    y, code = x.clone(), torch.zeros_like(x)
+    for j in range(d):
+        code[..., j] = torch.copysign(nearest(y[..., j].abs() / scale[..., 0], bits), y[..., j])
+        error = (y[..., j] - code[..., j] * scale[..., 0]) / factor[:, j, j, None]
+        y[..., j + 1 :] -= error[..., None] * factor[:, None, j, j + 1 :]
+    return code
+
+
+def rotary_mean(k: Tensor, frequencies: Tensor, start: int, tokens: int = 256) -> Tensor:
+    """Mean of the first keys of [H, n, d] as they were before RoPE, turned to the places from `start` on."""
+    angle = torch.arange(start, start + k.shape[1])[:, None] * frequencies
+    cos, sin = angle.cos(), angle.sin()
+    a, b = k.chunk(2, -1)
+    plain_a = (a * cos + b * sin)[:, :tokens].mean(1, keepdim=True)
+    plain_b = (b * cos - a * sin)[:, :tokens].mean(1, keepdim=True)
+    return torch.cat((plain_a * cos - plain_b * sin, plain_b * cos + plain_a * sin), -1)
+
+
+def balance_vector(k: Tensor, q_sq: Tensor, limit: float = LIMIT) -> Tensor:
     """Vector s of [H, d] from keys [H, n, d] and the mean square of the queries [Hq, d]."""
-    return measure_balance(k[None], q_sq.unflatten(0, (k.shape[0], -1)).mean(1))
+    return measure_balance(k[None], q_sq.unflatten(0, (k.shape[0], -1)).mean(1), limit)
 
 
-def encode_keys(k: Tensor, spec: KeySpec, balance: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def encode_keys(
+    k: Tensor,
+    spec: KeySpec,
+    balance: Tensor | None,
+    square: Tensor | None = None,
+    frequencies: Tensor | None = None,
+    start: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
     """(k_index, k_hat, scale) of keys [H, n, d].
 
     The first two are what the index and what index + payload decode to, [H, n, d]; `scale` is
-    the scale of each token in the index, [H, n].
+    the scale of each token in the index, [H, n]. `square` [H, d], the mean square of the queries, is
+    for `shaped`; the frequencies of RoPE [d / 2] and the first key's place for `rotary`.
     """
     d = k.shape[-1]
     rotation = random_rotation(d, seed=0).to(k) if spec.rotate else torch.eye(d)
     s = torch.ones(k.shape[0], d) if balance is None else balance
-    x = (k * s[:, None]) @ rotation.T
-    mean = page_means(x, spec.page, spec.int8_mean) if spec.centre else torch.zeros_like(x)
     page = spec.page or 256
+    known = torch.zeros_like(k)
+    if spec.rotary:
+        assert frequencies is not None
+        known = (rotary_mean(k, frequencies, start) * s[:, None]) @ rotation.T
+    x = (k * s[:, None]) @ rotation.T - known
+    mean = page_means(x, spec.page, spec.int8_mean) if spec.centre else torch.zeros_like(x)
     residual = x - mean
-    code, scale = lloyd(residual, spec.bits, d, "mse", page)
+    code, scale = lloyd(residual, spec.bits, d, spec.fit, page, spec.search)
+    code = code.flatten(2)
+    if spec.shaped:
+        assert square is not None
+        weight = square.unflatten(-1, (2, -1)).mean(-2).repeat(1, 2) / s.square()  # of RoPE's pairs
+        code = shaped_codes(residual, scale, spec.bits, weight, rotation)
     index_scale = scale if spec.token_scale else mean_scale(scale, page)
-    index = mean + torch.copysign(index_scale * spec.constant, residual)
-    full = mean + (code * scale[..., None]).flatten(2)
+    if spec.own_scale:  # a mean magnitude is MEAN_ABS scales of a Gaussian
+        index_scale = round_e4m4(residual.abs().mean(-1, keepdim=True) / MEAN_ABS, page)
+    known = known + mean
+    index = known + torch.copysign(index_scale * spec.constant, code)
+    full = known + code * scale
 
     def back(y: Tensor) -> Tensor:
         return (y @ rotation) / s[:, None]
@@ -142,7 +216,7 @@ def encode_values(v: Tensor, spec: ValueSpec) -> Tensor:
     group = spec.group or d
     if spec.kind == "lloyd":
         mean = page_means(x, spec.page, int8=True) if spec.centre else torch.zeros_like(x)
-        code, scale = lloyd(x - mean, spec.bits, group, spec.fit, spec.page)
+        code, scale = lloyd(x - mean, spec.bits, group, spec.fit, spec.page, spec.search)
         out = mean + (code * scale[..., None]).flatten(2)
     else:
         y = x.reshape(heads, n, d // group, group)

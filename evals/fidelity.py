@@ -49,7 +49,7 @@ def run_text(
     for name, options in chosen.items():
         options = {"sparse_queries": EVERY_QUERY, "dense_below": 0} | options
         cache = recording.fill(selfindex.SelfIndexCache(model, **options))
-        memory, first = cache.report().memory, cache.compressed_layers[0].store
+        memory, first = cache.report(missed=False).memory, cache.compressed_layers[0].store
         pairs = len(cache.compressed_layers) * first.format.kv_heads * first.encoded(0)
         results[name] = compare(dense, continue_from(model, cache, ids), targets)
         results[name]["bytes"] = (memory.index + memory.payload) / pairs

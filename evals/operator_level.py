@@ -13,7 +13,7 @@ from selfindex.evaluation.stats import Array
 
 from .capture import Record
 from .fakequant import KeySpec, ValueSpec, balance_vector
-from .sparse import Prefix, Variant, attend, encode
+from .sparse import SINKS, Prefix, Variant, attend, encode
 
 # variant name -> metric -> one array [queries, layers * query heads] per record
 Table = dict[str, dict[str, list[Array]]]
@@ -22,12 +22,16 @@ Balances = dict[str, dict[int, Tensor]]  # kind -> layer -> s
 
 
 def balances(record: Record, other: Record | None) -> Balances:
-    """The balance vectors a variant may name: from the whole prompt, its start, another text."""
+    """The balance vectors a variant may name: from the whole prompt, its start, another text; "built" is
+    as nearly in the cache, of keys behind the sinks, and "within 16" the same with factors of 1/16 to 16.
+    """
     out: Balances = defaultdict(dict)
     for i, layer in record.layers.items():
         out["prompt"][i] = balance_vector(layer.k, layer.q_sq[0])
         for window in (256, 512, 1024):
             out[f"first{window}"][i] = balance_vector(layer.k[:, :window], layer.q_sq[window])
+        out["built"][i] = balance_vector(layer.k[:, SINKS:256], layer.q_sq[256])
+        out["within 16"][i] = balance_vector(layer.k[:, SINKS:256], layer.q_sq[256], limit=16)
         if other is not None:
             far = other.layers[i]
             out["other"][i] = balance_vector(far.k, far.q_sq[0])

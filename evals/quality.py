@@ -251,6 +251,33 @@ def choices(ablations: list[dict[str, Any]], profiles: list[dict[str, Any]]) -> 
     return lines
 
 
+def changes(found: list[dict[str, Any]]) -> list[str]:
+    """One change to the default at a time."""
+    lines = ["## One change at a time", ""]
+    lines += paragraph(
+        "Simulated by evals/variants.py, 5 % where nothing else is said, every query selecting. Bytes are",
+        "per encoded token and KV head: what is stored, and what a step reads. Missed mass and error are of",
+        "attention layer by layer, with the dense model's queries, keys and values; differences are paired",
+        'by token. "Needles" are among other needles (niah_multikey_2), of those that the dense model finds.',
+    )
+    for result in found:
+        settings, rows = result["settings"], result["variants"]
+        needles = settings["needles"] > 0
+        lines += [f"### {settings['model']}, {settings['prefix']:,} tokens", ""]
+        names = ["change", "stored", "read", "missed mass", "error", "KL to dense", "KL less the default's",
+                 "top-1 agreement"]  # fmt: skip
+        lines += head(*names, *(["needles found", "KL of their answers"] if needles else []))
+        for name, own in rows.items():
+            cells = [f"{own['bytes']:.1f}", f"{own['bytes_read']:.1f}", number(1 - own["mass"][0])]
+            cells += [number(own["err"][0]), *(interval(own[m], 4) for m in ("kl", "kl_diff"))]
+            cells.append(interval(own["top1"]))
+            if needles:
+                cells += [interval(own["needles"], 2), interval(own["needle_kl"])]
+            lines.append(row(name, *cells))
+        lines += ["", *setting(result)]
+    return lines
+
+
 def label(name: str) -> str:
     """A design and its budget for people."""
     design, budget = name.split(" @ ")
@@ -280,6 +307,8 @@ def main() -> None:
     lines += drift(streams, chats) if streams or chats else []
     ablations, profiles = results("ablation-model-*-open*.json"), results("fidelity-profile*.json")
     lines += choices(ablations, profiles) if ablations or profiles else []
+    studies = results("variants-*.json")
+    lines += changes(studies) if studies else []
     lines += (ROOT / "evals" / "notes.md").read_text().splitlines()
     (ROOT / "docs" / "quality.md").write_text("\n".join(lines).rstrip() + "\n")
 

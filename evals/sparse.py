@@ -41,6 +41,8 @@ class Variant:
     comp_page: int | None = 256
     spread: str = "uniform"  # how the budget is spread over heads: a rule of budgets.py
     dense_layers: int = 0  # first layers that attend to everything
+    sinks: int = SINKS  # first and last tokens of the prefix in full precision
+    recent: int = RECENT
 
 
 @dataclass
@@ -93,7 +95,8 @@ def encode(record: LayerRecord, variant: Variant, balance: Tensor | None) -> Pre
     if variant.snapkv_sinks:
         exact = snapkv_tokens(record, 64)
     else:
-        exact = torch.cat([torch.arange(SINKS), torch.arange(n - RECENT, n)]).expand(heads, -1)
+        ends = torch.arange(variant.sinks), torch.arange(n - variant.recent, n)
+        exact = torch.cat(ends).expand(heads, -1)
     rest = torch.ones(heads, n, dtype=torch.bool).scatter_(1, exact, False)
     index = rest.nonzero()[:, 1].view(heads, -1)
     k, v = take(record.k, index), take(record.v, index)
@@ -102,7 +105,9 @@ def encode(record: LayerRecord, variant: Variant, balance: Tensor | None) -> Pre
         k_index, k_hat = encode_paper(k)
         v_hat = minmax(v, 2, 32)
     else:
-        k_index, k_hat, scale = encode_keys(k, variant.key, balance)
+        square = record.q_sq[256].unflatten(0, (heads, -1)).mean(1)
+        rope = (record.frequencies, variant.sinks)
+        k_index, k_hat, scale = encode_keys(k, variant.key, balance, square, *rope)
         v_hat = encode_values(v, variant.value)
     exact_k, exact_v = take(record.k, exact), take(record.v, exact)
     return Prefix(k_index, k_hat, v_hat, k, v, exact_k, exact_v, balance, scale, n)

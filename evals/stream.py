@@ -73,7 +73,7 @@ def main() -> None:
         ]
         runs.append({key: np.concatenate([part[key] for part in parts]) for key in ("kl", "top1")})
         runs[-1]["entropy"] = -(dense.exp() * dense).sum(-1).double().numpy()
-        ratios.append(cache.report().ratio)
+        ratios.append(cache.report(missed=False).ratio)
         print(f"{text}: {ratios[-1]:.2f} times smaller than 16 bit at the end", flush=True)
     rows = []
     for first in range(0, args.tokens, args.stretch):

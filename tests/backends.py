@@ -41,7 +41,7 @@ class Backend:
     def _left_to_pytorch(self, name, arguments):
         """Whether that is as documented: no queries; on a GPU several that select for themselves."""
         several = name == "sparse_decode" and self.device == "cuda" and arguments[0].shape[2] > 1
-        return arguments[0].numel() == 0 or several
+        return arguments[-1 if name == "merge_into" else 0].numel() == 0 or several
 
     def check_ran(self, *names):
         """These operators have run, and not only their PyTorch forms."""

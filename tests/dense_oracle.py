@@ -3,6 +3,10 @@
 import torch
 from stores import held_tokens
 
+from selfindex.attention.attend import attend
+
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+
 
 def dense_attention(store, query, keys, values, valid=None, scaling=0.125, sink_logit=None, chosen=None):
     """What `attend` should return with every token attended, float32 [B, Hq, T, d].
@@ -33,3 +37,18 @@ def dense_attention(store, query, keys, values, valid=None, scaling=0.125, sink_
             weights = logits.softmax(-1)[:, : all_v.shape[0]]
             output[b, h] = weights.nan_to_num() @ all_v
     return output
+
+
+def check(store, tokens, valid=None, scaling=0.125, sink_logit=None, real=None):
+    """Compare `attend` with `dense_attention`, where queries are `real`; the tokens read."""
+    keys, values, query = tokens
+    got, read = attend(store, query, keys, values, valid, scaling, sink_logit)
+    wanted = dense_attention(store, query, keys, values, valid, scaling, sink_logit)
+    assert got.dtype == query.dtype
+    assert got.shape == query.shape
+    got = got.float()
+    if real is not None:
+        got, wanted = got.transpose(1, 2)[real], wanted.transpose(1, 2)[real]
+    tolerance = TOLERANCE[query.dtype]
+    torch.testing.assert_close(got, wanted, atol=tolerance, rtol=tolerance)
+    return read

@@ -25,6 +25,9 @@ def paper_config(**options):
     return small_config(preset="paper", **({"sinks": 4, "recent": 0} | options))
 
 
+CONFIGS = {"balanced": small_config, "paper": paper_config}
+
+
 def new_store(config, batch=1, heads=2, dim=64, dtype=torch.float32, balance=None):
     return LayerStore(
         config, torch.empty(batch, heads, 0, dim, dtype=dtype, device=backends.current.device), balance
@@ -48,6 +51,13 @@ def fill(store, *lengths, groups=2, seed=0):
         store.append(keys, values, query, None, 0.125)
         chunks.append((keys, values))
     return [torch.cat(x, 2) for x in zip(*chunks, strict=True)]
+
+
+def filled(config, tokens=60, **options):
+    """A store with so many random tokens."""
+    store = new_store(config, **options)
+    fill(store, tokens)
+    return store
 
 
 def decoded_pages(store, row):

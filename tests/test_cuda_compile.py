@@ -38,7 +38,17 @@ WINDOW = (
     (256, 16, 2, torch.float32),
     (96, 5, 2, torch.float16),
 )
-KERNELS = {"decode": 4, "offloaded": 2, "encode": 2, "dense": 3, "window": 4, "balance": 2, "statistics": 1}
+KERNELS = {
+    "decode": 4,
+    "offloaded": 2,
+    "encode": 2,
+    "dense": 3,
+    "window": 4,
+    "balance": 2,
+    "statistics": 1,
+    "pages": 1,
+    "join": 1,
+}
 # Everything for the architecture the kernels are tuned for, what differs most for the others.
 SHAPES = {
     "decode": DECODE,
@@ -48,8 +58,10 @@ SHAPES = {
     "window": WINDOW,
     "balance": ENCODE,
     "statistics": ENCODE,
+    "pages": ENCODE,
+    "join": ENCODE,
 }
-for name in ("decode", "offloaded", "encode", "dense"):
+for name in ("decode", "offloaded", "encode", "dense", "pages"):
     SHAPES[f"paper_{name}"] = tuple((*case[:2], 2, case[3]) for case in SHAPES[name])
     KERNELS[f"paper_{name}"] = KERNELS[name]
 CASES = [(90, module, case) for module, cases in SHAPES.items() for case in cases]

@@ -28,7 +28,9 @@ def test_plans_cover_every_page_within_the_memory(rows, pages, preset, dim, grou
     fmt = decode.PageFormat(preset, 8, dim, decode.PAGE_SIZE)
     chunk = decode.chunk_bytes(fmt, groups)
     limits = dict.fromkeys(ROOM, room * 1024)
-    found = decode.plan(rows, pages, fmt.index.record, chunk, limits, clusters, SMS, at_once)
+    found = decode.plan(
+        rows, pages, fmt.index.record, chunk, decode.selection_bytes(fmt), limits, clusters, SMS, at_once
+    )
     assert found.warps in limits
     assert 1 <= found.cluster <= (16 if clusters else 1)
     assert found.cluster * found.pages >= pages
@@ -44,7 +46,7 @@ def test_plans_cover_every_page_within_the_memory(rows, pages, preset, dim, grou
 
 def test_rows_are_spread_until_the_gpu_is_full():
     def cluster(rows, pages):
-        return decode.plan(rows, pages, 2320, 528, ROOM, True, SMS, at_once).cluster
+        return decode.plan(rows, pages, 2320, 528, 0, ROOM, True, SMS, at_once).cluster
 
     assert cluster(8, 1024) >= 8  # one sequence of 128k
     assert cluster(64, 1024) == 2  # eight of them: 128 blocks for 132 multiprocessors
@@ -61,7 +63,7 @@ def test_the_plans_that_are_remembered_are_bounded():
 
     decoders = ((8, Kernel()),)
     for pages in range(1, 1100):
-        assert decode._plan_for(decoders, 8, pages, 2048, 528, False, 4).pages == pages
+        assert decode._plan_for(decoders, 8, pages, 2048, 528, 0, False, 4).pages == pages
     info = decode._plan_for.cache_info()
     assert info.currsize == info.maxsize < 1100
 

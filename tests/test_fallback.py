@@ -6,7 +6,7 @@ import pytest
 from test_ops import arguments  # noqa: F401
 
 from selfindex.backends import reference
-from selfindex.backends.cuda import balance, decode, dense, encode, offloaded, window
+from selfindex.backends.cuda import balance, decode, dense, encode, join, offloaded, pages, window
 from selfindex.backends.cuda import register as register_cuda
 from selfindex.backends.cuda.launch import KernelsUnavailable
 from selfindex.backends.fallback import announce, observed, with_fallback
@@ -14,6 +14,7 @@ from selfindex.backends.fallback import announce, observed, with_fallback
 MODULES = {
     **dict.fromkeys(("encode", "encode_into", "encode_paged"), encode),
     **{"sparse_decode": decode, "dense_attend": dense, "measure_balance": balance},
+    **{"decode_pages": pages, "merge_into": join},
     **dict.fromkeys(("window_attend", "paged_window_attend"), window),
 }
 HOMES = MODULES | {"sparse_decode": offloaded}

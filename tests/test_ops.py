@@ -33,7 +33,7 @@ def arguments(request):
     new = [gaussian(2, heads, 1, 64, seed=5) for heads in (4, 2, 2)]
     return {
         "encode": (keys, values, full, constants[:1], fmt.name),
-        "measure_balance": (query, keys, gaussian(2, 64).square(), 9),
+        "measure_balance": (query, keys[:2], gaussian(2, 2, 64).square(), 9),
         "encode_into": (keys, values, full, blocks, index, payload, constants[:1], fmt.name),
         "encode_paged": (
             paged,
@@ -46,11 +46,21 @@ def arguments(request):
             constants,
             fmt.name,
         ),
-        "prompt_statistics": (keys[0],),
+        "prompt_statistics": (keys,),
         "paged_window_attend": (*new, paged, table, starts, lengths, 2, *rest),
         "score": (query, index, table, counts, *tail),
         "select": (scores, budgets, 7),
         "sparse_attend": (query, index, payload, table, slots, *tail),
+        "decode_pages": (
+            *(index, payload, table, counts, starts, *gaussian(2, 2, 60, 64, seed=11)),
+            *(constants, fmt.name),
+        ),
+        "merge_into": (
+            [rest[0], held[0][:, :1].repeat(1, 4, 1, 1)[:, :, :1]],
+            [rest[1], -rest[1]],
+            *rest[2:3],
+            rest[0] + 1,
+        ),
         "dense_attend": (query, index, payload, table, counts, *tail),
         "sparse_decode": (query, index, payload, table, counts, budgets, 7, *tail),
         "step_attend": (*new, index, payload, table, counts, budgets, 7, *held, rest[2], *tail),

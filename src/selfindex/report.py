@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .attention.missed import LastStep
 from .backends.cpu.loader import scratch
 from .store import LayerStore, Memory
 
@@ -27,7 +28,12 @@ class LayerReport:
             no step has run on what is held now.
         row_tokens: tokens held, of each row.
         row_read: tokens read, of each row.
-        memory: bytes by kind.
+        missed: share of the last query's softmax mass on tokens that the step did not read, mean over rows
+            and query heads; 0 if it read all. Estimated from decoded keys, 3 bits a channel. None if nobody
+            knows it, see `Report.missed_unknown`.
+        most_missed: largest share of a row and query head.
+        row_missed: mean over the query heads of each row; [] if it is not known.
+        memory: bytes by kind; the kept query of the last step is among the statistics.
         shared_bytes: how many of the index and payload bytes forks of this cache hold as well;
             the report of each of them counts these.
         dense_bytes: bytes of the same tokens as 16-bit keys and values, whatever the model's dtype.
@@ -41,6 +47,9 @@ class LayerReport:
     read: int
     row_tokens: list[int]
     row_read: list[int]
+    missed: float | None
+    most_missed: float | None
+    row_missed: list[float]
     memory: Memory
     shared_bytes: int
     dense_bytes: int
@@ -48,11 +57,15 @@ class LayerReport:
     own_dtype_bytes: int
 
     @classmethod
-    def of(cls, layer: int, store: LayerStore, unread: list[int]) -> LayerReport:
-        """Describe a store; `unread`: tokens of each row that the last step left out, [] for no step."""
+    def of(
+        cls, layer: int, store: LayerStore, last: LastStep | None, missed: Tensor | None = None
+    ) -> LayerReport:
+        """Describe a store; `last`: its last step, if there was one; `missed`: what `missed_mass` finds."""
         rows, fmt, dtype = range(store.batch), store.format, store.window.keys.dtype
         held = [store.length(b) for b in rows]
-        read = [n - left for n, left in zip(held, unread, strict=True)] if unread else [0] * store.batch
+        read = [n - left for n, left in zip(held, last.unread, strict=True)] if last else [0] * store.batch
+        mass = [] if missed is None else missed.mean(1).tolist()
+        query = Memory(statistics=0 if last is None else last.nbytes)
         numbers = 2 * sum(held) * fmt.kv_heads * fmt.head_dim
         own = Counter(block for row in store.table.rows for block in row.blocks)
         shared = sum(store.pool.references(block) > count for block, count in own.items())
@@ -63,7 +76,10 @@ class LayerReport:
             read=sum(read),
             row_tokens=held,
             row_read=read,
-            memory=store.memory(),
+            missed=sum(mass) / len(mass) if mass else None,
+            most_missed=None if missed is None else float(missed.max()),
+            row_missed=mass,
+            memory=store.memory() + query,
             shared_bytes=shared * (fmt.index_bytes + fmt.payload_bytes),
             dense_bytes=2 * numbers,
             dtype=str(dtype).removeprefix("torch."),
@@ -79,12 +95,14 @@ class Report:
         layers: those this cache compresses. All sums and ratios are over these.
         other_layers: layers with a window or a state of fixed size, which transformers keeps as always.
         other_bytes: bytes these hold, counted nowhere else.
+        missed_unknown: why nobody knows what attention mass the last step missed; None if it is known.
     """
 
     preset: str
     layers: list[LayerReport]
     other_layers: int = 0
     other_bytes: int = 0
+    missed_unknown: str | None = None
 
     @property
     def memory(self) -> Memory:
@@ -108,14 +126,32 @@ class Report:
         return sum(layer.read for layer in self.layers) / held if held else 1.0
 
     @property
+    def missed(self) -> float | None:
+        """Share of the attention mass that the last step missed, mean over layers; None if not known."""
+        known = [layer.missed for layer in self.layers if layer.missed is not None]
+        return sum(known) / len(known) if known else None
+
+    @property
+    def missed_text(self) -> str:
+        """`missed` and the layer that missed most, for people."""
+        known = [(layer.missed, layer.layer) for layer in self.layers if layer.missed is not None]
+        if self.missed is None:
+            return f"attention mass not known, {self.missed_unknown}"
+        most, worst = max(known)
+        return (
+            f"attention mass of the last step: mean {100 * self.missed:.1f} %, "
+            f"worst layer {worst}: {100 * most:.1f} %"
+        )
+
+    @property
     def scratch(self) -> int:
         """Bytes of working memory that the process keeps for all caches; not part of `memory`."""
         return scratch()
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain numbers, lists and strings, which JSON can hold."""
-        derived = {"ratio": self.ratio, "read_fraction": self.read_fraction, "scratch": self.scratch}
-        return asdict(self) | derived
+        names = "ratio", "read_fraction", "missed", "scratch"
+        return asdict(self) | {name: getattr(self, name) for name in names}
 
     def __str__(self) -> str:
         if not self.layers:
@@ -162,6 +198,8 @@ class Report:
             )
         else:
             yield "read     nothing yet: no step has run on what is held now"
+        if any(read):
+            yield f"missed   {self.missed_text}"
 
 
 def _span(numbers: list[int]) -> str:

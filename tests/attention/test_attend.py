@@ -2,35 +2,12 @@
 
 import pytest
 import torch
-from dense_oracle import dense_attention
+from dense_oracle import TOLERANCE, check, dense_attention
 from pages import HEAD_DIMS, gaussian
-from stores import fill, new_store, paper_config, random_tokens, small_config
+from stores import CONFIGS, fill, filled, new_store, random_tokens, small_config
 
 from selfindex.attention import attend as module
 from selfindex.attention.attend import attend
-
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
-CONFIGS = {"balanced": small_config, "paper": paper_config}
-
-
-def filled(config, tokens=60, **options):
-    store = new_store(config, **options)
-    fill(store, tokens)
-    return store
-
-
-def check(store, tokens, valid=None, scaling=0.125, sink_logit=None, real=None):
-    keys, values, query = tokens
-    got, read = attend(store, query, keys, values, valid, scaling, sink_logit)
-    wanted = dense_attention(store, query, keys, values, valid, scaling, sink_logit)
-    assert got.dtype == query.dtype
-    assert got.shape == query.shape
-    got = got.float()
-    if real is not None:
-        got, wanted = got.transpose(1, 2)[real], wanted.transpose(1, 2)[real]
-    tolerance = TOLERANCE[query.dtype]
-    torch.testing.assert_close(got, wanted, atol=tolerance, rtol=tolerance)
-    return read
 
 
 @pytest.mark.parametrize("preset", CONFIGS)

@@ -27,6 +27,11 @@ def test_statistics_agree_with_the_reference(isa, dim, dtype, heads, tokens):
     check(keys.to(dtype).transpose(0, 1))
 
 
+def test_prompts_together_are_as_each_alone(isa):
+    keys = gaussian(2, 2500, 3, 64).transpose(1, 2)
+    assert torch.equal(ops.prompt_statistics(keys), torch.stack([check(own) for own in keys]))
+
+
 def test_a_code_nobody_has(isa):
     check(gaussian(2, 3, 64))
 

@@ -141,6 +141,19 @@ def test_attention_of_new_tokens_is_causal_and_goes_on(layer):
     torch.testing.assert_close(torch.cat(parts, 1)[0].transpose(0, 1), wanted[:, 390:], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", baselines(0.1, D))
+def test_a_method_attends_in_the_dtype_of_its_tokens(layer, name):
+    method = baselines(0.1, D)[name]
+    out = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        new, old = ((x.to(dtype)[:, cut] for x in layer) for cut in (slice(N - 3, N), slice(0, N - 3)))
+        attended = Baseline(method, method.store(*old, 0.1)).attend(*(x[None] for x in new), 0.1)
+        assert attended.dtype == dtype
+        out[dtype] = attended.float()
+    # A few tokens at the edge of what is read may differ.
+    assert (out[torch.float32] - out[torch.bfloat16]).norm() < 0.2 * out[torch.float32].norm()
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_dense_as_a_baseline_is_the_dense_model(family):
     dense, ours = pair(family)

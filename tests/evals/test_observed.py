@@ -3,11 +3,13 @@
 import pytest
 import torch
 from decoded_cache import small_cache
+from stores import small_options
 from tiny_models import forward, pair, prompt
 from transformers import DynamicCache
 
 from evals import capture
 from evals.endtoend import compare
+from evals.missed import compare as shares_missed
 from evals.reuse import record_selections
 from evals.sparse import Variant, encode
 from selfindex.evaluation.cache_layers import full_attention_layers, observe_dense
@@ -69,3 +71,14 @@ def test_selections_are_those_of_every_sparse_step():
     assert [x.shape for x in found] == 6 * [(2, 10)]
     assert all((x[:, 1:] > x[:, :-1]).all() for x in found)
     assert max(x.max() for x in found) < cache.compressed_layers[0].store.encoded(0)
+
+
+def test_the_true_share_missed_is_close_to_the_reported_one():
+    _, ours = pair("llama")
+    ids = prompt(75)
+    true, reported = shares_missed(ours, ids, 60, **small_options(budget=10))
+    assert true.shape == reported.shape == (15, 2)  # pages are encoded on the way
+    assert abs(true - reported).mean() < 0.15 * true.mean()
+    full, none = shares_missed(ours, ids[:, :63], 60, **small_options(budget=1.0))
+    assert not full.any()
+    assert not none.any()

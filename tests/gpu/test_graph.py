@@ -8,7 +8,7 @@ import torch
 from tiny_models import VOCAB, cache_argument, forward, generate, make_model, prompt
 
 import selfindex
-from selfindex.integrations.transformers import graphs
+from selfindex.integrations.transformers import graphs, replay
 
 pytestmark = pytest.mark.gpu
 
@@ -258,3 +258,50 @@ def test_caches_side_by_side_have_streams_of_their_own():
     forward(model, ids, again)
     forward(model, ids[:, -1:], again)
     assert any(again.replay._recorder._stream is stream for stream in streams)
+
+
+def test_the_report_says_what_a_replayed_step_missed():
+    """Queries lie where graphs of several lengths, which share memory, have put them."""
+    model = model_on_gpu()
+    caches = [
+        selfindex.SelfIndexCache(model, budget=150, dense_below=0, cuda_graphs=graphs)
+        for graphs in (False, True)
+    ]
+    for cache in caches:
+        forward(model, prompt(2500, batch=2).cuda(), cache)
+    for i, new in enumerate([1, 3, 1, 1, 8, 3, 1] * 5):
+        for cache in caches:
+            forward(model, prompt(new, batch=2, seed=i).cuda(), cache)
+        single, replayed = (cache.report() for cache in caches)
+        for one, other in zip(single.layers, replayed.layers, strict=True):
+            assert 0.01 < one.missed < 0.99
+            assert other.row_missed == pytest.approx(one.row_missed, rel=0.05, abs=0.01)
+    assert (caches[0].replay.steps, caches[1].replay.steps) == (0, 35)
+
+
+@pytest.mark.parametrize("new", [1, 3])
+def test_rows_that_fix_their_balance_one_by_one(new, monkeypatch):
+    """What replayed steps measure is what others measure, and they are recorded twice: before and after."""
+    model, made, record = model_on_gpu(dtype=torch.float32), [], replay.Replay._record
+    monkeypatch.setattr(replay.Replay, "_record", lambda *args: made.append(1) or record(*args))
+    ids, start = prompt(400, batch=3).cuda(), torch.ones(3, 400, dtype=torch.long, device="cuda")
+    start[1, :260], start[2, :390] = 0, 0
+    caches = []
+    for cuda_graphs in (False, True):
+        cache, mask = selfindex.SelfIndexCache(model, budget=1.0, cuda_graphs=cuda_graphs), start
+        forward(model, ids, cache, mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0))
+        for layer in cache.compressed_layers:
+            layer.store.reserve(100, 0)  # no pool moves
+        made.clear()
+        for i in range(330 // new):
+            mask = torch.cat((mask, mask.new_ones(3, new)), 1)
+            tokens, positions = prompt(new, 3, seed=i).cuda(), (mask.cumsum(1) - 1)[:, -new:]
+            forward(model, tokens, cache, mask, position_ids=positions)
+        caches.append(cache)
+    assert len(made) <= 2
+    assert caches[1].replay.steps == 330 // new
+    for one, other in zip(*(cache.compressed_layers for cache in caches), strict=True):
+        assert one.store.statistics.has_constants == other.store.statistics.has_constants == (True,) * 3
+        assert one.store.statistics.queries_seen == other.store.statistics.queries_seen
+        torch.testing.assert_close(one.store.constants, other.store.constants, atol=2e-2, rtol=2e-2)
+        assert not torch.equal(one.store.constants[0], one.store.constants[2])

@@ -24,8 +24,8 @@ def check(keys, fast=True):
     wanted = reference.prompt_statistics(keys)
     assert got.dtype == torch.float32
     assert got.shape == wanted.shape
-    dim = keys.shape[2]
-    assert torch.equal(got[:, : 2 * dim], wanted[:, : 2 * dim]), "mean and largest are PyTorch's"
+    dim = keys.shape[-1]
+    assert torch.equal(got[..., : 2 * dim], wanted[..., : 2 * dim]), "mean and largest are PyTorch's"
     torch.testing.assert_close(got, wanted, atol=2e-5, rtol=2e-5)
     assert torch.equal(ops.prompt_statistics(keys), got), "the result does not depend on timing"
 
@@ -43,6 +43,13 @@ def test_keys_may_lie_apart_and_codes_be_unused():
     keys[:, :, 4] = 2.0
     check(keys)
     check(keys.transpose(0, 1).contiguous().transpose(0, 1))
+
+
+def test_prompts_together_are_as_each_alone():
+    keys = torch.stack([keys_of(2, 3000, 128, torch.bfloat16, seed) for seed in range(3)])
+    check(keys)
+    alone = [ops.prompt_statistics(own) for own in keys]
+    assert torch.equal(ops.prompt_statistics(keys), torch.stack(alone))
 
 
 def test_keys_that_begin_anywhere_are_the_references():

@@ -1,14 +1,11 @@
 """A file that is not what `save` wrote, or could not have written, is refused."""
 
-import hashlib
-import json
 import re
 
 import pytest
 import torch
 from decoded_cache import small_cache
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from saved_files import forge, rewrite
 from tiny_models import forward, pair, prompt
 
 from selfindex import FormatError, SelfIndexCache
@@ -35,34 +32,6 @@ def saved(tmp_path, preset):
     return ours, tmp_path / "prefix"
 
 
-def read(path):
-    with safe_open(path, framework="pt") as file:
-        return load_file(path), file.metadata()
-
-
-def rewrite(path, change=None, **metadata):
-    """Write a file again with other metadata, or with changed tensors."""
-    tensors, meta = read(path)
-    if change:
-        change(tensors)
-    save_file(tensors, path, metadata=meta | metadata)
-
-
-def forge(path, change):
-    """Write a file again with a changed header and tensors, and with the checksums that they need."""
-    tensors, meta = read(path)
-    header = json.loads(meta["header"])
-    change(header, tensors)
-    for name, x in tensors.items():
-        found = hashlib.sha256(x.contiguous().view(torch.uint8).numpy().data).hexdigest()
-        header["tensors"][name] = [str(x.dtype), list(x.shape), found]
-    for name in header["tensors"].keys() - tensors.keys():
-        del header["tensors"][name]
-    text = json.dumps(header)
-    checksum = hashlib.sha256(f"{meta['format']} {meta['version']} {text}".encode()).hexdigest()
-    save_file(tensors, path, metadata=meta | {"header": text, "checksum": checksum})
-
-
 def refused(model, path, match):
     with pytest.raises(FormatError, match=match):
         SelfIndexCache.load(model, path)
@@ -76,7 +45,7 @@ def refused(model, path, match):
         (lambda path: path.write_bytes(path.read_bytes() + b"0"), "cannot read"),
         (lambda path: path.write_bytes(b"not a cache"), "cannot read"),
         (lambda path: path.unlink(), "cannot read"),
-        (lambda path: rewrite(path, version="1"), r"version 1, this release reads version 2"),
+        (lambda path: rewrite(path, version="1"), r"version 1, this release reads versions 2 and 3"),
         (lambda path: rewrite(path, format="selfindex-profile"), "is not a file of"),
         (lambda path: rewrite(path, header="{"), "header of"),
         (lambda path: rewrite(path, checksum="0"), "header of"),
@@ -159,7 +128,11 @@ FORGED = {
     "a prompt longer than the row": layer(lambda n, t: n["prompt_tokens"].__setitem__(0, 10**6)),
     "constants that are not there": layer(lambda n, t: t.pop("constants")),
     "constants of whom": layer(lambda n, t: n["has_constants"].__setitem__(0, 1)),
-    "no queries": layer(lambda n, t: n.update(queries_seen=-1)),
+    "no queries": layer(lambda n, t: n["queries_seen"].__setitem__(1, -1)),
+    "queries of nobody": layer(lambda n, t: n["queries_seen"].append(1)),
+    "constants in common that are not": layer(lambda n, t: n.update(shared=True)),
+    "constants that may be in common": layer(lambda n, t: n.update(shared=1)),
+    "constants of one row": layer(lambda n, t: t.update(constants=t["constants"][:1])),
     "another format": layer(lambda n, t: n.update(format="balanced-1:h2,d64,p16,v2")),
     "other columns": layer(lambda n, t: n.update(columns=79)),
     "columns that are no integer": lambda h, t: [x.update(columns=True) for x in h["layers"]],

@@ -100,7 +100,10 @@ def test_beam_scores_are_those_of_the_sequence_run_alone(preset):
     # Pages are encoded while beams are reordered: the winner's score shows whether its own
     # tokens were in its rows all along.
     _, ours = pair("llama")
-    ids, config = prompt(scaled(40)), {"preset": preset, "budget": 10}
+    # On a GPU few of many tokens are not the same few: scores are compared in 11 bits, and a batch of another
+    # size is rounded otherwise. There all are read.
+    budget = 10 if backends.current.device == "cpu" else 1.0
+    ids, config = prompt(scaled(40)), {"preset": preset, "budget": budget}
     out = generate(
         ours,
         ids,

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -24,9 +25,13 @@ def test_report_counts_tokens_and_bytes(used):
         assert (layer.tokens, layer.encoded) == (2 * 61, 2 * 48)
         # The budget, and all full-precision tokens.
         assert layer.read == 2 * (9 + 13)
-        assert layer.memory == store.memory()
+        # And the query that says what the step missed.
+        last = used.layers[layer.layer].last
+        assert layer.memory == replace(store.memory(), statistics=store.memory().statistics + last.nbytes)
+        assert last.nbytes == last.asked.query.nbytes > 0
         assert layer.dense_bytes == 2 * 61 * store.format.kv_heads * store.format.head_dim * 4
-    assert report.memory.total == sum(store.memory().total for store in stores)
+    queries = sum(layer.last.nbytes for layer in used.compressed_layers)
+    assert report.memory.total == sum(store.memory().total for store in stores) + queries
     assert report.ratio == pytest.approx(report.dense_bytes / report.memory.total)
     assert report.read_fraction == pytest.approx((9 + 13) / 61)
 

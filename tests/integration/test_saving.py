@@ -4,6 +4,7 @@ import pytest
 import torch
 from decoded_cache import small_cache
 from safetensors.torch import load_file
+from saved_files import as_version_2
 from tiny_models import forward, make_model, pair, prompt
 
 from selfindex import FormatError, SelfIndexCache, StateError
@@ -31,6 +32,30 @@ def test_a_loaded_prefix_goes_on_like_the_original(family, preset, tokens, tmp_p
     # What is stored is the same; growing one step at a time may have left other slack.
     one, other = (x.report().memory for x in (loaded, cache))
     assert (one.index, one.payload, one.full_precision) == (other.index, other.payload, other.full_precision)
+
+
+@pytest.mark.parametrize("preset", ["balanced", "paper"])
+@pytest.mark.parametrize("tokens", [61, 7])
+def test_a_file_of_version_2_is_read(preset, tokens, tmp_path):
+    """Its rows had one balance; that of one row is what they all had then."""
+    _, ours = pair("llama")
+    cache = filled(ours, tokens, preset=preset)
+    cache.batch_repeat_interleave(2)
+    cache.save(ours, tmp_path / "prefix")
+    as_version_2(tmp_path / "prefix")
+    loaded = SelfIndexCache.load(ours, tmp_path / "prefix")
+    statistics = loaded.compressed_layers[0].store.statistics
+    assert statistics.shared == (preset == "balanced" and tokens == 61)
+    for new in (1, 3, 20, 1):
+        ids = prompt(new, batch=2, seed=new)
+        got, wanted = (forward(ours, ids, x) for x in (loaded, cache))
+        # With nothing encoded yet, what it measures comes from all queries of then.
+        close = {"atol": 1e-4, "rtol": 1e-4} if tokens == 61 or preset == "paper" else {"atol": 1, "rtol": 1}
+        torch.testing.assert_close(got, wanted, **close)
+    loaded.save(ours, tmp_path / "again")
+    again = SelfIndexCache.load(ours, tmp_path / "again")
+    ids = prompt(1, batch=2)
+    assert torch.equal(forward(ours, ids, again), forward(ours, ids, loaded))
 
 
 def test_padding_is_remembered(tmp_path):

@@ -9,7 +9,7 @@ from tiny_models import forward, pair, prompt
 
 def check_memory(cache):
     layers, accounted = cache.compressed_layers, cache.report().memory.total
-    live = sum(sum(live_tensors(layer.store).values()) for layer in layers)
+    live = sum(sum(live_tensors((layer.store, layer.last)).values()) for layer in layers)
     assert accounted == live
     # Everything but what a page in the making and growth in steps take is proportional to the tokens.
     for layer in layers:

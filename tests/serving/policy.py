@@ -17,7 +17,7 @@ from selfindex.codec import PageFormat
 from selfindex.config import SelfIndexConfig
 
 ENOUGH = 1.0 if DEVICE == "cpu" else 0.97
-"""Share of equal tokens in a few requests; on a GPU sums are rounded otherwise than in PyTorch on the CPU."""
+"""Share of equal tokens in a few requests; a GPU rounds sums of a batch otherwise than those of a row."""
 MOST_EQUAL = 0.995 if DEVICE == "cpu" else 0.97
 """Share of equal tokens in many requests: a batch of another size is rounded otherwise on a CPU as well, and
 of nearly equal tokens at the edge of a budget another one is then selected."""
@@ -56,17 +56,22 @@ class Policy:
     """
 
     def __init__(self, model, config: SelfIndexConfig, constants=None):
-        self.model, self.config = model.eval(), config
-        self.constants, self.few = constants or {}, max(1, config.sparse_queries)
+        self.model, self.config = model.eval().to(DEVICE), config
+        self.constants = {i: one.to(DEVICE) for i, one in (constants or {}).items()}
+        self.few = max(1, config.sparse_queries)
         self.shared: dict[tuple, tuple] = {}
         self.current = None
         AttentionInterface.register("serving_policy", self._attend)
         AttentionMaskInterface.register("serving_policy", lambda *args, **kwargs: None)
         model.set_attn_implementation("serving_policy")
 
-    @torch.inference_mode()
     def step(self, sequence, computed, new):
         """Compute `new` tokens behind `computed` ones; append the next token if these were the last."""
+        # The engine's operators, and its device: they are compared with the reference elsewhere.
+        with torch.inference_mode(), torch.device(DEVICE):
+            self._step(sequence, computed, new)
+
+    def _step(self, sequence, computed, new):
         if computed == 0 or computed != sequence.done:  # behind a prefix that was there, or once more
             sequence.layers, sequence.low = {}, 0
             self._evict(sequence, computed)

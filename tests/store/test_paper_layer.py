@@ -66,6 +66,32 @@ def test_rows_have_their_own_statistics():
     assert torch.equal(store.constants[0], store.constants[1])
 
 
+@pytest.mark.parametrize("drafts", [False, True])
+@pytest.mark.parametrize("tokens", [5, 40, 700])
+def test_prompts_of_several_rows_are_stored_as_each_of_them_alone(tokens, drafts):
+    together = new_store(paper_config(), batch=3)
+    keys, values, query = random_tokens(together, tokens + drafts * LONGEST_DRAFT)
+    keys[1] *= 3
+    together.commit(together.plan(keys, values, query, None, 0.125, drafts=drafts))
+    for b in range(3):
+        alone = new_store(paper_config())
+        own = keys[b : b + 1], values[b : b + 1], query[b : b + 1]
+        alone.commit(alone.plan(*own, None, 0.125, drafts=drafts))
+        assert torch.equal(together.constants[b], alone.constants[0])
+        held, wanted = (store.table.rows[i] for store, i in ((together, b), (alone, 0)))
+        assert held.counts == wanted.counts
+        for pool, other in zip(
+            together.pool.read(held.blocks, keys.device),
+            alone.pool.read(wanted.blocks, keys.device),
+            strict=True,
+        ):
+            assert torch.equal(pool, other)
+        length = alone.window.lengths[0]
+        assert together.window.lengths[b] == length
+        assert torch.equal(together.window.keys[b, :, :length], alone.window.keys[0, :, :length])
+        assert torch.equal(together.window.values[b, :, :length], alone.window.values[0, :, :length])
+
+
 def test_crop_inside_the_prompt_is_refused_and_changes_nothing():
     store = new_store(paper_config())
     prompt_of(store, 40)

@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 from ..backends import ops
-from ..backends.partial import join_parts, merge_parts
+from ..backends.partial import join_parts
 from ..store import LayerStore
+from .decoded import STAGED_PAGES, decoded_parts, groups_of, is_decoded
 from .exact import exact_part
+from .parts import Parts
 from .step import StepPlan, StepPlans, attend_step, budgets_of
 
 BLOCK = 4096
@@ -16,9 +18,6 @@ BLOCK = 4096
 
 MOST_STEP_TOKENS = 8
 """New tokens a row that a decode step takes one behind the other; more are a chunk."""
-
-STAGED_PAGES = 1024
-"""Offloaded pages on the device at a time when many queries attend to all of them."""
 
 
 def attend(
@@ -54,15 +53,27 @@ def attend(
     sparse = any(encoded) and new <= store.config.sparse_queries and budgets != encoded
     read = budgets if sparse else encoded
     window = exact_part(store.window, query, keys, values, valid, scaling, plans)
-    outputs = []
-    # Blocks of queries: attention to encoded tokens and merging work in float32.
-    for q, *exact in zip(*(x.split(BLOCK, 2) for x in (query, *window)), strict=True):
-        parts = [(exact[0], exact[1])]
+    output = torch.empty_like(query)
+    decoded = any(encoded) and not sparse and is_decoded(store, query, scaling)
+    for rows in groups_of(store) if decoded else ():
+        parts = Parts()
+        decoded = decoded_parts(store, rows, query[rows], scaling, parts)
+        if not decoded:
+            break
+        parts.add(*(x[rows] for x in window))
+        parts.write(output[rows], sink_logit)
+    if decoded:
+        return output, read
+    # Blocks of queries: attention to encoded tokens works in float32.
+    for t in range(0, new, BLOCK):
+        q, out, *exact = (x[:, :, t : t + BLOCK] for x in (query, output, *window))
+        parts = Parts()
         if any(encoded):
             part = _sparse_part(store, q, budgets, scaling) if sparse else _dense_part(store, q, scaling)
-            parts.insert(0, part)
-        outputs.append(merge_parts(parts, sink_logit).to(query.dtype))
-    return torch.cat(outputs, 2), read
+            parts.add(*part)
+        parts.add(exact[0], exact[1])
+        parts.write(out, sink_logit)
+    return output, read
 
 
 def take_step(

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..backends.partial import join_parts
 from ..store.window import Window
 from .kernels import attend_masked, attend_plain
+from .parts import merge
 from .shared import Shared
 
 FEW_QUERIES = 256
@@ -67,7 +67,8 @@ def _causal(
     if held > query.shape[2]:
         parts = [attend_plain(query, k, v, scaling, causal) for k, v, causal in
                  ((held_k, held_v, False), (keys, values, True))]  # fmt: skip
-        return join_parts(*parts)
+        whole = torch.empty_like(query)
+        return whole, merge([x[0] for x in parts], [x[1] for x in parts], None, whole)
     # Kernels are causal for as many queries as keys: queries of no use for the held tokens cost
     # less than a second part, whose merging takes as long as attention on a GPU.
     padded = pad(query, (0, 0, held, 0)) if held else query

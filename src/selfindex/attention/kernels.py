@@ -53,6 +53,12 @@ def attend_plain(
     return attend_blocks(query, keys, values, scaling, causal)
 
 
+def has_kernel(query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> bool:
+    """Whether `attend_plain`, not causal, of tensors like these runs a kernel."""
+    heads = query[:, : keys.shape[1]]
+    return any(_kernel(each, keys, values, scaling) is not None for each in (query, heads))
+
+
 def attend_masked(
     query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor]:

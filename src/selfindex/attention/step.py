@@ -17,6 +17,7 @@ from torch import Tensor
 from ..backends import ops
 from ..config import SelfIndexConfig
 from ..store import LayerStore
+from .missed import Asked
 from .shared import Shared
 
 
@@ -29,7 +30,7 @@ class StepPlan:
         budgets: int32 [B], encoded tokens a row reads.
         width: most that a budget can be.
         everything: rows read all encoded tokens, which needs no selection.
-        read: encoded tokens that every row reads, as Python knows it; unread: those that it does not.
+        read: encoded tokens that every row reads, as Python knows it; encoded: those that there are.
     """
 
     lengths: Tensor
@@ -37,7 +38,7 @@ class StepPlan:
     width: int
     everything: bool
     read: list[int] = field(default_factory=list)
-    unread: list[int] = field(default_factory=list)
+    encoded: list[int] = field(default_factory=list)
     _nothing: dict[torch.Size, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def nothing(self, query: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,8 +86,7 @@ class StepPlans(Shared):
             numbers = [*([n + t for n in lengths] for t in range(new)), budgets]
             rows = torch.tensor(numbers, dtype=torch.int32, device=device)
             read = encoded if everything else budgets
-            unread = [n - taken for n, taken in zip(encoded, read, strict=True)]
-            return StepPlan(rows[:-1], rows[-1], max(1, *budgets), everything, read, unread)
+            return StepPlan(rows[:-1], rows[-1], max(1, *budgets), everything, read, encoded)
 
         return self.once((device, new, tuple(encoded), tuple(lengths)), make)
 
@@ -99,26 +99,32 @@ class FixedPlan(StepPlan):
         new: tokens a row, T.
 
     Attributes:
+        observed: int32 [T, B], 1 where the balance of a row is measured from the query of the token.
         positions: tokens, padding included, that the model is told it has seen.
         first: int32 [], position of the first new token.
         hidden: positions that nothing sees in sliding-window layers.
+        asked: what the step asked each layer, by index, in memory of its own: memory of a recorded graph
+            that is held after the graph is gone stops the next one from being recorded.
     """
 
     def __init__(self, store: LayerStore, new: int, hidden: Mapping[Any, Tensor]) -> None:
         with torch.inference_mode(False):
-            rows = torch.zeros(new + 2, store.batch, dtype=torch.int32, device=store.window.keys.device)
+            rows = torch.zeros(2 * new + 2, store.batch, dtype=torch.int32, device=store.window.keys.device)
         width = most_of_a_budget(store.config, store.table.padded()[0].shape[1])
         super().__init__(rows[:new], rows[new], width, everything=False)
         self._rows = rows
         self.positions = 0
-        self.first = rows[new + 1, 0]
+        self.observed = rows[new + 1 : 2 * new + 1]
+        self.first = rows[2 * new + 1, 0]
         self.hidden = hidden
+        self.asked: dict[int, Asked] = {}
 
     def update(self, store: LayerStore, positions: int) -> None:
         """Plan the next step, from what a layer holds now, in so many positions."""
         new = len(self.lengths)
         lengths = ([n + t for n in store.window.lengths] for t in range(new))
-        numbers = [*lengths, budgets_of(store, new), [positions] * store.batch]
+        observed = ([int(t < room) for room in store.unobserved] for t in range(new))
+        numbers = [*lengths, budgets_of(store, new), *observed, [positions] * store.batch]
         self._rows.copy_(torch.tensor(numbers, dtype=torch.int32))
 
 

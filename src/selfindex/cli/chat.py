@@ -110,7 +110,7 @@ def _read(talk: Conversation, document: str, name: str, room: int) -> None:
     with progress() as bars:
         bar = bars.add_task(f"read {name} and compress", total=1.0)
         talk.read(document, room, lambda share: bars.advance(bar, share))
-    report = talk.cache.report()
+    report = talk.cache.report(missed=False)
     smaller = f", {report.ratio:.1f} times smaller than 16 bit" if report.ratio > 1 else ""
     err.print(f"{talk.document:,} tokens, {report.memory.total / 2**20:.1f} MiB{smaller}")
 

@@ -27,6 +27,8 @@ from .console import (
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..report import Report
+
 
 def inspect(
     model: str = typer.Argument(help="Folder, .gguf file or hub id of a model; or smollm2."),
@@ -54,24 +56,26 @@ def inspect(
         if ids.shape[1] <= queries + config.sinks + config.recent + config.page_size:
             raise CommandError(f"{file} gives {ids.shape[1]} tokens: too few for a page to be encoded")
         with err.status(f"reading {ids.shape[1]:,} tokens"):
-            found, drawn = _look(loaded.model, ids, queries, config)
+            found, drawn, report = _look(loaded.model, ids, queries, config)
         from ..evaluation.figures import selection
 
         title = f"{loaded.name}, {ids.shape[1]:,} tokens, last {queries} asking, {preset} {budget}"
         selection(*drawn, title, output)
         out.print(_table(found))
+        out.print(f"The cache itself reports as missed: {report.missed_text}", soft_wrap=True)
         err.print(f"written to {output}")
 
 
 def _look(
     model: Any, ids: Tensor, queries: int, config: SelfIndexConfig
-) -> tuple[dict[str, Any], tuple[Tensor, Tensor, int]]:
-    """(what `measure` gives, (true mass and share read [layers H, n], KV heads))."""
+) -> tuple[dict[str, Any], tuple[Tensor, Tensor, int], Report]:
+    """(what `measure` gives, (true mass and share read [layers H, n], KV heads), the cache's own report)."""
     import torch
 
     from ..evaluation.layers import measure, observe, visible
     from ..evaluation.recording import record
     from ..integrations.transformers import SelfIndexCache
+    from ..integrations.transformers.models import cache_argument
 
     recording = record(model, ids[:, :-queries])
     seen = observe(model, recording, ids[:, -queries:])
@@ -85,7 +89,9 @@ def _look(
         mass.append(dense.weights[..., :n].mean((1, 2)))
         read.append(visible(layer, prefix, dense.query).float().mean(1))
     found = measure(cache, recording, seen, share)
-    return found, (torch.cat(mass).cpu(), torch.cat(read).cpu(), heads)
+    with torch.inference_mode():
+        model(ids[:, -queries:], **{cache_argument(model): cache, "logits_to_keep": 1})
+    return found, (torch.cat(mass).cpu(), torch.cat(read).cpu(), heads), cache.report()
 
 
 def _table(found: dict[str, Any]) -> Table:

@@ -141,6 +141,7 @@ def _check(run: _Run, preset: str, head_dim: int, device: torch.device, dtype: t
         run.compare("sparse_attend", part[0], _plain(codec, query, stored, chosen[:, :, 0], *rest[:2]))
     _check_similarity(run, part[0], query, keys, values, scaling)
     _check_window(run, random, query, part, scaling)
+    _check_memory(run, query, stored, counts[None], part, constants, name)
     for chunk, length in QUERIES.items():
         many = query.expand(-1, -1, length, -1).contiguous()
         operators: dict[str, tuple[Any, ...]] = {"dense_attend": (every, counts[None])}
@@ -150,6 +151,26 @@ def _check(run: _Run, preset: str, head_dim: int, device: torch.device, dtype: t
             label = f"{operator} of a {chunk}"
             output, _ = run(label, getattr(ops, operator), many, *stored, *arguments, *rest)
             run.compare(label, output, _plain(codec, many, stored, chosen[:, :, 0], *rest[:2]))
+
+
+def _check_memory(
+    run: _Run,
+    query: Tensor,
+    stored: tuple[Tensor, Tensor, Tensor],
+    counts: Tensor,
+    part: tuple[Tensor, Tensor],
+    constants: Tensor,
+    name: str,
+) -> None:
+    """Pages decoded to memory, and two equal parts merged: as a long chunk on a GPU has it."""
+    first, rounding = torch.zeros_like(counts[:, 0]), torch.finfo(query.dtype).eps
+    got, wanted = (query.new_zeros(2, HEADS, PAGES * PAGE, query.shape[3]) for _ in range(2))
+    run("decode_pages", ops.decode_pages, *stored, counts, first, *got, constants, name)
+    reference.decode_pages(*stored, counts, first, wanted[0], wanted[1], constants, name)
+    run.compare("decode_pages", got, wanted, rounding)
+    merged = torch.empty_like(query)
+    run("merge_into", ops.merge_into, [part[0]] * 2, [part[1]] * 2, None, merged)
+    run.compare("merge_into", merged, part[0], rounding)
 
 
 def _check_window(

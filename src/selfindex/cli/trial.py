@@ -90,13 +90,13 @@ def run(
     reading = read(loaded, config, document, stage("read", f"read {tokens:,} tokens and compress", layers))
     cache, dense = reading.cache, reading.dense
     result.encode_seconds = reading.encode_seconds
-    result.report = cache.report()
+    result.report = cache.report(missed=False)
     result.pair_bytes, result.dense_pair_bytes = _bytes_of_a_pair(cache)
 
     tick = stage("ask", "ask, dense and compressed", 2 * ANSWER_STEPS)
     result.dense = reply(loaded, dense, question, ANSWER_STEPS, tick)
     result.ours = reply(loaded, cache, question, ANSWER_STEPS, tick)
-    last = cache.report().layers
+    last = cache.report(missed=False).layers
     result.read_tokens, result.cached = max(layer.read for layer in last), last[0].tokens
     for used in (dense, cache):
         rewind(used, tokens)
@@ -116,7 +116,7 @@ def run(
 
 def _bytes_of_a_pair(cache: SelfIndexCache) -> tuple[float, int]:
     """Bytes of one encoded token in one KV head, and of its 16-bit key and value."""
-    memory, pairs, head_dim = cache.report().memory, 0, 0
+    memory, pairs, head_dim = cache.report(missed=False).memory, 0, 0
     for layer in cache.compressed_layers:
         assert layer.store is not None
         pairs += layer.store.format.kv_heads * layer.store.encoded(0)

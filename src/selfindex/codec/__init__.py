@@ -5,7 +5,7 @@ from functools import lru_cache
 from .balance import BalanceProfile, measure_balance
 from .balanced import BalancedCodec
 from .base import Codec
-from .format import FORMAT_VERSION, PageFormat
+from .format import FORMAT_VERSIONS, PageFormat
 from .paper import PaperCodec
 
 
@@ -17,7 +17,7 @@ def codec_for(name: str) -> Codec:
 
 
 __all__ = [
-    "FORMAT_VERSION",
+    "FORMAT_VERSIONS",
     "BalanceProfile",
     "Codec",
     "PageFormat",

@@ -19,17 +19,18 @@ from ..errors import FormatError
 from ..files import write_tensors
 
 LIMIT = 4.0
-"""s is clamped to [1 / LIMIT, LIMIT]."""
+"""s is clamped to [1 / LIMIT, LIMIT] in what is stored."""
 
 _NAME = re.compile(r"layers\.(\d+)\.balance")
 
 
-def measure_balance(keys: Tensor, query_square: Tensor) -> Tensor:
+def measure_balance(keys: Tensor, query_square: Tensor, limit: float = LIMIT) -> Tensor:
     """Balance of one layer.
 
     Args:
         keys: [n, H, N, d], post-RoPE keys; statistics are taken over n and N.
         query_square: float [H, d], mean square of post-RoPE queries over tokens and the GQA group.
+        limit: the largest factor, and one over the smallest.
     Returns:
         float32 [H, d], equal in both channels (i, i + d / 2) of a RoPE pair.
     """
@@ -38,7 +39,7 @@ def measure_balance(keys: Tensor, query_square: Tensor) -> Tensor:
     usable = (pair_keys > 0) & (pair_queries > 0)
     ratio = torch.where(usable, pair_queries / pair_keys.clamp(min=1e-30), 1.0).sqrt()
     ratio = ratio / ratio.median(-1, keepdim=True).values
-    return ratio.clamp(1 / LIMIT, LIMIT).repeat(1, 2)
+    return ratio.clamp(1 / limit, limit).repeat(1, 2)
 
 
 def _fold_pairs(square: Tensor) -> Tensor:

@@ -101,6 +101,9 @@ class BalancedCodec:
         balance = constants.view(shape)
         return (query.float() / balance) @ rotation(self.format.head_dim, KEY_SEED, query.device).T
 
+    def unmap_keys(self, keys: Tensor, constants: Tensor) -> Tensor:
+        return keys @ rotation(self.format.head_dim, KEY_SEED, keys.device) / constants[:, :, None, :]
+
     def unmap_output(self, output: Tensor) -> Tensor:
         return output @ rotation(self.format.head_dim, VALUE_SEED, output.device)
 

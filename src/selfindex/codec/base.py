@@ -32,8 +32,12 @@ class Codec(Protocol):
         """Take queries [B, H, ..., d] to the coded domain, where query.key is unchanged."""
         ...
 
+    def unmap_keys(self, keys: Tensor, constants: Tensor) -> Tensor:
+        """Take keys [B, H, K, d] as they are read back from the coded domain."""
+        ...
+
     def unmap_output(self, output: Tensor) -> Tensor:
-        """Take attention outputs [..., d] from the coded domain of the values back."""
+        """Take values, or attention outputs, [..., d] from the coded domain of the values back."""
         ...
 
     def lut(self, query: Tensor, constants: Tensor) -> Tensor:

@@ -13,7 +13,8 @@ from torch import Tensor
 from ..errors import FormatError
 from .rotation import HEAD_DIMS
 
-FORMAT_VERSION = 1
+FORMAT_VERSIONS = {"balanced": 1, "paper": 2}
+"""By preset."""
 ALIGN_PLANE, ALIGN_RECORD = 256, 16
 PAPER_GROUP = 32
 """Channels that share a scale and zero point in the paper preset."""
@@ -30,7 +31,8 @@ class Section:
 
     Attributes:
         offset: first byte within the record.
-        stride: bytes from one token to the next, for arrays with one entry per token.
+        stride: bytes from one token to the next, for arrays that are interleaved with others; `start` is
+            the first byte within the record of what is interleaved.
         dtype, shape: element type, and shape within the record ([P, ...] or [...]).
     """
 
@@ -38,6 +40,7 @@ class Section:
     dtype: torch.dtype
     shape: tuple[int, ...]
     stride: int | None = None
+    start: int = 0
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ class PageFormat:
     def name(self) -> str:
         """Canonical text, for instance "balanced-1:h8,d128,p256,v2"."""
         return (
-            f"{self.preset}-{FORMAT_VERSION}:h{self.kv_heads},d{self.head_dim},"
+            f"{self.preset}-{FORMAT_VERSIONS[self.preset]}:h{self.kv_heads},d{self.head_dim},"
             f"p{self.page_size},v{self.value_bits}"
         )
 
@@ -95,9 +98,9 @@ class PageFormat:
         if match is None:
             raise FormatError(f"{name!r} is not a page format, such as 'balanced-1:h8,d128,p256,v2'")
         preset, version, *numbers = match.groups()
-        if int(version) != FORMAT_VERSION:
+        if int(version) != FORMAT_VERSIONS[preset]:
             raise FormatError(
-                f"page format version {version} is not {FORMAT_VERSION}; "
+                f"page format version {version} of {preset!r} is not {FORMAT_VERSIONS[preset]}; "
                 "read it with the release of selfindex that wrote it"
             )
         return PageFormat(preset, *map(int, numbers))
@@ -130,7 +133,8 @@ class PageFormat:
             return _lay_out(self.kv_heads, token, p, [("value_scale", u8, (p,))])
         groups = -(-d // PAPER_GROUP)
         names = ("key_scale", "key_zero", "value_scale", "value_zero")
-        return _lay_out(self.kv_heads, token, p, [(name, f16, (p, groups)) for name in names])
+        # Side by side: a token that is read costs the memory one access for all of them.
+        return _lay_out(self.kv_heads, token, p, [], [(name, f16, (groups,)) for name in names])
 
     @property
     def index_bytes(self) -> int:
@@ -153,9 +157,11 @@ class PageFormat:
         section = plane.sections[name]
         records = data[..., : self.kv_heads * plane.record].unflatten(-1, (self.kv_heads, plane.record))
         if section.stride is not None:
-            tokens = section.shape[0]
-            rows = records[..., : tokens * section.stride].unflatten(-1, (tokens, section.stride))
-            return rows[..., section.offset : section.offset + section.shape[1]]
+            tokens, first = section.shape[0], section.offset - section.start
+            rows = records[..., section.start : section.start + tokens * section.stride]
+            width = section.shape[1] * section.dtype.itemsize
+            own = rows.unflatten(-1, (tokens, section.stride))[..., first : first + width]
+            return own if section.dtype == torch.uint8 else own.view(section.dtype)
         size = math.prod(section.shape) * section.dtype.itemsize
         content = records[..., section.offset : section.offset + size]
         typed = content if section.dtype == torch.uint8 else content.view(section.dtype)
@@ -172,16 +178,19 @@ def _lay_out(
     token: list[_Array],
     page_size: int,
     arrays: list[_Array],
+    shared: list[_Array] | None = None,
     trailer: int = 0,
 ) -> Plane:
-    """A record: what is interleaved token by token first, then whole arrays."""
+    """A record: what is interleaved token by token first, `token` and then `shared`, then whole arrays."""
     sections: dict[str, Section] = {}
     offset = 0
-    stride = sum(shape[0] for _, _, shape in token)
-    for name, dtype, shape in token:
-        sections[name] = Section(offset, dtype, (page_size, *shape), stride)
-        offset += shape[0]
-    offset = stride * page_size
+    for interleaved in (token, shared or []):
+        start = offset
+        stride = sum(shape[0] * dtype.itemsize for _, dtype, shape in interleaved)
+        for name, dtype, shape in interleaved:
+            sections[name] = Section(offset, dtype, (page_size, *shape), stride, start)
+            offset += shape[0] * dtype.itemsize
+        offset = start + stride * page_size
     for name, dtype, shape in arrays:
         offset = _align(offset, dtype.itemsize)
         sections[name] = Section(offset, dtype, shape)

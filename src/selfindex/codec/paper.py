@@ -16,6 +16,8 @@ from .format import PAPER_GROUP, PageFormat
 _LARGEST_HALF = torch.finfo(torch.float16).max
 _STATISTICS_TOKENS = 8192
 """Tokens at a time of the prompt's statistics: bounds float32 temporaries."""
+_VOTES_BYTES = 64 << 20
+"""Logits at a time when tokens are pinned, at least those of one head."""
 
 
 class PaperCodec:
@@ -57,6 +59,9 @@ class PaperCodec:
     def map_query(self, query: Tensor, constants: Tensor) -> Tensor:
         return query.float()
 
+    def unmap_keys(self, keys: Tensor, constants: Tensor) -> Tensor:
+        return keys
+
     def unmap_output(self, output: Tensor) -> Tensor:
         return output
 
@@ -91,11 +96,13 @@ class PaperCodec:
 
 
 def prompt_statistics(keys: Tensor) -> Tensor:
-    """Statistics of a prompt's keys [H, N, d] -> float32 constants [H, 18 d].
+    """Statistics of prompts' keys [..., H, N, d] -> float32 constants [..., H, 18 d].
 
     mean: per channel. alpha: largest |centred key| per channel. codebook: mean of the centred
     sub-vectors that have a code; a code nobody has gets its sign pattern times the mean |key|.
     """
+    if keys.ndim > 3:
+        return torch.stack([prompt_statistics(row) for row in keys])
     mean = keys.mean(1, dtype=torch.float32)
     low, high = (extreme.float() for extreme in (keys.amin(1), keys.amax(1)))
     alpha = torch.maximum(high - mean, mean - low)
@@ -121,14 +128,14 @@ def code_sums(keys: Tensor, mean: Tensor) -> Tensor:
 
 
 def statistics_from_sums(mean: Tensor, alpha: Tensor, sums: Tensor, tokens: int) -> Tensor:
-    """Constants of a prompt, see `prompt_statistics`, from the sums of `code_sums` over its tokens."""
+    """Constants of prompts of `tokens` tokens, see `prompt_statistics`, from their sums of `code_sums`."""
     totals, members = sums[..., :4], sums[..., 4:]
     patterns = (torch.arange(16, device=sums.device)[:, None] >> torch.arange(4, device=sums.device)) & 1
     signs = patterns.float() * 2 - 1
     # Within a code signs are fixed: its sums are those of the channels' sizes.
-    size = (totals * signs).sum(2, keepdim=True) / tokens
+    size = (totals * signs).sum(-2, keepdim=True) / tokens
     codebook = torch.where(members > 0, totals / members.clamp(min=1), signs * size)
-    return torch.cat((mean, alpha, codebook.flatten(1)), dim=-1)
+    return torch.cat((mean, alpha, codebook.flatten(-3)), dim=-1)
 
 
 def choose_pinned(
@@ -137,19 +144,24 @@ def choose_pinned(
     """Tokens the prompt's last queries attend to most, as SnapKV (arXiv 2404.14469) votes.
 
     Args:
-        keys: [H, N, d]; queries: [H, G, T, d], the last T queries, T <= N.
+        keys: [B, H, N, d]; queries: [B, H, G, T, d], the last T queries, T <= N.
         prompt: only tokens before this one are chosen.
     Returns:
-        int64 [H, count], ascending; count <= prompt <= N.
+        int64 [B, H, count], ascending; count <= prompt <= N.
     """
-    last = queries.shape[2]
+    heads, tokens = keys.shape[1:3]
+    groups, last = queries.shape[2:4]
     later = torch.ones(last, last, dtype=torch.bool, device=keys.device).triu(1)
+    most = max(1, _VOTES_BYTES // (4 * groups * last * tokens))  # heads at a time
     votes = []
-    for own, asking in zip(keys, queries, strict=True):  # a head at a time: logits of all would fill memory
-        logits = (asking.float() @ own.float().T).mul_(scaling)  # [G, T, N]
-        logits[..., -last:].masked_fill_(later, float("-inf"))
-        votes.append(logits.softmax(-1).sum((0, 1)))
-    return torch.stack(votes)[:, :prompt].topk(count).indices.sort(-1).values
+    for rows, asking_rows in zip(*(x.split(max(1, most // heads)) for x in (keys, queries)), strict=True):
+        for own, asking in zip(*(x.split(most, 1) for x in (rows, asking_rows)), strict=True):
+            own, asking = own.flatten(0, 1).float(), asking.flatten(0, 1).flatten(1, 2).float()
+            logits = torch.bmm(asking, own.transpose(1, 2)).mul_(scaling).unflatten(1, (groups, last))
+            logits[..., -last:].masked_fill_(later, float("-inf"))
+            votes.append(logits.softmax(-1).sum((1, 2)))
+    chosen = torch.cat(votes).unflatten(0, (-1, heads))[..., :prompt]
+    return chosen.topk(count).indices.sort(-1).values
 
 
 def _quantise(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

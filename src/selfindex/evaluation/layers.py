@@ -102,7 +102,7 @@ def visible(layer: Any, prefix: tuple[Tensor, Tensor, Tensor, float], query: Ten
     slots = top_k(votes, torch.tensor([budget]), budget)[0].long()  # [H, T, budget]
     if store.config.preset == "paper":
         queries = prompt[0, :, -OBSERVED_QUERIES:].unflatten(0, (heads, -1))
-        pinned = choose_pinned(keys[0], queries, store.config.sinks, scaling)
+        pinned = choose_pinned(keys, queries[None], store.config.sinks, scaling)[0]
         held = torch.zeros(heads, n, dtype=torch.bool, device=query.device).scatter(1, pinned, True)
     else:
         at = torch.arange(n, device=query.device)

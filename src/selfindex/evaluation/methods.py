@@ -106,7 +106,7 @@ def _ours(options: dict[str, Any], sparse_queries: int) -> Callable[[Any, Record
 
 def own_bytes(cache: SelfIndexCache) -> tuple[float, float]:
     """(bytes per encoded token and KV head, bytes a step reads of them) of a filled cache."""
-    memory, store = cache.report().memory, cache.compressed_layers[0].store
+    memory, store = cache.report(missed=False).memory, cache.compressed_layers[0].store
     assert store is not None
     tokens = sum(map(store.encoded, range(store.batch)))
     pairs = len(cache.compressed_layers) * store.format.kv_heads * tokens

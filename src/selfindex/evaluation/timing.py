@@ -106,7 +106,7 @@ def measure(model: Any, ids: Tensor, new: int, cache: Cache | None = None, **opt
 def cache_bytes(cache: Cache | None) -> int:
     """Bytes that a cache of this package or of transformers holds, in all its layers."""
     if isinstance(cache, SelfIndexCache):
-        report = cache.report()
+        report = cache.report(missed=False)
         return report.memory.total + report.other_bytes
     return sum(map(held_bytes, cache.layers)) if cache is not None else 0
 

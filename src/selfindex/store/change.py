@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from .pool import Encoded
+from .statistics import Statistics
 
 
 @dataclass(frozen=True)
@@ -19,45 +19,10 @@ class RowChange:
 
     encode: tuple[Tensor, Tensor]
     keep: tuple[Tensor, Tensor]
-    prompt: Tensor | None = None
-    """Keys of the row's prompt, if its statistics come from them (paper preset)."""
-
-
-@dataclass(frozen=True)
-class Statistics:
-    """What pages share, and what it is measured from.
-
-    Attributes:
-        constants: balance [1, H, d] or the paper preset's of every row [B, H, ...]; None before they
-            are fixed.
-        query_square: sum of squares [H, d] of the queries of the first page, `queries_seen` of them.
-        has_constants: paper preset: rows whose constants are fixed.
-        prompt_tokens: paper preset: tokens of every row's prompt.
-    """
-
-    constants: Tensor | None
-    query_square: Tensor
-    queries_seen: int
-    has_constants: tuple[bool, ...]
-    prompt_tokens: tuple[int, ...]
-
-    def emptied(self, row: int) -> Statistics:
-        """With a row that starts anew."""
-        return replace(
-            self,
-            has_constants=tuple(has and b != row for b, has in enumerate(self.has_constants)),
-            prompt_tokens=tuple(0 if b == row else n for b, n in enumerate(self.prompt_tokens)),
-        )
-
-    def selected(self, rows: Sequence[int], shared: bool) -> Statistics:
-        """With row i a copy of old row rows[i]; `shared`: the rows have their constants in common."""
-        own = None if self.constants is None or shared else self.constants[list(rows)]
-        return replace(
-            self,
-            constants=self.constants if own is None else own,
-            has_constants=tuple(self.has_constants[i] for i in rows),
-            prompt_tokens=tuple(self.prompt_tokens[i] for i in rows),
-        )
+    constants: Tensor | None = None
+    """Constants [H, ...] of a prompt that begins the row (paper preset)."""
+    prompt: int = 0
+    """Tokens of that prompt."""
 
 
 @dataclass(frozen=True)

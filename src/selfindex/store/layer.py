@@ -13,13 +13,14 @@ from torch import Tensor
 
 from ..backends import ops
 from ..backends.operators.measure_balance import square_of
-from ..codec import PageFormat, measure_balance
+from ..codec import PageFormat
 from ..config import SelfIndexConfig
 from ..errors import InputError, StateError
-from .change import Change, RowChange, Statistics, advanced_by, check_finite
+from .change import Change, RowChange, advanced_by, check_finite
 from .memory import Memory
 from .pool import BlockPool, Part
 from .rows import LONGEST_DRAFT, keep_pinned, leave_window
+from .statistics import Statistics
 from .table import BlockTable
 from .window import Window
 
@@ -45,7 +46,7 @@ class LayerStore:
 
     Args:
         like: any key tensor [B, H, T, d] of the layer; fixes batch, heads, head_dim, dtype, device.
-        balance: float32 [H, d] from a profile, or None to measure it on the first page.
+        balance: float32 [H, d] from a profile, or None to measure that of each row on its first page.
     """
 
     @_outside_inference_mode
@@ -57,17 +58,12 @@ class LayerStore:
         self.pool = BlockPool(self.format, like.device, config.offloading)
         self.table = BlockTable(like.shape[0], self.pool)
         self.window = Window(like)
-        constants = None
-        if balance is not None:
-            if balance.shape != (like.shape[1], like.shape[3]):
-                raise InputError(
-                    f"the profile's balance has shape {tuple(balance.shape)}, this layer needs "
-                    f"{(like.shape[1], like.shape[3])}; it was made for another model"
-                )
-            constants = balance.to(like.device, torch.float32)[None]
-        square = like.new_zeros(like.shape[1], like.shape[3], dtype=torch.float32)
-        none = (False,) * like.shape[0], (0,) * like.shape[0]
-        self.statistics = Statistics(constants, square, 0, *none)
+        if balance is not None and balance.shape != (like.shape[1], like.shape[3]):
+            raise InputError(
+                f"the profile's balance has shape {tuple(balance.shape)}, this layer needs "
+                f"{(like.shape[1], like.shape[3])}; it was made for another model"
+            )
+        self.statistics = Statistics.of(like, balance)
 
     @property
     def constants(self) -> Tensor | None:
@@ -85,6 +81,9 @@ class LayerStore:
     def length(self, row: int) -> int:
         """Tokens of a row, encoded or not."""
         return self.encoded(row) + self.window.lengths[row]
+
+    def _lengths(self) -> list[int]:
+        return [self.length(b) for b in range(self.batch)]
 
     def append(
         self, keys: Tensor, values: Tensor, query: Tensor, valid: Tensor | None, scaling: float
@@ -115,28 +114,33 @@ class LayerStore:
         Raises:
             InputError: a key or value to be encoded is not finite, from `check`.
         """
-        config, statistics = self.config, self.statistics
+        config = self.config
         if keys.shape[2] == 1 and valid is None and self.window.width + 1 < self.window_limit:
-            statistics = self._observe(statistics, query, valid)
+            statistics = self._observed(query)
             self.window.reserve(self.window.width + 1)
             return Change(statistics, step=(keys, values))
         if valid is None and self._rows_are_equal():
             return self._plan_equal_rows(keys, values, query, check)
-        statistics = self._observe(statistics, query, valid)
-        rows = []
+        prompt = keys.shape[2] - (LONGEST_DRAFT if drafts else 0)
+        if config.preset == "paper" and valid is None and prompt > config.sinks and not any(self._lengths()):
+            pinned = keep_pinned(config, keys, values, query, scaling, prompt)
+            return self._encode_rows(pinned, list(query), check)
+        rows, queries = [], []
         for b in range(self.batch):
             new_k, new_v, new_q = keys[b], values[b], query[b]
             if valid is not None and not bool(valid[b].all()):
                 new_k, new_v, new_q = (x[:, valid[b]] for x in (new_k, new_v, new_q))
+            queries.append(new_q)
             first = config.preset == "paper" and self.length(b) == 0
             prompt = new_k.shape[1] - (LONGEST_DRAFT if drafts else 0)
             if first and prompt > config.sinks:
-                rows.append(keep_pinned(config, new_k, new_v, new_q, scaling, prompt))
+                alone = new_k[None], new_v[None], new_q[None]
+                rows += keep_pinned(config, *alone, scaling, prompt)
             elif first and drafts:
                 rows.append(RowChange((new_k[:, :0], new_v[:, :0]), (new_k, new_v)))
             else:
                 rows.append(leave_window(config, self.window, b, new_k, new_v))
-        return self._encode_rows(rows, statistics, check)
+        return self._encode_rows(rows, queries, check)
 
     def commit(self, change: Change) -> None:
         """Store what `plan` worked out. Writes in place: nothing here depends on what is written."""
@@ -145,7 +149,7 @@ class LayerStore:
         if change.advanced:
             self.window.lengths = [n + change.advanced for n in self.window.lengths]
         if change.statistics is not None:
-            self.statistics = change.statistics
+            self.statistics = change.statistics.placed(self.statistics)
 
     @_outside_inference_mode
     def _write(self, change: Change) -> None:
@@ -169,27 +173,42 @@ class LayerStore:
         """Full-precision tokens of a row at which a page of them is encoded."""
         return self.config.sinks + self.config.recent + self.config.page_size
 
-    def plan_step(self, new: int, check: Callable[[Tensor, Tensor], None] = check_finite) -> Change:
+    def plan_step(
+        self,
+        new: int,
+        check: Callable[[Tensor, Tensor], None] = check_finite,
+        query: Tensor | None = None,
+    ) -> Change:
         """Work out how to take over `new` tokens a row that a decode step has written behind those held.
+
+        Args:
+            query: [B, Hq, new, d] of the step, if it has not counted them for the balance itself.
 
         Raises:
             InputError: as `plan`.
         """
-        if self.window.width + new < self.window_limit:
-            return advanced_by(new)
-        return self._plan_overflow(new, check)
+        if self.window.width + new >= self.window_limit:
+            return self._plan_overflow(new, check, query)
+        statistics = self.statistics if query is None else self._observed(query)
+        return advanced_by(new) if statistics is self.statistics else Change(statistics, advanced=new)
 
     @_outside_inference_mode
-    def _plan_overflow(self, new: int, check: Callable[[Tensor, Tensor], None]) -> Change:
+    def _plan_overflow(
+        self, new: int, check: Callable[[Tensor, Tensor], None], query: Tensor | None
+    ) -> Change:
         none = self.window.keys[:, :, :0]
+        query = none if query is None else query
         if self._rows_are_equal():
-            return self._plan_equal_rows(none, none, none, check, new)
+            return self._plan_equal_rows(none, none, query, check, new)
         rows = [leave_window(self.config, self.window, b, none[b], none[b], new) for b in range(self.batch)]
-        return self._encode_rows(rows, self.statistics, check)
+        return self._encode_rows(rows, list(query), check)
 
     def _rows_are_equal(self) -> bool:
         """Whether rows leave their windows at the same places."""
-        return self.config.preset == "balanced" and len(set(self.window.lengths)) == 1
+        if self.config.preset == "paper" or len(set(self.window.lengths)) > 1:
+            return False
+        now = self.statistics
+        return now.shared or len({*zip(now.has_constants, now.queries_seen, strict=True)}) == 1
 
     def _plan_equal_rows(
         self,
@@ -205,43 +224,50 @@ class LayerStore:
         pages = max(0, tokens - first - config.recent) // config.page_size
         if not pages:
             window.reserve(tokens)
-            statistics = self._observe(self.statistics, query, None)
-            return Change(statistics, window=((everyone, held, keys, values),))
+            return Change(self._observed(query), window=((everyone, held, keys, values),))
         last = first + pages * config.page_size
-        own = window.keys[:, :, :held], window.values[:, :, :held]
+        held_pair = window.keys[:, :, :held], window.values[:, :, :held]
         if held and keys.shape[2]:
-            whole = torch.cat((own[0], keys), 2), torch.cat((own[1], values), 2)
+            whole = torch.cat((held_pair[0], keys), 2), torch.cat((held_pair[1], values), 2)
         else:
-            whole = own if held else (keys, values)
+            whole = held_pair if held else (keys, values)
         leaving = [x[:, :, first:last] for x in whole]
         check(leaving[0], leaving[1])
         statistics, full = self.statistics, [config.page_size] * pages
-        if statistics.constants is None:
-            statistics = self._balanced(query[:, :, : self.unobserved], leaving[0][:, :, : config.page_size])
+        if not statistics.fixed(0):
+            own = query[:, :, : self.unobserved[0]]
+            seen = statistics.queries_seen[0] + own.shape[2]
+            first_pages = leaving[0][:, :, : config.page_size]
+            balance = ops.measure_balance(own, first_pages, statistics.query_square, seen)
+            statistics = replace(statistics, constants=balance, has_constants=(True,) * self.batch)
         paged = [x.unflatten(2, (pages, -1)).transpose(1, 2).flatten(0, 1) for x in leaving]
         constants = cast(Tensor, statistics.constants)
+        if pages > 1 and constants.shape[0] > 1:
+            constants = constants.repeat_interleave(pages, 0)  # of each page
         encoded = self.pool.encode([Part(paged[0], paged[1], full * self.batch, constants)])
         # What can run out of memory comes before anything is written.
         window.reserve(first + tokens - last)
-        tail = [x[:, :, last:].clone() if whole is own else x[:, :, last:] for x in whole]
+        tail = [x[:, :, last:].clone() if whole is held_pair else x[:, :, last:] for x in whole]
         kept = [(everyone, first, tail[0], tail[1])]
         if held < first:
             kept.insert(0, (everyone, held, whole[0][:, :, held:first], whole[1][:, :, held:first]))
         return Change(statistics, encoded, tuple((b, full) for b in range(self.batch)), tuple(kept))
 
     def _encode_rows(
-        self, rows: list[RowChange], statistics: Statistics, check: Callable[[Tensor, Tensor], None]
+        self, rows: list[RowChange], queries: list[Tensor], check: Callable[[Tensor, Tensor], None]
     ) -> Change:
-        statistics = self._fix_statistics(rows, statistics)
+        """Encode what leaves the windows of rows; queries: of the new tokens of each, [Hq, n, d]."""
+        fix = self._fix_paper if self.config.preset == "paper" else self._fix_balance
+        statistics = fix(rows, queries)
         page, parts, owners = self.config.page_size, [], []
         for b, row in enumerate(rows):
             tokens = row.encode[0].shape[1]
             if tokens:
                 counts = [min(page, tokens - start) for start in range(0, tokens, page)]
                 constants = cast(Tensor, statistics.constants)
-                own = constants if self.config.preset == "balanced" else constants[b : b + 1]
+                own = constants if statistics.shared else constants[b : b + 1]
                 check(*row.encode)
-                parts.append(self._part(*row.encode, counts, own))
+                parts.append(Part.of_row(*row.encode, counts, page, own))
                 owners.append((b, counts))
         encoded = self.pool.encode(parts) if parts else None
         # What can run out of memory comes before anything is written.
@@ -249,69 +275,57 @@ class LayerStore:
         window = tuple((slice(b, b + 1), 0, row.keep[0], row.keep[1]) for b, row in enumerate(rows))
         return Change(statistics, encoded, tuple(owners), window)
 
-    def _fix_statistics(self, rows: list[RowChange], now: Statistics) -> Statistics:
-        """Fix what pages share, from the first tokens that rows encode; then never again."""
-        if self.config.preset == "paper":
-            fresh, prompts = {}, list(now.prompt_tokens)
-            for b, row in enumerate(rows):
-                if row.prompt is not None:
-                    fresh[b] = ops.prompt_statistics(row.prompt)
-                    prompts[b] = max(prompts[b], row.prompt.shape[1])
-                elif row.encode[0].shape[1] and not now.has_constants[b]:
-                    fresh[b] = ops.prompt_statistics(row.encode[0])
-            if not fresh:
-                return now
-            first = next(iter(fresh.values()))
-            constants = (
-                first.new_zeros(self.batch, *first.shape) if now.constants is None else now.constants.clone()
-            )
-            for b, own in fresh.items():
-                constants[b] = own
-            fixed = tuple(b in fresh or has for b, has in enumerate(now.has_constants))
-            return replace(now, constants=constants, has_constants=fixed, prompt_tokens=tuple(prompts))
-        first_pages = [row.encode[0][:, : self.config.page_size] for row in rows if row.encode[0].shape[1]]
-        if now.constants is None and first_pages:
-            square = now.query_square / max(1, now.queries_seen)
-            return replace(now, constants=measure_balance(torch.stack(first_pages), square)[None])
-        return now
+    def _fix_paper(self, rows: list[RowChange], queries: list[Tensor]) -> Statistics:
+        """Constants of rows that have none, from their prompts or the first tokens that they encode."""
+        now, fresh = self.statistics, {}
+        prompts = list(now.prompt_tokens)
+        for b, row in enumerate(rows):
+            if row.constants is not None:
+                fresh[b] = row.constants
+                prompts[b] = max(prompts[b], row.prompt)
+            elif row.encode[0].shape[1] and not now.has_constants[b]:
+                fresh[b] = ops.prompt_statistics(row.encode[0])
+        return replace(now, prompt_tokens=tuple(prompts)).fix(fresh) if fresh else now
 
-    def _balanced(self, query: Tensor, first_pages: Tensor) -> Statistics:
-        """With the balance that keys [B, H, P, d] and all queries fix, of which these come last."""
-        now = self.statistics
-        seen = now.queries_seen + query.shape[0] * query.shape[2]
-        square, balance = ops.measure_balance(query, first_pages, now.query_square, seen)
-        return replace(now, constants=balance[None], query_square=square, queries_seen=seen)
-
-    def _part(self, keys: Tensor, values: Tensor, counts: list[int], constants: Tensor) -> Part:
-        """Tokens [H, n, d] of a row as pages, the last one possibly short."""
-        page, missing = self.config.page_size, -keys.shape[1] % self.config.page_size
-        if missing:
-            keys, values = (torch.nn.functional.pad(x, (0, 0, 0, missing)) for x in (keys, values))
-        paged = [x.unflatten(1, (-1, page)).transpose(0, 1) for x in (keys, values)]
-        return Part(paged[0], paged[1], counts, constants)
+    def _fix_balance(self, rows: list[RowChange], queries: list[Tensor]) -> Statistics:
+        """The balance of rows that encode their first page; of others without one, what queries add to it."""
+        now, fresh, square = self.statistics, {}, None
+        seen, rooms = list(now.queries_seen), self.unobserved
+        for b, (row, new) in enumerate(zip(rows, queries, strict=True)):
+            query = new[None, :, : rooms[b]]
+            if row.encode[0].shape[1] and not now.fixed(b):
+                page, before = row.encode[0][None, :, : self.config.page_size], now.query_square[b : b + 1]
+                fresh[b] = ops.measure_balance(query, page, before, seen[b] + query.shape[2])[0]
+            elif query.shape[2]:
+                square = now.query_square.clone() if square is None else square
+                square[b] += self.square(query).sum(2)[0]
+                seen[b] += query.shape[2]
+        if square is not None:
+            now = replace(now, query_square=square, queries_seen=tuple(seen))
+        return now.fix(fresh)
 
     @property
-    def unobserved(self) -> int:
-        """Tokens whose queries will still count for the balance, which the first page fixes."""
-        if self.constants is not None or self.config.preset != "balanced":
-            return 0
+    def unobserved(self) -> list[int]:
+        """Tokens of each row whose queries will still count for the balance, which its first page fixes."""
+        now = self.statistics
+        if self.config.preset == "paper" or now.shared or all(now.has_constants):
+            return [0] * self.batch
         room = self.config.sinks + self.config.page_size
-        return max(0, room - max(map(self.length, range(self.batch))))
+        return [0 if now.has_constants[b] else max(0, room - self.length(b)) for b in range(self.batch)]
 
-    def _observe(self, now: Statistics, query: Tensor, valid: Tensor | None) -> Statistics:
-        """Sum squares of the queries of the first page, which fix the balance with its keys."""
-        room = self.unobserved
-        if not room:
+    @_outside_inference_mode
+    def _observed(self, query: Tensor) -> Statistics:
+        """With squares of the queries [B, Hq, T, d] of new tokens that are of the first page of their row."""
+        now, rooms = self.statistics, self.unobserved
+        if not any(rooms):
             return now
-        if valid is None:
-            square = self.square(query[:, :, :room])
-            seen = square.shape[0] * square.shape[2]
-        else:
-            near = valid & (valid.cumsum(1) <= room)
-            square = self.square(query) * near[:, None, :, None]
-            seen = int(near.sum())
-        total = now.query_square + square.sum((0, 2))
-        return replace(now, query_square=total, queries_seen=now.queries_seen + seen)
+        square = self.square(query[:, :, : max(rooms)])
+        tokens = square.shape[2]
+        if min(rooms) < tokens:
+            order = torch.arange(tokens, device=query.device)
+            square = square * (order < torch.tensor(rooms, device=query.device)[:, None])[:, None, :, None]
+        seen = tuple(n + min(room, tokens) for n, room in zip(now.queries_seen, rooms, strict=True))
+        return replace(now, query_square=now.query_square + square.sum(2), queries_seen=seen)
 
     def square(self, query: Tensor) -> Tensor:
         """What the statistics sum up of queries; see `square_of`."""
@@ -354,7 +368,7 @@ class LayerStore:
         order = rows.tolist()
         self.window.select(rows)
         self.table.select(order)
-        self.statistics = self.statistics.selected(order, shared=self.config.preset == "balanced")
+        self.statistics = self.statistics.selected(rows, order)
 
     @_outside_inference_mode
     def copied(self, share: bool) -> LayerStore:
@@ -363,9 +377,7 @@ class LayerStore:
         new.table = self.table.copied(share)
         new.pool = new.table.pool
         new.window = copy.deepcopy(self.window)
-        # Replayed steps add to this one in its place.
-        own = self.statistics.query_square.clone()
-        new.statistics = replace(self.statistics, query_square=own)
+        new.statistics = self.statistics.copied()
         return new
 
     def memory(self) -> Memory:
@@ -373,7 +385,6 @@ class LayerStore:
         pool, window = self.pool, self.window
         token = 2 * window.keys.shape[1] * window.keys.shape[3] * window.keys.element_size()
         tables = sum(t.nbytes for t in self.table.padded())
-        constants = 0 if self.constants is None else self.constants.nbytes
         pages, free = len({b for row in self.table.rows for b in row.blocks}), pool.capacity - pool.used
         index, payload = pages * pool.index.shape[1], pages * pool.payload.shape[1]
         full = sum(window.lengths) * token
@@ -382,7 +393,7 @@ class LayerStore:
             index=index,
             payload=payload,
             full_precision=full,
-            statistics=constants + tables + self.statistics.query_square.nbytes,
+            statistics=self.statistics.nbytes + tables,
             slack=unused + window.keys.nbytes + window.values.nbytes - full,
             recent=0 if pool.recent is None else pool.recent.nbytes,
             host=(pages + free) * pool.payload.shape[1] if pool.offloading else 0,

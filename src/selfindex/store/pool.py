@@ -34,6 +34,15 @@ class Part:
     counts: list[int]
     constants: Tensor
 
+    @classmethod
+    def of_row(cls, keys: Tensor, values: Tensor, counts: list[int], page: int, constants: Tensor) -> Part:
+        """Tokens [H, n, d] of a row in pages of so many, the last one possibly short."""
+        missing = -keys.shape[1] % page
+        if missing:
+            keys, values = (torch.nn.functional.pad(x, (0, 0, 0, missing)) for x in (keys, values))
+        paged = [x.unflatten(1, (-1, page)).transpose(0, 1) for x in (keys, values)]
+        return cls(paged[0], paged[1], counts, constants)
+
     @property
     def tokens(self) -> Tensor:
         """The counts where the keys are, int32 [n]."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..backends import ops
 from ..codec.paper import choose_pinned
 from ..config import SelfIndexConfig
 from .change import RowChange
@@ -39,19 +40,23 @@ def leave_window(
 
 def keep_pinned(
     config: SelfIndexConfig, k: Tensor, v: Tensor, q: Tensor, scaling: float, prompt: int
-) -> RowChange:
-    """Paper preset: pinned tokens stay in full precision, the rest of the prompt is encoded.
+) -> list[RowChange]:
+    """Paper preset: pinned tokens stay in full precision, the rest of the prompts is encoded.
 
-    Tokens after the first `prompt` are not part of it: they are kept like those of later steps.
+    Tokens after the first `prompt` are not part of them: they are kept like those of later steps.
 
     Args:
-        k, v: [H, n, d]; q: [Hq, n, d].
+        k, v: [B, H, n, d]; q: [B, Hq, n, d].
     """
-    queries = q[:, -OBSERVED_QUERIES:].unflatten(0, (k.shape[0], -1))
+    queries = q[:, :, -OBSERVED_QUERIES:].unflatten(1, (k.shape[1], -1))
     pinned = choose_pinned(k, queries, config.sinks, scaling, prompt)
-    rest = torch.ones(k.shape[:2], dtype=torch.bool, device=k.device).scatter(1, pinned, False)
-    rest[:, prompt:] = False
-    shape = (k.shape[0], prompt - config.sinks, k.shape[2])
-    at = pinned[..., None].expand(-1, -1, k.shape[2])
-    kept = [torch.cat((x.gather(1, at), x[:, prompt:]), 1) for x in (k, v)]
-    return RowChange((k[rest].view(shape), v[rest].view(shape)), (kept[0], kept[1]), k[:, :prompt])
+    # The j-th of the other tokens comes after as many pinned ones as have at most j others before them.
+    before = pinned - torch.arange(int(config.sinks), device=k.device)
+    rest = torch.arange(prompt - config.sinks, device=k.device).expand(*k.shape[:2], -1)
+    rest = rest + torch.searchsorted(before, rest.contiguous(), right=True)
+    row = torch.arange(k.shape[0], device=k.device)[:, None, None]
+    head = torch.arange(k.shape[1], device=k.device)[:, None]
+    encoded = zip(*(x[row, head, rest] for x in (k, v)), strict=True)
+    kept = zip(*(torch.cat((x[row, head, pinned], x[:, :, prompt:]), 2) for x in (k, v)), strict=True)
+    constants = ops.prompt_statistics(k[:, :, :prompt])
+    return [RowChange(*parts, prompt) for parts in zip(encoded, kept, constants, strict=True)]

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ..config import SelfIndexConfig
 from ..errors import FormatError, SelfIndexError
-from .change import Statistics
 from .layer import LayerStore
+from .statistics import Statistics
 
 
 def export(store: LayerStore) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -45,6 +45,7 @@ def export(store: LayerStore) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "queries_seen": store.statistics.queries_seen,
         "prompt_tokens": store.statistics.prompt_tokens,
         "has_constants": store.statistics.has_constants,
+        "shared": store.statistics.shared,
     }
     return tensors, numbers
 
@@ -52,7 +53,7 @@ def export(store: LayerStore) -> tuple[dict[str, Tensor], dict[str, Any]]:
 @torch.inference_mode(False)
 @torch.no_grad()
 def restore(config: SelfIndexConfig, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> LayerStore:
-    """The store that `export` described.
+    """The store that `export` described, this one's or that of files of version 2.
 
     Raises:
         FormatError: tensors and numbers do not fit each other or `config`.
@@ -62,6 +63,7 @@ def restore(config: SelfIndexConfig, tensors: dict[str, Tensor], numbers: dict[s
         if keys.ndim != 4 or not keys.is_floating_point():
             raise FormatError(f"tokens are {keys.dtype} {tuple(keys.shape)}")
         store = LayerStore(config, keys[:, :, :0])
+        tensors, numbers = _of_rows(store, tensors, numbers)
         _check_tensors(store, tensors, numbers)
         _check_numbers(store, tensors, numbers)
         pages = tensors["index"].shape[0]
@@ -76,9 +78,10 @@ def restore(config: SelfIndexConfig, tensors: dict[str, Tensor], numbers: dict[s
         store.statistics = Statistics(
             tensors["constants"].clone() if "constants" in tensors else None,
             tensors["query_square"].clone(),
-            numbers["queries_seen"],
+            tuple(numbers["queries_seen"]),
             tuple(numbers["has_constants"]),
             tuple(numbers["prompt_tokens"]),
+            numbers["shared"],
         )
     except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
         if isinstance(error, SelfIndexError):
@@ -87,19 +90,31 @@ def restore(config: SelfIndexConfig, tensors: dict[str, Tensor], numbers: dict[s
     return store
 
 
+def _of_rows(
+    store: LayerStore, tensors: dict[str, Tensor], numbers: dict[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and numbers as `export` gives them; in files of version 2 rows had one balance together."""
+    if "shared" in numbers:
+        return tensors, numbers
+    square, seen = tensors["query_square"], [numbers["queries_seen"]] * store.batch
+    shared = store.format.preset == "balanced" and "constants" in tensors
+    together = {"query_square": square.expand(store.batch, *square.shape)} if square.ndim == 2 else {}
+    return tensors | together, numbers | {"queries_seen": seen, "shared": shared}
+
+
 def _check_tensors(store: LayerStore, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
     """Raise FormatError unless there are just the tensors of a store, of the right types and shapes."""
     fmt, keys = store.format, tensors["keys"]
     if fmt.name != numbers["format"]:
         raise FormatError(f"pages are in format {numbers['format']}, not {fmt.name}")
     pages = tensors["index"].shape[0]
-    own = 1 if fmt.preset == "balanced" else store.batch
+    own = 1 if numbers["shared"] is True else store.batch
     wanted = {
         "index": (torch.uint8, (pages, fmt.index_bytes)),
         "payload": (torch.uint8, (pages, fmt.payload_bytes)),
         "keys": (keys.dtype, tuple(keys.shape)),
         "values": (keys.dtype, tuple(keys.shape)),
-        "query_square": (torch.float32, (fmt.kv_heads, fmt.head_dim)),
+        "query_square": (torch.float32, (store.batch, fmt.kv_heads, fmt.head_dim)),
         "constants": (torch.float32, (own, fmt.kv_heads, fmt.constants)),
     }
     if "constants" not in tensors and not pages:
@@ -113,9 +128,12 @@ def _check_tensors(store: LayerStore, tensors: dict[str, Tensor], numbers: dict[
 def _check_numbers(store: LayerStore, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
     """Raise FormatError unless the numbers are those of a store with these tensors."""
     batch, width, paper = store.batch, tensors["keys"].shape[2], store.format.preset == "paper"
-    lists = {name: numbers[name] for name in ("rows", "lengths", "prompt_tokens", "has_constants")}
+    names = "rows", "lengths", "prompt_tokens", "has_constants", "queries_seen"
+    lists, shared = {name: numbers[name] for name in names}, numbers["shared"]
     if batch == 0 or any(len(x) != batch for x in lists.values()):
         raise FormatError(f"the layer has {batch} rows, its lists { {n: len(x) for n, x in lists.items()} }")
+    if type(shared) is not bool or (shared and (paper or "constants" not in tensors)):
+        raise FormatError(f"the layer's rows have constants in common: {shared}")
     most = store.format.count(tensors["index"].cpu()).tolist()
     if any(not 1 <= n <= store.format.page_size for n in most):
         raise FormatError(f"pages say that they hold {most} tokens")
@@ -131,16 +149,16 @@ def _check_numbers(store: LayerStore, tensors: dict[str, Tensor], numbers: dict[
             raise FormatError(f"row {b} has blocks {blocks} with {counts} tokens, the pages hold {most}")
         if held > width or (blocks and held < store.config.sinks):
             raise FormatError(f"row {b} has {held} tokens in full precision, of {width}")
-        # The paper preset's constants come with a row's first page, and mostly from its prompt.
-        needed = bool(blocks or prompt) if paper else False
-        possible = paper and "constants" in tensors
+        # A row's own constants come with its first page, the paper preset's mostly from its prompt.
+        needed = bool(blocks or prompt) and not shared
+        possible = "constants" in tensors and not shared
         if type(fixed) is not bool or (fixed and not possible) or (needed and not fixed):
             raise FormatError(f"row {b} has constants: {fixed}, blocks {blocks} and a prompt of {prompt}")
         if prompt > held + sum(counts) or (prompt and not paper):
             raise FormatError(f"row {b} has a prompt of {prompt} tokens, and {held + sum(counts)} in all")
     if everywhere != set(range(len(most))) or max(numbers["lengths"]) != width:
         raise FormatError("the layer has pages or tokens that no row holds")
-    _check_integers([numbers["queries_seen"]])
+    _check_integers(numbers["queries_seen"])
 
 
 def _check_integers(numbers: list[Any]) -> None:

@@ -142,17 +142,17 @@ class BlockTable:
         filled = [[held + [0] * (columns - len(held)) for held in rows] for rows in lists]
         return torch.tensor(filled, dtype=torch.int32, device="cpu").view(2, len(self.rows), columns)
 
-    def stage(self, first: int, last: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Copy pages `first` to `last` of every row into small pools of their own on the device.
+    def stage(self, first: int, last: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor, Tensor]:
+        """Copy pages `first` to `last` of rows, all by default, into small pools of their own on the device.
 
         Returns:
             index and payload, uint8 [n, bytes], and the block table int32 [B, pages] into them.
         """
-        rows = [row.blocks[first:last] for row in self.rows]
-        used = sorted({block for blocks in rows for block in blocks})
+        held = [row.blocks[first:last] for row in self.rows[rows]]
+        used = sorted({block for blocks in held for block in blocks})
         place = {block: i for i, block in enumerate(used)}
         index, payload = self.pool.read(used, self.pool.index.device)
-        return index, payload, self._tensor([[place[block] for block in blocks] for blocks in rows])
+        return index, payload, self._tensor([[place[block] for block in blocks] for blocks in held])
 
     def _tensor(self, rows: list[list[int]]) -> Tensor:
         """int32 [B, longest row], padded with zeros."""

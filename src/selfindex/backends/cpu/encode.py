@@ -149,14 +149,15 @@ def encode_paged(
 
 def statistics_supported(keys: Tensor) -> bool:
     """Whether `prompt_statistics` serves these keys."""
-    return keys.dtype in FORMATS and keys.shape[2] in HEAD_DIMS and keys.shape[0] > 0 and keys.shape[1] > 0
+    return keys.dtype in FORMATS and keys.shape[-1] in HEAD_DIMS and keys.numel() > 0
 
 
 def prompt_statistics(keys: Tensor) -> Tensor:
     """See `reference.prompt_statistics`."""
-    name, keys = instruction_set(), adjacent(keys[None])
-    _, heads, tokens, dim = keys.shape
-    constants = torch.empty(heads, 18 * dim, dtype=torch.float32, device=CPU)
-    numbers = FORMATS[keys.dtype], *strided(keys), heads, tokens, dim, torch.get_num_threads()
-    native().prompt_statistics(name, [*numbers, constants.data_ptr()])
+    name, prompts = instruction_set(), adjacent(keys if keys.ndim == 4 else keys[None])
+    heads, tokens, dim = keys.shape[-3:]
+    constants = torch.empty(*keys.shape[:-2], 18 * dim, dtype=torch.float32, device=CPU)
+    for own, found in zip(prompts.split(1), constants.view(-1, heads, 18 * dim), strict=True):
+        numbers = FORMATS[keys.dtype], *strided(own), heads, tokens, dim, torch.get_num_threads()
+        native().prompt_statistics(name, [*numbers, found.data_ptr()])
     return constants

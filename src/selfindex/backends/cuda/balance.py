@@ -27,7 +27,6 @@ class BalanceParams(ctypes.Structure):
         ),
         *((name, ctypes.c_void_p) for name in ("before", "square", "variance", "balance")),
         *((name, ctypes.c_int) for name in ("queries", "tokens", "groups")),
-        *((name, ctypes.c_int) for name in ("query_tokens", "key_tokens")),
         *((name, ctypes.c_float) for name in ("seen", "limit")),
     )
 
@@ -39,11 +38,12 @@ def supported(query: Tensor, keys: Tensor) -> bool:
         and query.dtype in INPUT_TYPES
         and keys.dtype in INPUT_TYPES
         and query.stride(3) == keys.stride(3) == 1
-        and keys.shape[0] * keys.shape[2] > 0
+        and 0 < keys.shape[0] < 1 << 16  # a grid's second dimension
+        and keys.shape[2] > 0
     )
 
 
-def measure_balance(query: Tensor, keys: Tensor, query_square: Tensor, queries: int) -> tuple[Tensor, Tensor]:
+def measure_balance(query: Tensor, keys: Tensor, query_square: Tensor, queries: int) -> Tensor:
     """The operator `selfindex::measure_balance` for a `supported` call.
 
     Raises:
@@ -61,16 +61,14 @@ def measure_balance(query: Tensor, keys: Tensor, query_square: Tensor, queries: 
         *query.stride()[:3],
         *keys.stride()[:3],
         *(x.data_ptr() for x in (before, square, variance, balance)),
-        query.shape[0] * query.shape[2],
-        rows * tokens,
-        query.shape[1] // heads,
         query.shape[2],
         tokens,
+        query.shape[1] // heads,
         max(1, queries),
         LIMIT,
     )
     with torch.cuda.device(device):
-        kernels["measure"]((heads * dim // 32, 1), THREADS, [params])
+        kernels["measure"]((heads * dim // 32, rows), THREADS, [params])
         overlap = torch.cuda.get_device_properties(device).major >= 9
-        kernels["balance"]((heads, 1), dim // 2, [params], overlap=overlap)
-    return square, balance
+        kernels["balance"]((heads, rows), dim // 2, [params], overlap=overlap)
+    return balance

@@ -95,15 +95,20 @@ def chunk_bytes(fmt: PageFormat, groups: int) -> int:
     return 2 * PAGE_SIZE if fmt.preset == "paper" else 528 * -(-groups // 4)
 
 
+def selection_bytes(fmt: PageFormat) -> int:
+    """Shared memory that the selection needs beside the records: keys are counted while pages are scored."""
+    return SELECT_BYTES if fmt.preset == "paper" else 0
+
+
 def attend_tokens(fmt: PageFormat) -> int:
     """Selected tokens that a block of the attention kernel takes."""
     return 128 if fmt.preset == "paper" and fmt.head_dim == 256 else 256
 
 
-def layout(cluster: int, warps: int, pages: int, record: int, chunk: int, room: int) -> Plan:
+def layout(cluster: int, warps: int, pages: int, record: int, chunk: int, beside: int, room: int) -> Plan:
     """A plan whose blocks keep as many score codes in `room` bytes of shared memory as fit."""
     share = -(-pages // cluster)
-    ring = warps * STAGES * (-(-(record + 16) // 128) * 128)
+    ring = warps * STAGES * (-(-(record + 16) // 128) * 128) + beside
     resident = max(0, min(share, (room - ring) // chunk))
     rest = share - resident
     ring_keys = rest * 2 * PAGE_SIZE <= ring - SELECT_BYTES
@@ -115,6 +120,7 @@ def plan(
     pages: int,
     record: int,
     chunk: int,
+    beside: int,
     limits: dict[int, int],
     clusters: bool,
     sms: int,
@@ -125,6 +131,7 @@ def plan(
     Args:
         rows: (sequence, KV head) pairs; pages: most pages of a row.
         record: bytes of a head's index record; chunk: bytes of a page's score codes.
+        beside: bytes of shared memory for the selection, where it cannot lie where records were.
         limits: dynamic shared memory of a block, by warps.
         clusters: whether the device has thread block clusters; sms: its multiprocessors.
         at_once: (warps, cluster, shared bytes) -> rows that fit on the device together.
@@ -139,7 +146,7 @@ def plan(
         for warps, limit in limits.items():
             for blocks in (1, 2, 3):  # on a multiprocessor: each leaves the others their shared memory
                 room = (limit - RESERVED * (blocks - 1)) // blocks
-                choice = layout(cluster, warps, pages, record, chunk, room)
+                choice = layout(cluster, warps, pages, record, chunk, beside, room)
                 together = min(rows, at_once(warps, cluster, choice.shared)) if choice.shared <= limit else 0
                 if together:
                     reading = together * pages * record / BYTES_PER_US
@@ -231,6 +238,7 @@ def _plan_for(
     pages: int,
     record: int,
     chunk: int,
+    beside: int,
     clusters: bool,
     sms: int,
 ) -> Plan:
@@ -241,7 +249,7 @@ def _plan_for(
     def at_once(warps: int, cluster: int, shared: int) -> int:
         return known[warps].at_once(32 * warps, cluster, shared, sms)
 
-    return plan(rows, pages, record, chunk, limits, clusters, sms, at_once)
+    return plan(rows, pages, record, chunk, beside, limits, clusters, sms, at_once)
 
 
 class Decode:
@@ -263,8 +271,7 @@ class Decode:
         fmt, device = PageFormat.parse(format), query.device
         batch, query_heads, _, dim = query.shape
         heads, pages = fmt.kv_heads, block_table.shape[1]
-        groups = query_heads // heads
-        rows, quads = batch * heads, -(-groups // 4)
+        groups, rows = query_heads // heads, batch * heads
         self.kernels: dict[str, Kernel] = load(
             module_for("decode", fmt), device, dim, groups, fmt.value_bits, query.dtype
         )
@@ -274,16 +281,17 @@ class Decode:
         splits = -(-width // attend_tokens(fmt))
         sizes = {
             "take": 4 * rows,
-            "qfrag": rows * groups * 2 * 4 * (128 if dim == 96 else dim),
-            "qstep": rows * groups * 4,
-            "offsets": 4 * rows * (groups if fmt.preset == "paper" else pages * (4 * quads + 4)),
             "selected": rows * width * 4,
             "parts": rows * splits * groups * (dim + 4) * 4,
+            "offsets": 4 * rows * (groups if fmt.preset == "paper" else pages * 4 * (-(-groups // 4) + 1)),
         }
+        if fmt.preset == "balanced":
+            query_bytes = rows * groups * 2 * 4 * (128 if dim == 96 else dim)
+            sizes |= {"qfrag": query_bytes, "qstep": rows * groups * 4}
         decoders = tuple((n, self.kernels[f"decode{n}"]) for n in WARPS if f"decode{n}" in self.kernels)
+        page = fmt.index.record, chunk_bytes(fmt, groups), selection_bytes(fmt)
         sms = properties.multi_processor_count
-        chunk = chunk_bytes(fmt, groups)
-        self.plan = _plan_for(decoders, rows, pages, fmt.index.record, chunk, self.modern, sms)
+        self.plan = _plan_for(decoders, rows, pages, *page, self.modern, sms)
         sizes["scratch"] = self.plan.scratch * rows * self.plan.cluster
         starts, total = {}, 0
         for name, size in sizes.items():
@@ -303,7 +311,6 @@ class Decode:
             budgets.to(device, torch.int32).contiguous(),
         )
         _, shared, index, payload, table, counts, wanted = self.inputs
-        base = self.workspace.data_ptr()
         self.params = Params(
             query=query.data_ptr(),
             query_row=query.stride(0),
@@ -328,7 +335,7 @@ class Decode:
             resident=self.plan.resident,
             ring_keys=self.plan.ring_keys,
             scale=scaling * LOG2_E,
-            **{name: base + start for name, start in starts.items() if sizes[name]},
+            **{name: self.workspace.data_ptr() + start for name, start in starts.items() if sizes[name]},
         )
         self.rows, self.splits, self.groups = rows, splits, groups
         self._selected = starts["selected"], (batch, heads, 1, width)
@@ -337,18 +344,18 @@ class Decode:
     def selected(self) -> Tensor:
         """Slots the last run selected, int32 [B, H, 1, width]; undefined past a row's budget."""
         start, shape = self._selected
-        size = 4 * self.rows * self.params.width
-        return self.workspace[start : start + size].view(torch.int32).view(shape)
+        end = start + 4 * self.rows * self.params.width
+        return self.workspace[start:end].view(torch.int32).view(shape)
 
     def run(self, stages: tuple[str, ...] = ("decode", "attend")) -> tuple[Tensor, Tensor]:
         """Launch the kernels; `stages` leaves some out, for timing them one by one."""
-        plan, arguments = self.plan, [self.params]
+        plan = self.plan
         with torch.cuda.device(self.output.device):
             if "decode" in stages:
                 self.kernels[f"decode{plan.warps}"](
                     (self.rows * plan.cluster, 1),
                     32 * plan.warps,
-                    arguments,
+                    [self.params],
                     plan.shared,
                     plan.cluster,
                     overlap=self.modern,
@@ -358,7 +365,7 @@ class Decode:
                 # too little for its gathers where codes fill that.
                 overlap = self.modern and not plan.scratch
                 self.kernels["attend"](
-                    (self.splits, self.rows), self.attend_threads, arguments, overlap=overlap
+                    (self.splits, self.rows), self.attend_threads, [self.params], overlap=overlap
                 )
                 self._merge()
         return self.output, self.lse

@@ -14,7 +14,7 @@ from typing import Any
 from ...codec import PageFormat
 from .. import reference
 from ..fallback import with_fallback
-from . import balance, decode, dense, encode, offloaded, statistics, window
+from . import balance, decode, dense, encode, join, offloaded, pages, statistics, window
 from .launch import KernelsUnavailable
 
 
@@ -52,6 +52,13 @@ def register(serve: Callable[[str, str, Callable[..., Any]], None]) -> None:
                 query, index, payload, table, PageFormat.parse(rest[-1])
             ),
         ),
+        "decode_pages": (
+            pages.decode_pages,
+            lambda index, payload, table, counts, starts, keys, values, *rest: pages.supported(
+                index, payload, table, keys, values, PageFormat.parse(rest[-1])
+            ),
+        ),
+        "merge_into": (join.merge_into, lambda *arguments: join.supported(*arguments)),
         "window_attend": (
             window.window_attend,
             lambda query, new_keys, new_values, keys, values, *rest: window.supported(

@@ -1,4 +1,4 @@
-"""`prompt_statistics` on a GPU: sums of sub-vectors by code in one launch, the rest by PyTorch."""
+"""`prompt_statistics` on a GPU: sums of sub-vectors by code in one launch a prompt, the rest by PyTorch."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ class StatisticsParams(ctypes.Structure):
 def supported(keys: Tensor) -> bool:
     """Whether the kernel serves this call; the reference operator serves the others."""
     return (
-        keys.shape[2] in HEAD_DIMS
+        keys.shape[-1] in HEAD_DIMS
         and keys.dtype in INPUT_TYPES
-        and keys.shape[0] > 0
-        and 0 < keys.shape[1] < 1 << 31
+        and keys.numel() > 0
+        and keys.shape[-2] < 1 << 31
         # Vectors of four channels.
-        and keys.stride(2) == 1
-        and all(stride % 4 == 0 for stride in keys.stride()[:2])
+        and keys.stride(-1) == 1
+        and all(stride % 4 == 0 for stride in keys.stride()[:-1])
         and keys.data_ptr() % 16 == 0
     )
 
@@ -50,18 +50,26 @@ def prompt_statistics(keys: Tensor) -> Tensor:
     Raises:
         KernelsUnavailable: cuda-core is missing, or the GPU is too old.
     """
-    heads, tokens, dim = keys.shape
+    heads, tokens, dim = keys.shape[-3:]
+    prompts = keys if keys.ndim == 4 else keys[None]
     kernel = load("statistics", keys.device, dim, 1, 2, keys.dtype)["code_sums"]
-    mean = keys.mean(1, dtype=torch.float32)
-    low, high = (extreme.float() for extreme in (keys.amin(1), keys.amax(1)))
+    low, high = (extreme.float() for extreme in (prompts.amin(2), prompts.amax(2)))
     halves = -(-dim // 128)  # a block takes up to 32 groups of four channels
     sms = torch.cuda.get_device_properties(keys.device).multi_processor_count
     splits = max(1, min(sms * BLOCKS // (heads * halves), tokens // LEAST_TOKENS))
     share = -(-tokens // splits)
-    sums = mean.new_empty(splits, heads, dim // 4, 16, 5)
-    params = StatisticsParams(
-        keys.data_ptr(), *keys.stride()[:2], mean.data_ptr(), sums.data_ptr(), heads, tokens, share
-    )
-    with torch.cuda.device(keys.device):
-        kernel((splits, heads * halves), 32 * WARPS, [params])
-    return statistics_from_sums(mean, torch.maximum(high - mean, mean - low), sums.sum(0), tokens)
+    means, totals = [], []
+    for own in prompts:
+        # The order in which PyTorch sums depends on shapes: a prompt is summed as if it were alone.
+        mean = own.mean(1, dtype=torch.float32)
+        sums = mean.new_empty(splits, heads, dim // 4, 16, 5)
+        params = StatisticsParams(
+            own.data_ptr(), *own.stride()[:2], mean.data_ptr(), sums.data_ptr(), heads, tokens, share
+        )
+        with torch.cuda.device(keys.device):
+            kernel((splits, heads * halves), 32 * WARPS, [params])
+        means.append(mean)
+        totals.append(sums.sum(0))
+    mean = torch.stack(means)
+    found = statistics_from_sums(mean, torch.maximum(high - mean, mean - low), torch.stack(totals), tokens)
+    return found.view(*keys.shape[:-2], 18 * dim)

@@ -10,14 +10,16 @@ from .define import define
 
 
 def _fake(keys: Tensor) -> Tensor:
-    return keys.new_empty((keys.shape[0], 18 * keys.shape[2]), dtype=torch.float32)
+    return keys.new_empty((*keys.shape[:-2], 18 * keys.shape[-1]), dtype=torch.float32)
 
 
 def prompt_statistics(keys: Tensor) -> Tensor:
-    """Measure mean, largest key and codebook of keys [H, N, d], N > 0; see `codec.paper`.
+    """Measure mean, largest key and codebook of the keys of prompts; see `codec.paper`.
 
+    Args:
+        keys: [H, N, d] of one prompt, or [B, H, N, d] of several; N > 0.
     Returns:
-        float32 [H, 18 d].
+        float32 [H, 18 d] or [B, H, 18 d], those of each prompt as if it were alone.
     """
     return statistics_of(keys)
 

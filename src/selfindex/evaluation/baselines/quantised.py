@@ -129,7 +129,7 @@ class RotatedLloydMax(Everything):
 
         def cast(x: Tensor, seed: int) -> Tensor:
             rotation = random_rotation(x.shape[-1], seed).to(x.device)
-            y = x @ rotation.T
+            y = x.float() @ rotation.T
             rms = y.square().mean(-1, keepdim=True).sqrt().half().float().clamp(min=1e-8)
             levels = torch.tensor(LEVELS[self.bits], device=x.device)
             edges = (levels[1:] + levels[:-1]) / 2
@@ -138,7 +138,7 @@ class RotatedLloydMax(Everything):
                 (y.norm(dim=-1, keepdim=True) / got.norm(dim=-1, keepdim=True).clamp(min=1e-8)).half().float()
             )
             got = got * (factor if self.norm_correction else rms)
-            return torch.where(exact.to(x.device)[:, None], x, got @ rotation)
+            return torch.where(exact.to(x.device)[:, None], x, (got @ rotation).to(x.dtype))
 
         assert exact.shape[0] == n
         return Stored(cast(keys, 0), cast(values, 1), exact)

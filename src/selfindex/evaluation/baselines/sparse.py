@@ -45,7 +45,7 @@ class Oracle(Sparse):
         return 2 * head_dim + 4 * head_dim * self.budget
 
     def select(self, stored: Stored, query: Tensor, scaling: float) -> Tensor:
-        logits = query @ stored.keys[:, None].transpose(-1, -2) * scaling
+        logits = query @ stored.keys[:, None].float().mT * scaling
         exact = stored.exact.to(query.device)
         mass = logits.masked_fill(exact, -torch.inf).softmax(-1).sum(1)
         return top_tokens(mass, self.count(mass.shape[-1]), exact)
@@ -69,7 +69,7 @@ class Quest(Sparse):
         return Stored(keys, values, full_precision(keys.shape[1]), index=(padded.amin(2), padded.amax(2)))
 
     def select(self, stored: Stored, query: Tensor, scaling: float) -> Tensor:
-        low, high = stored.index  # [H, pages, d]
+        low, high = (bound.float() for bound in stored.index)  # [H, pages, d]
         # max(q a, q b) with a <= b: the positive part of q meets b, the negative one a.
         bound = query.clamp(min=0) @ high[:, None].mT + query.clamp(max=0) @ low[:, None].mT
         n = stored.keys.shape[1]
@@ -104,7 +104,7 @@ class DoubleSparse(Sparse):
         heavy, label = stored.index
         part = query.gather(3, heavy[:, None, None].expand(*query.shape[:3], -1))
         exact = stored.exact.to(query.device)
-        logits = (part @ label[:, None].mT * scaling).masked_fill(exact, -torch.inf)
+        logits = (part @ label[:, None].float().mT * scaling).masked_fill(exact, -torch.inf)
         score = logits.softmax(-1).sum(1)
         return top_tokens(score, self.count(score.shape[-1]), exact)
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ...attention.missed import missed_mass
 from ...attention.step import StepPlans
 from ...codec import BalanceProfile
 from ...config import SelfIndexConfig
@@ -70,7 +71,7 @@ class SelfIndexCache(LayeredCache):
     def __repr__(self) -> str:
         config, batch, held = self.config, self._batch(), "empty"
         if batch is not None and self._compressed[0].positions:
-            size = self.report().memory.total / 2**20
+            size = self.report(missed=False).memory.total / 2**20
             held = f"rows={batch}, tokens={self._compressed[0].positions}, {size:.2f} MiB"
         return (
             f"{type(self).__name__}(preset={config.preset!r}, budget={config.budget}, "
@@ -157,16 +158,19 @@ class SelfIndexCache(LayeredCache):
     def profile(self) -> BalanceProfile:
         """The balance this cache measured, to be saved and passed as `profile=` later.
 
+        Of several rows with one of their own it is the geometric mean.
+
         Raises:
             StateError: nothing was encoded yet, or the preset has no balance.
         """
         balance = {}
         for layer in self._compressed:
-            if self.config.preset != "balanced" or layer.store is None or layer.store.constants is None:
+            own = None if layer.store is None else layer.store.statistics.own
+            if own is None or self.config.preset != "balanced":
                 raise StateError(
                     "no balance yet: the balanced preset measures it when it encodes its first page"
                 )
-            balance[layer.layer_idx] = layer.store.constants[0]
+            balance[layer.layer_idx] = own.log().mean(0).exp() if len(own) > 1 else own[0]
         return BalanceProfile(balance)
 
     def save(self, model: PreTrainedModel, path: str | Path) -> None:
@@ -197,15 +201,38 @@ class SelfIndexCache(LayeredCache):
         load(cache, model, path, header)
         return cache
 
-    def report(self) -> Report:
-        """Memory by kind, ratio to 16-bit keys and values, tokens read by the last step."""
+    def report(self, missed: bool = True) -> Report:
+        """Memory by kind, ratio to 16-bit keys and values, tokens and attention mass read by the last step.
+
+        Args:
+            missed: work out the attention mass that the last step missed, which reads as much as a step
+                that attends to all tokens; with offloading, all of the payload through the GPU's bus.
+        """
+        shares, unknown = self._missed() if missed else ({}, "not asked for")
         return Report(
             preset=self.config.preset,
             layers=[
-                LayerReport.of(layer.layer_idx, layer.store, layer.unread)
+                LayerReport.of(layer.layer_idx, layer.store, layer.last, shares.get(layer.layer_idx))
                 for layer in self._compressed
                 if layer.store is not None
             ],
+            missed_unknown=unknown,
             other_layers=len(self.layers) - len(self._compressed),
             other_bytes=sum(held_bytes(layer) for layer in self.layers if layer not in self._compressed),
         )
+
+    def _missed(self) -> tuple[dict[int, Tensor], str | None]:
+        """What `missed_mass` finds, by layer; or nothing, and why not."""
+        found = {}
+        try:
+            with self.guard.use():
+                for layer in self._compressed:
+                    if layer.store is None or layer.last is None:
+                        return {}, "no step has run on what is held now"
+                    share = missed_mass(layer.store, layer.last)
+                    if share is None:
+                        return {}, "the last pass ended in padding"
+                    found[layer.layer_idx] = share
+        except StateError as error:
+            return {}, str(error)
+        return found, None

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer
 
 from ...attention.attend import attend, is_step, take_step
+from ...attention.missed import Asked, LastStep
 from ...attention.step import FixedPlan, StepPlans, attend_step
 from ...config import SelfIndexConfig
 from ...errors import StateError
@@ -71,9 +72,8 @@ class SelfIndexLayer(CacheLayerMixin):
         self._plans = cache.plans
         self.store: LayerStore | None = None
         self.positions = 0
-        self.unread: list[int] = []
-        """Per row, how many of the tokens it holds the last step left out; [] if no step ran on them."""
-        self._read: list[int] = []
+        self.last: LastStep | None = None
+        """What the last step read; None if no step ran on what is held now."""
         self.record_past = False
         self.observer: Observer | None = None
         """Called with an `Observation` in every forward pass. While it is set, steps run one by one and
@@ -115,18 +115,7 @@ class SelfIndexLayer(CacheLayerMixin):
     @property
     def read(self) -> list[int]:
         """Per row, the encoded tokens that each KV head attended to in the last step; [] for no step."""
-        return self._read
-
-    @read.setter
-    def read(self, tokens: list[int]) -> None:
-        # Set before the step's own tokens may be encoded: these it has all attended to.
-        self._read = tokens
-        self.unread = [self.store.encoded(b) - n for b, n in enumerate(tokens)] if self.store else []
-
-    def select_read(self, rows: list[int]) -> None:
-        """Let what the last step read follow the rows, of which row i is a copy of old row rows[i]."""
-        if self._read:
-            self._read, self.unread = ([x[i] for i in rows] for x in (self._read, self.unread))
+        return [] if self.last is None else self.last.read
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -193,8 +182,12 @@ class SelfIndexLayer(CacheLayerMixin):
         scaling: float,
         sink_logit: Tensor | None,
         dense: Callable[..., tuple[Tensor, Any]] | None,
+        compiled: bool = False,
     ) -> Tensor:
-        """What `attend` does; without `dense`, which prompts need, everything else goes through the store."""
+        """What `attend` does; without `dense`, which prompts need, everything else goes through the store.
+
+        `compiled`: inside a compiled graph, which writes to the memory of its tensors when they were read.
+        """
         cache = self._cache
         if self._plans.fixed is not None:
             return self._attend_fixed(query, new, scaling, sink_logit)
@@ -208,40 +201,48 @@ class SelfIndexLayer(CacheLayerMixin):
             valid = cache.step_positions(self, mask, keys.shape[2])
             if valid is not None:
                 valid = valid.to(keys.device)  # with device_map, layers are on several devices
-            step, output = is_step(store, query, valid), None
+            step, read = is_step(store, query, valid), [0] * store.batch
+            output: Tensor | None = None
             if not step and dense is not None:
-                encoded = any(store.encoded(b) for b in range(store.batch))
-                exact = not encoded and cache.positions is None and valid is None
+                some = any(store.encoded(b) for b in range(store.batch))
+                exact = not some and cache.positions is None and valid is None
                 if self.positions == 0:
                     # Prefill is the model's own attention on its own tensors.
-                    output, self.read = dense(query, keys, values, mask)[0], [0] * store.batch
+                    output = dense(query, keys, values, mask)[0]
                 elif exact and keys.shape[2] <= MASKED_CHUNK:
                     held_k, held_v, _ = store.window.held()
                     joined = torch.cat((held_k, keys), 2), torch.cat((held_v, values), 2)
-                    output, self.read = dense(query, *joined, mask)[0], [0] * store.batch
+                    output = dense(query, *joined, mask)[0]
             with full_precision(keys.device):
                 keys, values = store.window.fitted(keys, values)
                 fitted = query if query.dtype is keys.dtype else query.to(keys.dtype)
                 if step:
                     output, plan = take_step(store, fitted, keys, values, scaling, sink_logit, cache.plans)
-                    self._read, self.unread = plan.read, plan.unread
-                elif output is None:
-                    output, self.read = attend(
-                        store, fitted, keys, values, valid, scaling, sink_logit, cache.plans
-                    )
-                    output = output.transpose(1, 2).contiguous()
+                    read, encoded = plan.read, plan.encoded
+                else:
+                    # Before this pass's own tokens may be encoded: these it has all attended to.
+                    encoded = [store.encoded(b) for b in range(store.batch)]
+                    if output is None:
+                        output, read = attend(
+                            store, fitted, keys, values, valid, scaling, sink_logit, cache.plans
+                        )
+                        output = output.transpose(1, 2).contiguous()
                 assert output is not None
+                # In a padded chunk, the last query of a row may be that of padding.
+                known = read != encoded and (valid is None or bool(valid[:, -1].all()))
+                asked = Asked.by(fitted, scaling, sink_logit, compiled) if known else None
                 if output.dtype is not query.dtype:
                     output = output.to(query.dtype)
                 if self.observer is not None:
                     self.observer(
-                        Observation(self, query, new.new_keys, new.new_values, scaling, output, self.read)
+                        Observation(self, query, new.new_keys, new.new_values, scaling, output, read)
                     )
                 if step:
                     check = cache.finite.of(self.layer_idx)
-                    self.take(store.plan_step(keys.shape[2], check), keys.shape[2])
+                    self.take(store.plan_step(keys.shape[2], check, query), keys.shape[2])
                 else:
                     self.commit(query, keys, values, valid, scaling)
+                self.last = LastStep(read, encoded, asked)
             if self is cache.compressed_layers[-1]:
                 cache.end_pass()
             return output
@@ -249,8 +250,13 @@ class SelfIndexLayer(CacheLayerMixin):
     def _attend_fixed(self, query: Tensor, new: NewKeys, scaling: float, sink_logit: Tensor | None) -> Tensor:
         """`attend` in a step of fixed shape, which touches the device only: see `replay`."""
         store, plan = cast(LayerStore, self.store), cast(FixedPlan, self._plans.fixed)
-        if store.unobserved:
-            store.statistics.query_square.add_(store.square(query).sum((0, 2)))
+        if any(store.unobserved):
+            counted = store.square(query) * plan.observed.T[:, None, :, None]
+            store.statistics.query_square.add_(counted.sum(2))
+        if (asked := plan.asked.get(self.layer_idx)) is None:  # the first run, which is not recorded
+            plan.asked[self.layer_idx] = Asked.by(query, scaling, sink_logit, reused=True)
+        else:
+            asked.query.copy_(query[:, :, -1:])
         return attend_step(store, query, new.new_keys, new.new_values, plan, scaling, sink_logit)
 
     def commit(
@@ -293,7 +299,7 @@ class SelfIndexLayer(CacheLayerMixin):
         return -1
 
     def reset(self) -> None:
-        self.store, self._pending, self.positions, self.read = None, None, 0, []
+        self.store, self._pending, self.positions, self.last = None, None, 0, None
         self.record_past = False
 
     def offload(self) -> None:

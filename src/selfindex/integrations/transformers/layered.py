@@ -225,6 +225,8 @@ class LayeredCache(Cache):
         with self.guard.change():
             for store in stores:
                 store.crop(lengths)
+            for layer in self._compressed:
+                layer.last = None
             self.positions = kept
 
     def keep_positions(self, layer: SelfIndexLayer) -> None:
@@ -282,7 +284,7 @@ class LayeredCache(Cache):
                 if compressed.store is not None:
                     compressed.store.crop(lengths)
                 if removes:
-                    compressed.read = []
+                    compressed.last = None
                 compressed.positions, compressed._pending = keep, None
             self.positions = _with_padding(positions)
 
@@ -370,7 +372,8 @@ class LayeredCache(Cache):
             for compressed in self._compressed:
                 if compressed.store is not None:
                     compressed.store.select_rows(rows)
-                    compressed.select_read(rows.tolist())
+                    if compressed.last is not None:
+                        compressed.last = compressed.last.select(rows.tolist())
                 compressed._pending = None
             if self.positions is not None:
                 self.positions = _with_padding(self.positions[rows.to(self.positions.device)])

@@ -33,6 +33,7 @@ class Layer(Protocol):
         scaling: float,
         sink_logit: Tensor | None,
         dense: Callable[..., tuple[Tensor, Any]] | None,
+        compiled: bool,
     ) -> Tensor: ...
 
 
@@ -84,6 +85,6 @@ def _layer(
     layer = _layers[int(handle)]
     new = layer.accept(keys, values, compiled=True)
     own = (lambda *_: (output, None)) if prompt else None
-    found = layer.finish(query, new, mask, scaling, sink_logit, own)
+    found = layer.finish(query, new, mask, scaling, sink_logit, own, compiled=True)
     if found is not output:
         output.copy_(found)

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from ...attention.attend import MOST_STEP_TOKENS
+from ...attention.missed import LastStep
 from ...attention.step import FixedPlan, budgets_of
 from ...store import LayerStore
 from .graphs import RecordedModel, Recorder
@@ -132,6 +133,8 @@ class Replay:
             recording.plan.update(_stores(cache)[0], cache.get_seq_length())
             for name in ("input_ids", "position_ids"):
                 recording.given[name].copy_(given[name])
+            for layer in cache.compressed_layers:
+                layer.last = None  # its query may lie where this step writes its own
             if recording.graph is not None:
                 recording.graph.replay()
             else:
@@ -153,7 +156,7 @@ class Replay:
             store.reserve(0, store.window_limit + MOST_STEP_TOKENS)
         self._windows.fill(cache)
         first, shapes = stores[0], [given[name].shape for name in ("input_ids", "position_ids")]
-        phase = first.constants is None, bool(first.unobserved)
+        phase = first.constants is None, any(first.unobserved)
         key = (cache.config, *shapes, given.get("logits_to_keep"), *phase)
         found = self._recordings.get(key)
         if found is None or found.places != self._places(cache) or not found.model.unchanged():
@@ -234,9 +237,13 @@ class Replay:
 
     def _take_over(self, cache: LayeredCache, recording: _Recording) -> None:
         """Have the cache hold the tokens that a step has put into its tensors."""
-        stores, new = _stores(cache), len(recording.plan.lengths)
-        read, rows = budgets_of(stores[0], new), stores[0].batch
-        observed = new * rows if stores[0].unobserved else 0
+        stores, new, rows = _stores(cache), len(recording.plan.lengths), len(recording.plan.budgets)
+        read, encoded = budgets_of(stores[0], new), [stores[0].encoded(b) for b in range(rows)]
+        rooms, before = stores[0].unobserved, stores[0].statistics.queries_seen
+        seen = tuple(n + min(new, room) for n, room in zip(before, rooms, strict=True))
+        if any(rooms):  # the step has added up their squares
+            for store in stores:
+                store.statistics = replace(store.statistics, queries_seen=seen)
         cache.finite.begin()
         numbers = [layer.layer_idx for layer in cache.compressed_layers]
         changes = [store.plan_step(new, cache.finite.of(i)) for store, i in zip(stores, numbers, strict=True)]
@@ -246,10 +253,7 @@ class Replay:
             positions = torch.cat((positions, positions.new_ones(rows, new)), 1)
         with cache.guard.change():
             for layer, store, change in zip(cache.compressed_layers, stores, changes, strict=True):
-                if observed:
-                    seen = store.statistics.queries_seen + observed
-                    store.statistics = replace(store.statistics, queries_seen=seen)
-                layer.read = read
+                layer.last = LastStep(read, encoded, recording.plan.asked[layer.layer_idx])
                 store.commit(change)
                 layer.positions += new
             cache.positions = positions
@@ -289,7 +293,7 @@ def _is_step(cache: LayeredCache, ids: Tensor) -> bool:
         return False
     if not 1 <= new <= min(MOST_STEP_TOKENS, cache.config.sparse_queries):
         return False
-    if first.constants is None and (cache.config.preset != "balanced" or 0 < first.unobserved < new):
+    if first.constants is None and cache.config.preset != "balanced":
         return False
     return all(
         layer.observer is None
@@ -297,7 +301,7 @@ def _is_step(cache: LayeredCache, ids: Tensor) -> bool:
         and layer.store is not None
         and layer.store.window.lengths == first.window.lengths
         and layer.store.table.pages == first.table.pages
-        and (layer.store.constants is None) == (first.constants is None)
+        and layer.store.statistics.has_constants == first.statistics.has_constants
         for layer in cache.compressed_layers
     ) and all(
         layer.is_initialized

@@ -27,7 +27,8 @@ from ...store.state import export, restore
 from .fingerprint import fingerprint
 from .layered import LayeredCache
 
-KIND, VERSION = "selfindex-cache", "2"
+KIND, VERSION, READ = "selfindex-cache", "3", ("2", "3")
+"""Kind and version of the files that are written, and versions that can be read."""
 
 
 def save(cache: LayeredCache, model: PreTrainedModel, path: str | Path) -> None:
@@ -66,7 +67,12 @@ def save(cache: LayeredCache, model: PreTrainedModel, path: str | Path) -> None:
             "tensors": _describe(tensors),
         }
     )
-    metadata = {"format": KIND, "version": VERSION, "header": header, "checksum": _header_checksum(header)}
+    metadata = {
+        "format": KIND,
+        "version": VERSION,
+        "header": header,
+        "checksum": _header_checksum(VERSION, header),
+    }
     write_tensors(tensors, path, metadata)
 
 
@@ -151,12 +157,12 @@ def read_header(path: str | Path, model: PreTrainedModel) -> dict[str, Any]:
         raise FormatError(f"cannot read the cache {path}: {error}") from error
     if meta.get("format") != KIND:
         raise FormatError(f"{path} is not a file of SelfIndexCache.save")
-    if meta.get("version") != VERSION:
+    if meta.get("version") not in READ:
         raise FormatError(
-            f"{path} has version {meta.get('version')}, this release reads version {VERSION}; fill a cache "
-            "again and save it"
+            f"{path} has version {meta.get('version')}, this release reads versions {' and '.join(READ)}; "
+            "fill a cache again and save it"
         )
-    if meta.get("checksum") != _header_checksum(meta.get("header", "")):
+    if meta.get("checksum") != _header_checksum(meta["version"], meta.get("header", "")):
         raise FormatError(f"the header of {path} is damaged: it is not what was written")
     try:
         header: dict[str, Any] = json.loads(meta["header"])
@@ -192,8 +198,8 @@ def _read(path: str | Path, header: dict[str, Any]) -> dict[str, Tensor]:
     return tensors
 
 
-def _header_checksum(header: str) -> str:
-    return hashlib.sha256(f"{KIND} {VERSION} {header}".encode()).hexdigest()
+def _header_checksum(version: str, header: str) -> str:
+    return hashlib.sha256(f"{KIND} {version} {header}".encode()).hexdigest()
 
 
 def _describe(tensors: dict[str, Tensor]) -> dict[str, list[Any]]:

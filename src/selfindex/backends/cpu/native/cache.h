@@ -20,6 +20,8 @@ struct Layout {
   Preset preset;
 
   int groups() const { return (dim + kPaperGroup - 1) / kPaperGroup; }
+  // Bytes of a token's scales and zero points, side by side (paper).
+  int halves() const { return 8 * groups(); }
   // Numbers of a head that its pages share: the balance; or mean, alpha and codebook [dim / 4][16][4].
   int64_t constants() const { return preset == kPaper ? int64_t{18} * dim : dim; }
 };

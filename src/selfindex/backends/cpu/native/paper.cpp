@@ -16,7 +16,7 @@ class Tile {
   // Finds tokens and has their memory fetched.
   void locate(const Cache& cache, int64_t row, int64_t head, const int32_t* slots, int n, bool keys) {
     const Layout& layout = cache.layout;
-    const int64_t halves = 2 * layout.groups();
+    const int64_t halves = layout.halves();
     n_ = n;
     for (int t = 0; t < n; t++) {
       const uint32_t slot = static_cast<uint32_t>(slots[t]), size = static_cast<uint32_t>(layout.page);

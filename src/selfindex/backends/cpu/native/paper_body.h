@@ -110,9 +110,9 @@ inline Floats halves(Floats x, uint16_t* to) {
 }
 
 // 2-bit codes of kLanes tokens between the ends of each group (codec/paper.py, `_quantise`), of which
-// `live` are written: to `codes` of every token, [token][groups] scales and zero points.
+// `live` are written: to `codes`, `scales` and `zeros` of every token, `token` and `next` bytes apart.
 inline void put_grouped(const Floats* x, int dim, int live, uint8_t* codes, int64_t token, uint8_t* scales,
-                        uint8_t* zeros) {
+                        uint8_t* zeros, int64_t next) {
   constexpr float kMost = 65504.0f;  // the largest half
   const int groups = groups_of(dim);
   Words crumbs[kMaxDim / 16];
@@ -134,8 +134,8 @@ inline void put_grouped(const Floats* x, int dim, int live, uint8_t* codes, int6
     const Floats from = within(start, -kMost, kMost);
     const Floats step = halves(within((end - from) / 3.0f, -kMost, kMost), scale), origin = halves(from, zero);
     for (int t = 0; t < live; t++) {
-      __builtin_memcpy(scales + 2 * (t * groups + group), scale + t, 2);
-      __builtin_memcpy(zeros + 2 * (t * groups + group), zero + t, 2);
+      __builtin_memcpy(scales + t * next + 2 * group, scale + t, 2);
+      __builtin_memcpy(zeros + t * next + 2 * group, zero + t, 2);
     }
     for (int i = first; i < last; i += 16) {
       Words crumb{};
@@ -155,13 +155,13 @@ inline void put_grouped(const Floats* x, int dim, int live, uint8_t* codes, int6
 template <Format kFormat>
 void encode_paper_of(const EncodeRecord& record) {
   const Layout& layout = *record.layout;
-  const int dim = layout.dim, groups = groups_of(dim);
+  const int dim = layout.dim, next = layout.halves();
   const float *mean = record.constants, *alpha = mean + dim;
   Floats x[kMaxDim];
   Words signs[kMaxDim / 16];
   for (int start = 0; start < record.live; start += kLanes) {
     const int live = record.live - start < kLanes ? record.live - start : kLanes;
-    uint8_t *token = record.payload + start * layout.token, *halves = record.payload + 2 * start * groups;
+    uint8_t *token = record.payload + start * layout.token, *halves = record.payload + start * next;
     turn<kFormat>(record.keys + start * record.key_stride, record.key_stride, live, nullptr, dim, x);
     for (int i = 0; i < dim; i += 16) {
       Words sign{};
@@ -176,10 +176,10 @@ void encode_paper_of(const EncodeRecord& record) {
     for (int t = 0; t < live; t++)
       put(signs, dim, 2, t, record.index + layout.codes + (int64_t)(start + t) * (dim / 8));
     put_grouped(x, dim, live, token + layout.magnitudes, layout.token, halves + layout.key_scale,
-                halves + layout.key_zero);
+                halves + layout.key_zero, next);
     turn<kFormat>(record.values + start * record.value_stride, record.value_stride, live, nullptr, dim, x);
     put_grouped(x, dim, live, token + layout.values, layout.token, halves + layout.value_scale,
-                halves + layout.value_zero);
+                halves + layout.value_zero, next);
   }
 }
 

@@ -10,9 +10,9 @@ constexpr int ATTEND_WARPS = D == 256 ? 4 : 8, ATTEND_TOKENS = 32 * ATTEND_WARPS
 
 // A token in shared memory: codes of its key and its value, signs, then the four scales of each group.
 // The stride leaves eight neighbours in different banks.
-constexpr int SIGNS = D / 2, SCALE_ROOM = R == 3 ? 8 : SCALE, SCALES = (SIGNS + CODE + 7) / 8 * 8;
+constexpr int SIGNS = D / 2, SCALE_ROOM = R == 3 ? 8 : SCALE, SCALES_AT = (SIGNS + CODE + 15) / 16 * 16;
 constexpr int TOKEN_ROOM = D == 64 ? 80 : D == 256 ? 240 : 112;
-static_assert(SCALES + 4 * SCALE_ROOM <= TOKEN_ROOM && TOKEN_ROOM % 16 == 0, "a token fits its room");
+static_assert(SCALES_AT + 4 * SCALE_ROOM <= TOKEN_ROOM && TOKEN_ROOM % 16 == 0, "a token fits its room");
 constexpr int QUERY_ROW = D == 96 ? D : D + 32;           // bytes; likewise
 constexpr int WEIGHT_ROW = 80;                            // bytes of 32 weights, likewise
 constexpr int SUM_ROW = D + 8;                            // floats, likewise
@@ -25,6 +25,7 @@ struct AttendMemory {
   __align__(16) u8 weights[ATTEND_WARPS][8][WEIGHT_ROW];  // bfloat16: of a head, upper and lower part
   __align__(16) u8 query[G * 2][QUERY_ROW];
   float top[ATTEND_WARPS][HEADS], total[ATTEND_WARPS][HEADS];
+  float step[HEADS];                                      // of the queries
 };
 static_assert(sizeof(AttendMemory) <= 48 * 1024, "static shared memory");
 
@@ -37,14 +38,49 @@ template <int N> __device__ __forceinline__ void copy_async(u8* to, const u8* fr
   if constexpr (N == 16) asm volatile("cp.async.cg.shared.global [%0],[%1],16;" :: "r"(shared_address(to)), "l"(from) : "memory");
   else asm volatile("cp.async.ca.shared.global [%0],[%1],%2;" :: "r"(shared_address(to)), "l"(from), "n"(N) : "memory"); }
 
-__device__ __forceinline__ void copy_scales(u8* to, const u8* from) {
-  if constexpr (R == 3) {
+// PARTS times 16 bytes of every token of a warp, of which each lane says where its own lie. Neighbouring lanes
+// copy what lies together, so that an instruction meets fewer lines of the cache; their tokens are so far apart
+// that they meet different banks.
+template <int PARTS> __device__ __forceinline__ void copy_together(u8* to, const u8* own, int lane) {
 #pragma unroll
-    for (int i = 0; i < 3; i++) ((u16*)to)[i] = ((const u16*)from)[i];
-  } else copy_async<SCALE>(to, from); }
+  for (int i = 0; i < PARTS; i++) {
+    const int n = i * 32 + lane, part = n % PARTS;
+    const int token = PARTS == 4 ? i * 8 + (lane >> 3) + (lane & 4)
+                    : PARTS == 2 ? i * 16 + (lane >> 4) * 8 + (lane >> 3 & 1) + (lane & 6) : n / PARTS;
+    const u8* from = (const u8*)__shfl_sync(~0u, (u64)own, token);
+    copy_async<16>(to + token * TOKEN_ROOM + part * 16, from + part * 16);
+  }
+}
+
+// A query head times the largest keys as bytes, a warp a head; q.mean, of which one block tells merge.cuh.
+__device__ __forceinline__ void prepare_head(const Params& p, AttendMemory& m, int row, int g, bool publish) {
+  const int b = row / p.heads, h = row % p.heads, lane = threadIdx.x & 31;
+  const i64 at = b * p.query_row + (i64)(h * G + g) * p.query_head;
+  const float* constants = p.constants + b * p.constants_row + (i64)h * CONSTANTS;
+  float x[R], offset = 0.f, top = 0.f;
+#pragma unroll
+  for (int r = 0; r < R; r++) {
+    x[r] = load_input(p.query, at + r * 32 + lane);
+    offset = fmaf(x[r], constants[r * 32 + lane], offset);
+    x[r] *= constants[D + r * 32 + lane];
+    top = fmaxf(top, fabsf(x[r]));
+  }
+  top = fmaxf(warp_max(top), 1e-30f);
+  offset = warp_sum(offset);
+  const float inverse = QUERY_RANGE * reciprocal(top);
+#pragma unroll
+  for (int r = 0; r < R; r++) {
+    const int c = r * 32 + lane, v = __float2int_rn(x[r] * inverse), hi = (v + 64) >> 7, lo = v - (hi << 7);
+    const int place = (c & ~7) + (c & 1) * 4 + (c & 7) / 2;   // even channels of eight, then odd ones
+    m.query[g * 2][place] = (u8)hi;
+    m.query[g * 2 + 1][place] = (u8)lo;
+  }
+  if (lane == 0) m.step[g] = top * (1.f / QUERY_RANGE);
+  if (publish && lane == 0) p.offsets[(i64)row * G + g] = offset;
+}
 
 // Scales of groups r and r + 1, r even, of one of the four arrays.
-__device__ __forceinline__ u32 two_scales(const u8* token, int array, int r) { return *(const u32*)(token + SCALES + array * SCALE_ROOM + 2 * r); }
+__device__ __forceinline__ u32 two_scales(const u8* token, int array, int r) { return *(const u32*)(token + SCALES_AT + array * SCALE_ROOM + 2 * r); }
 __device__ __forceinline__ float one_of(u32 pair, int r) { return half_to_float(r & 1 ? pair >> 16 : pair & 0xffff); }
 
 __device__ __forceinline__ void mma_bfloat(float* c, const u32* a, u32 b0, u32 b1) {
@@ -78,29 +114,25 @@ extern "C" __global__ void __launch_bounds__(ATTEND_THREADS, G <= 4 && D < 256 ?
     const u8* codes = p.index + block * p.index_stride + (i64)h * INDEX_RECORD + t * CODE;
     const u8* payload = p.payload + block * p.payload_stride + (i64)h * PAYLOAD_RECORD;
     const u8* content = payload + t * TOKEN;
-    const u8* scales[4];
-#pragma unroll
-    for (int i = 0; i < 4; i++) scales[i] = payload + scales_of(i) + t * SCALE;
+    const u8* scales = payload + KEY_SCALES + t * SCALES;
 #ifdef OFFLOADED
     const int place = recent.place[(i64)row * p.width + min(first + tid, k - 1)];
     if (place >= 0) {
       content = recent.data + (i64)place * ENTRY;
-#pragma unroll
-      for (int i = 0; i < 4; i++) scales[i] = content + TOKEN + i * SCALE;
+      scales = content + TOKEN;
     }
 #endif
+    copy_together<TOKEN / 16>(m.tokens[w * 32], content, lane);
     u8* to = m.tokens[tid];
-#pragma unroll
-    for (int i = 0; i < TOKEN; i += 16) copy_async<16>(to + i, content + i);
     constexpr int UNIT = D == 96 ? 4 : D == 64 ? 8 : 16;
 #pragma unroll
     for (int i = 0; i < CODE; i += UNIT) copy_async<UNIT>(to + SIGNS + i, codes + i);
+    if constexpr (R == 3) {   // each of the four gets room for one more
 #pragma unroll
-    for (int i = 0; i < 4; i++) copy_scales(to + SCALES + i * SCALE_ROOM, scales[i]);
+      for (int i = 0; i < 4 * R; i++) ((u16*)(to + SCALES_AT))[i / R * 4 + i % R] = ((const u16*)scales)[i];
+    } else copy_together<SCALES / 16>(m.tokens[w * 32] + SCALES_AT, scales, lane);
   }
-  const u8* fragments = p.qfrag + (i64)row * G * 2 * FRAGMENT;
-  for (int i = tid; i < G * 2 * FRAGMENT / 16; i += ATTEND_THREADS)
-    *(uint4*)&m.query[i / (FRAGMENT / 16)][i % (FRAGMENT / 16) * 16] = ((const uint4*)fragments)[i];
+  for (int head = w; head < G; head += ATTEND_WARPS) prepare_head(p, m, row, head, blockIdx.x == 0);   // meanwhile
   asm volatile("cp.async.wait_all;" ::: "memory");
   __syncthreads();
 
@@ -146,7 +178,7 @@ extern "C" __global__ void __launch_bounds__(ATTEND_THREADS, G <= 4 && D < 256 ?
 #pragma unroll
   for (int quad = 0; quad < QUADS; quad++) {
     const int head = quad * 4 + j;
-    const float gain = head < G ? p.qstep[(i64)row * G + head] * p.scale : 0.f;
+    const float gain = head < G ? m.step[head] * p.scale : 0.f;
     float top = FAR;
 #pragma unroll
     for (int i = 0; i < 4; i++) {

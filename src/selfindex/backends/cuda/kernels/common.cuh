@@ -23,10 +23,10 @@ constexpr int TOKEN = D / 4 + D / 4 + (VALUE_BITS == 3 ? D / 8 : 0);
 #if PAPER
 constexpr int CONSTANTS = 18 * D;    // float32 a head: mean [D], largest [D], codebook [D / 4, 16, 4]
 constexpr int INDEX_RECORD = PAGE * CODE;
-constexpr int SCALE = 2 * R;         // bytes of a token's float16, one for 32 channels, in one of four arrays
-__device__ __forceinline__ constexpr int scales_of(int array) { return PAGE * (TOKEN + array * SCALE); }
-constexpr int KEY_SCALES = scales_of(0), KEY_ZEROS = scales_of(1), VALUE_SCALES = scales_of(2), VALUE_ZEROS = scales_of(3);
-constexpr int PAYLOAD_RECORD = scales_of(4);
+// A token's float16, one for 32 channels: scales and zero points of the key and of the value, side by side.
+constexpr int SCALE = 2 * R, SCALES = 4 * SCALE;   // bytes of each, of all
+constexpr int KEY_SCALES = PAGE * TOKEN, KEY_ZEROS = KEY_SCALES + SCALE, VALUE_SCALES = KEY_ZEROS + SCALE, VALUE_ZEROS = VALUE_SCALES + SCALE;
+constexpr int PAYLOAD_RECORD = PAGE * (TOKEN + SCALES);
 #else
 constexpr int CONSTANTS = D;         // float32 a head: balance
 constexpr int KEY_SCALES = PAGE * CODE;
@@ -40,7 +40,7 @@ constexpr int PAYLOAD_RECORD = (VALUE_SCALES + PAGE + 15) / 16 * 16;
 // Query channels as the attention kernel multiplies them: a quarter warp owns CHUNK channels.
 constexpr int WORDS = D == 64 ? 1 : D == 256 ? 4 : 2;   // 16-channel magnitude words a lane
 constexpr int CHUNK = 16 * WORDS;
-constexpr int FRAGMENT = PAPER ? D : 4 * CHUNK;         // bytes; channels D.. are zero
+constexpr int FRAGMENT = 4 * CHUNK;                     // bytes; channels D.. are zero
 
 // The query in the score: four digits -1, 0, 1 to the base 3, each a bit plane of its ones and one of
 // its negative ones.
@@ -63,8 +63,8 @@ struct Params {
   const int* budgets;         // [B]
   u8* scratch;                // score codes that do not fit shared memory
   int* take;                  // [rows]: tokens to select
-  u8* qfrag;                  // [rows, G, 2, FRAGMENT] query bytes in the attention's order
-  float* qstep;               // [rows, G]: step of the 15-bit query
+  u8* qfrag;                  // [rows, G, 2, FRAGMENT] query bytes in the attention's order; balanced only
+  float* qstep;               // [rows, G]: step of the 15-bit query; balanced only
   float* offsets;             // [rows, M, HEADS + 4]: q.mean a head; key base, value base, block. Paper: [rows, G], q.mean
   int* selected;              // [rows, width] ascending slots
   float* parts;               // [rows, splits, G, D + 4]: sums, maximum, total

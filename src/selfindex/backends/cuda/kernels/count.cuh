@@ -1,5 +1,5 @@
-// Pages in use, tokens in them and tokens to select of a row, in a block's shared memory: used, tokens
-// and take of `m`. Counting begins with zeros there, by `threads` threads from `first` on.
+// Pages in use and tokens in them of a row, in a block's shared memory: used and tokens of `m`. Counting
+// begins with zeros there, by `threads` threads from `first` on.
 template <class Memory> __device__ __forceinline__ void count_tokens(const Params& p, int b, Memory& m, int first, int threads) {
   int used = 0, tokens = 0;
 #pragma unroll 8
@@ -12,11 +12,5 @@ template <class Memory> __device__ __forceinline__ void count_tokens(const Param
   tokens = warp_sum(tokens);
   if ((threadIdx.x & 31) == 0) { atomicMax(&m.used, used); atomicAdd(&m.tokens, tokens); }
 }
-// By all threads, behind a barrier after the count; ends with one.
-template <class Memory> __device__ __forceinline__ void fix_budget(const Params& p, int row, Memory& m, int budget, bool publish) {
-  if (threadIdx.x == 0) {
-    m.take = max(0, min(min(budget, p.width), m.tokens));
-    if (publish) p.take[row] = m.take;
-  }
-  __syncthreads();
-}
+// Tokens to select, of a budget and the tokens counted.
+__device__ __forceinline__ int within_budget(const Params& p, int budget, int tokens) { return max(0, min(min(budget, p.width), tokens)); }

@@ -1,34 +1,29 @@
 // Score and select, one cluster a row (sequence x KV head), each block a contiguous run of pages: a
-// preset's `score_pages` leaves codes of the tokens' scores, from which its `make_keys` makes keys
-// once the whole row has been scored. Codes stay in shared memory, as far as they fit, the others in
-// scratch memory (the L2 cache). Keys lie over the codes of their page, or those of the others where the
-// ring was.
+// preset's `score_row` leaves keys of the tokens and their histogram. What it keeps of a page stays in
+// shared memory, as far as it fits, the rest in scratch memory (the L2 cache). Keys lie over that, or those
+// of the pages in scratch where the ring was.
 template <int WARPS> __device__ __forceinline__ void decode_row(const Params& p) {
   extern __shared__ __align__(128) u8 memory[];
-  constexpr int THREADS = WARPS * 32, RING = WARPS * STAGES * SLOT;
-  __shared__ Summary<WARPS> summary;
-  __shared__ bool ragged;
+  constexpr int RING = WARPS * STAGES * SLOT, SELECT = COUNTS_WHILE_SCORING ? RING : 0, RESIDENT = SELECT ? RING + SELECT_BYTES : RING;
   __shared__ QueryMemory query;
-  static_assert(sizeof(SelectMemory<WARPS>) <= SELECT_BYTES && SELECT_BYTES <= RING, "the selection reuses the ring");
-  const int rank = cluster_rank(), size = p.cluster, row = blockIdx.x / size;
-  const int tid = threadIdx.x;
-  if (tid == 0) ragged = false;
-  prepare_row<WARPS>(p, row, query, rank == 0);   // ends with a barrier
-  const int used = query.used;
-  if (query.take == 0) { allow_next(); return; }   // the same for all blocks of the cluster
-  const int share = (used + size - 1) / size, first = min(rank * share, used), last = min(first + share, used), pages = last - first;
-  // Both start where their page 0 would be.
-  u8* scratch = p.scratch + ((i64)blockIdx.x * p.cta_pages - (blockIdx.x + 1) * p.resident) * CHUNK_BYTES;
-  score_pages<WARPS>(p, row, first, last, memory, shared_address(memory + RING), scratch, summary, query, &ragged);
-  __syncthreads();
-  SelectMemory<WARPS>& m = *(SelectMemory<WARPS>*)memory;
-  for (int i = tid; i < BINS; i += THREADS) m.histogram[i] = 0;
-  const KeyPlaces keys{memory + RING, p.ring_keys ? memory + SELECT_BYTES - p.resident * 2 * PAGE : scratch, p.resident,
-                       CHUNK_BYTES, p.ring_keys ? 2 * PAGE : CHUNK_BYTES};
-  make_keys<WARPS>(p, m, keys, memory + RING, scratch, summary, p.counts + (i64)(row / p.heads) * p.pages, first, pages, ragged, rank, size);
-  __syncthreads();
-  if (tid == 0) m.histogram[0] = 0;
-  select_keys<WARPS>(m, keys, pages, (i64)first * PAGE, query.take, rank, size, p.selected + (i64)row * p.width);
+  static_assert(sizeof(SelectMemory<WARPS>) <= SELECT_BYTES && (SELECT || SELECT_BYTES <= RING), "the selection's memory");
+  SelectMemory<WARPS>& m = *(SelectMemory<WARPS>*)(memory + SELECT);
+  Block block{cluster_rank(), p.cluster, (int)blockIdx.x / p.cluster, 0, 0};
+  PageReader<WARPS> reader;
+  if (SELECT) clear_histogram(m);
+  const int take = prepare_row<WARPS>(p, block.row, query, block.rank == 0, [&](int used) {
+    const int share = (used + block.size - 1) / block.size, last = min((block.rank + 1) * share, used);
+    block.first = min(block.rank * share, used);
+    block.pages = last - block.first;
+    reader.open(p, block.row, block.first, last, memory);
+  });
+  if (take == 0) { allow_next(); return; }   // the same for all blocks of the cluster
+  // All of them start where their page 0 would be.
+  u8 *resident = memory + RESIDENT, *scratch = p.scratch + ((i64)blockIdx.x * p.cta_pages - (blockIdx.x + 1) * p.resident) * CHUNK_BYTES;
+  u8* after_ring = memory + (SELECT ? 0 : SELECT_BYTES) - p.resident * 2 * PAGE;
+  const KeyPlaces keys{resident, p.ring_keys ? after_ring : scratch, p.resident, CHUNK_BYTES, p.ring_keys ? 2 * PAGE : CHUNK_BYTES};
+  score_row<WARPS>(p, block, m, reader, query, keys, resident, scratch);   // ends with a barrier
+  select_keys<WARPS>(m, keys, block.pages, (i64)block.first * PAGE, take, block.rank, block.size, p.selected + (i64)block.row * p.width);
 }
 
 extern "C" __global__ void __launch_bounds__(256, D == 256 || G > 4 ? 1 : 2) decode8(const __grid_constant__ Params p) { decode_row<8>(p); }

@@ -42,14 +42,6 @@ template <int N> __device__ __forceinline__ void load_bytes(u32* to, const u8* f
   else if constexpr (N == 2) to[0] = *(const u16*)from;
   else to[0] = from[0]; }
 
-// Sign and magnitude of 16 channels as places in a table of 8, one a nibble: at[0] of channels
-// 0, 2, .. 14 and at[1] of 1, 3, .. 15. `upper`: which half of `signs` holds theirs.
-__device__ __forceinline__ void places(u32* at, u32 magnitudes, u32 signs, bool upper) {
-  u32 s = prmt(signs, 0, upper ? 0x4342 : 0x4140);
-  s = (s | s << 4) & 0x0f0f0f0f;
-  s = (s | s << 2) & 0x33333333;
-  at[0] = (magnitudes & 0x33333333) | (s << 2 & 0x44444444);
-  at[1] = (magnitudes >> 2 & 0x33333333) | (s << 1 & 0x44444444); }
 // Levels of the 4 lowest places, as two pairs of fp16: the table's, negative and positive.
 struct LevelTable { u32 high, low; };                  // bytes of four positive fp16 numbers
 __device__ __forceinline__ void levels(u32 at, u32& first, u32& second, const LevelTable& table) {
@@ -61,23 +53,22 @@ __device__ __forceinline__ void levels(u32 at, u32& first, u32& second, const Le
 // Magnitudes of 32 channels of a token, over KEY_GAIN: those far beyond the prompt's largest, of which
 // half precision holds four times its largest number, stay in the range.
 constexpr float KEY_GAIN = 8.f;
-__device__ __forceinline__ float half_at(const u8* p) { return half_to_float(*(const u16*)p); }
 __device__ __forceinline__ LevelTable level_table(const u8* payload, int token, int r) {
-  const float scale = half_at(payload + KEY_SCALES + token * SCALE + 2 * r) / KEY_GAIN;
-  const float zero = half_at(payload + KEY_ZEROS + token * SCALE + 2 * r) / KEY_GAIN;
+  const float scale = half_at(payload + KEY_SCALES + token * SCALES + 2 * r) / KEY_GAIN;
+  const float zero = half_at(payload + KEY_ZEROS + token * SCALES + 2 * r) / KEY_GAIN;
   const u32 lower = halves(zero, zero + scale), upper = halves(fmaf(2.f, scale, zero), fmaf(3.f, scale, zero));
   return {prmt(lower, upper, 0x7531), prmt(lower, upper, 0x6420)}; }
 // A token's values of 32 channels from the levels 2 code - 3 of `code_pairs`, times a factor: scale and
 // centre, a pair of fp16.
 __device__ __forceinline__ u32 value_line(const u8* payload, int token, int r, float factor) {
-  const float scale = half_at(payload + VALUE_SCALES + token * SCALE + 2 * r), zero = half_at(payload + VALUE_ZEROS + token * SCALE + 2 * r);
+  const float scale = half_at(payload + VALUE_SCALES + token * SCALES + 2 * r), zero = half_at(payload + VALUE_ZEROS + token * SCALES + 2 * r);
   return halves(0.5f * scale * factor, fmaf(1.5f, scale, zero) * factor); }
 // No value of a token is larger.
 __device__ __forceinline__ float value_bound(const u8* payload, int token) {
   float bound = 0.f;
 #pragma unroll
   for (int r = 0; r < R; r++)
-    bound = fmaxf(bound, fmaf(3.f, fabsf(half_at(payload + VALUE_SCALES + token * SCALE + 2 * r)), fabsf(half_at(payload + VALUE_ZEROS + token * SCALE + 2 * r))));
+    bound = fmaxf(bound, fmaf(3.f, fabsf(half_at(payload + VALUE_SCALES + token * SCALES + 2 * r)), fabsf(half_at(payload + VALUE_ZEROS + token * SCALES + 2 * r))));
   return fmaxf(bound, 1e-20f); }
 #else
 constexpr float KEY_GAIN = 1.f;

@@ -27,8 +27,8 @@ __device__ __forceinline__ void quantise(const float* x, u32* low, u32* high, u8
     if (lane == r) { own_scale = (u16)scale; own_zero = (u16)zero; }
   }
   if (lane < R) {
-    *(u16*)(scales + t * SCALE + lane * 2) = own_scale;
-    *(u16*)(zeros + t * SCALE + lane * 2) = own_zero;
+    *(u16*)(scales + t * SCALES + lane * 2) = own_scale;
+    *(u16*)(zeros + t * SCALES + lane * 2) = own_zero;
   }
 }
 

@@ -9,7 +9,7 @@
 #define OFFLOADED 1
 constexpr int WAYS = 8, FETCH_TOKENS = 32, ATTEMPTS = 4;
 #if PAPER
-constexpr int ENTRY = (TOKEN + 4 * SCALE + 15) / 16 * 16; // bytes of a token in the cache: codes, then what 32 channels share
+constexpr int ENTRY = (TOKEN + SCALES + 15) / 16 * 16; // bytes of a token in the cache: codes, then what 32 channels share
 #else
 constexpr int ENTRY = (TOKEN + 15) / 16 * 16;             // bytes of a token in the cache
 #endif
@@ -70,7 +70,7 @@ extern "C" __global__ void __launch_bounds__(FETCH_TOKENS * WAYS, 6) fetch(const
         }
 #if PAPER
 #pragma unroll 1
-        for (int i = way; i < 4 * R; i += WAYS) ((u16*)(to + TOKEN))[i] = ((const u16*)(from + scales_of(i / R) + t * SCALE))[i % R];
+        for (int i = way; i < SCALES / 8; i += WAYS) ((u64*)(to + TOKEN))[i] = ((const u64*)(from + KEY_SCALES + t * SCALES))[i];
 #else
         if (way == WAYS - 1) recent.scales[place] = from[VALUE_SCALES + t];
 #endif

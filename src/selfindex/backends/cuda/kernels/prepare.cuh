@@ -1,6 +1,6 @@
 // Query preparation, by every block for its own row, a warp a query head:
 //   q~ = R (q / s),   v = round(16256 q~ / max |q~|) = 128 hi + lo  (two signed bytes),
-//   a coarser query of 81 levels for the score as bit planes; pages in use and tokens to select of the row.
+//   a coarser query of 81 levels for the score as bit planes.
 struct QueryMemory {
   // Query bytes in channel order, zero (as all below) for heads that only fill up a quad; rows
   // padded so that the eight a warp reads at once lie in different banks.
@@ -8,7 +8,8 @@ struct QueryMemory {
   u32 planes[HEADS][2][4 * R + 4];   // [upper, lower digits][of them upper, lower; 2 signs; R] bit planes, likewise
   float step[HEADS];             // of the 15-bit query
   int sum[HEADS];                // over channels, of 27 |digit 3| + 9 |digit 2| + 3 |digit 1| + |digit 0|
-  int used, tokens, take;        // pages in use, tokens in them, tokens to select
+  int used, tokens;              // pages in use, tokens in them
+  bool ragged;                   // a page of the block is not full
 };
 
 // line: 2 D floats of this warp's own shared memory, for the head dimensions whose rotation needs them.
@@ -59,13 +60,14 @@ __device__ __forceinline__ void prepare_head(const Params& p, int row, int g, Qu
   }
 }
 
-// Everything in QueryMemory; one block of a row publishes what the attention needs of it.
-template <int WARPS> __device__ __forceinline__ void prepare_row(const Params& p, int row, QueryMemory& m, bool publish) {
+// Everything in QueryMemory; one block of a row publishes what the attention needs of it. Calls `begin`
+// with the pages in use once they are known, and returns the tokens to select; where that is 0, it did not.
+template <int WARPS, class Begin> __device__ __forceinline__ int prepare_row(const Params& p, int row, QueryMemory& m, bool publish, const Begin& begin) {
   __shared__ float lines[LINE > 1 ? WARPS * LINE : 1];
   const int b = row / p.heads, w = threadIdx.x >> 5;
   if (G < HEADS) for (int i = threadIdx.x; i < (int)(sizeof(QueryMemory) / 4); i += WARPS * 32) ((u32*)&m)[i] = 0;
   if (G < HEADS) __syncthreads();
-  if (threadIdx.x == 0) m.used = m.tokens = 0;
+  if (threadIdx.x == 0) { m.used = m.tokens = 0; m.ragged = false; }
   __syncthreads();
   wait_previous();
   const int budget = p.budgets[b];
@@ -74,5 +76,8 @@ template <int WARPS> __device__ __forceinline__ void prepare_row(const Params& p
   if (G >= WARPS) count_tokens(p, b, m, 0, WARPS * 32);
   else if (w >= G) count_tokens(p, b, m, G * 32, (WARPS - G) * 32);
   __syncthreads();
-  fix_budget(p, row, m, budget, publish);
+  const int take = within_budget(p, budget, m.tokens);
+  if (publish && threadIdx.x == 0) p.take[row] = take;
+  if (take > 0) begin(m.used);
+  return take;
 }

@@ -15,41 +15,12 @@ struct QueryMemory {
   u32 planes[16][FEATURES][R];              // bit, feature word, word of 32 channels
   float largest[16];                        // of a warp
   int least, range;                         // least possible sum of weights, and from there to the largest
-  int used, tokens, take;                   // pages in use, tokens in them, tokens to select
+  int used, tokens;                         // pages in use, tokens in them
 };
 
-// What attention and merge need of a query head: bytes of query times largest key of a channel; q.mean.
-__device__ __forceinline__ void publish_head(const Params& p, int row, int g) {
-  const int b = row / p.heads, h = row % p.heads, lane = threadIdx.x & 31;
-  const i64 at = b * p.query_row + (i64)(h * G + g) * p.query_head;
-  const float* constants = p.constants + b * p.constants_row + (i64)h * CONSTANTS;
-  float x[R], offset = 0.f, top = 0.f;
-#pragma unroll
-  for (int r = 0; r < R; r++) {
-    x[r] = load_input(p.query, at + r * 32 + lane);
-    offset = fmaf(x[r], constants[r * 32 + lane], offset);
-    x[r] *= constants[D + r * 32 + lane];
-    top = fmaxf(top, fabsf(x[r]));
-  }
-  top = fmaxf(warp_max(top), 1e-30f);
-  offset = warp_sum(offset);
-  const float inverse = QUERY_RANGE / top;
-  u8* fragment = p.qfrag + ((i64)row * G + g) * 2 * FRAGMENT;
-#pragma unroll
-  for (int r = 0; r < R; r++) {
-    const int c = r * 32 + lane, v = __float2int_rn(x[r] * inverse), hi = (v + 64) >> 7, lo = v - (hi << 7);
-    const int place = (c & ~7) + (c & 1) * 4 + (c & 7) / 2;   // even channels of eight, then odd ones
-    fragment[place] = (u8)hi;
-    fragment[FRAGMENT + place] = (u8)lo;
-  }
-  if (lane == 0) {
-    p.qstep[(i64)row * G + g] = top / QUERY_RANGE;
-    p.offsets[(i64)row * G + g] = offset;
-  }
-}
-
-// Everything in QueryMemory; one block of a row publishes what the attention needs of it.
-template <int WARPS> __device__ __forceinline__ void prepare_row(const Params& p, int row, QueryMemory& m, bool publish) {
+// Everything in QueryMemory; one block of a row publishes how many tokens are selected. Calls `begin` with
+// the pages in use once they are known, and returns the tokens to select; where that is 0, it did not.
+template <int WARPS, class Begin> __device__ __forceinline__ int prepare_row(const Params& p, int row, QueryMemory& m, bool publish, const Begin& begin) {
   constexpr int THREADS = WARPS * 32, ENTRIES = 4 * D, OWN = (ENTRIES + THREADS - 1) / THREADS;   // of the tables, a multiple of a warp
   const int b = row / p.heads, h = row % p.heads, tid = threadIdx.x, lane = tid & 31, w = tid >> 5;
   const float* codebook = p.constants + b * p.constants_row + (i64)h * CONSTANTS + 2 * D;
@@ -62,15 +33,19 @@ template <int WARPS> __device__ __forceinline__ void prepare_row(const Params& p
   for (int n = 0; n < OWN; n++)
 #pragma unroll
     for (int c = 0; c < 4; c++) centroid[n][c] = codebook[min(tid + n * THREADS, ENTRIES - 1) * 4 + c];
-  for (int c = tid; c < D; c += THREADS) {
+  if (tid < D) {   // the other threads count meanwhile, if there are any
     float sum = 0.f;
 #pragma unroll
-    for (int g = 0; g < G; g++) sum += load_input(p.query, b * p.query_row + (i64)(h * G + g) * p.query_head + c);
-    m.mean[c] = sum / G;
+    for (int g = 0; g < G; g++) sum += load_input(p.query, b * p.query_row + (i64)(h * G + g) * p.query_head + tid);
+    m.mean[tid] = sum / G;
   }
-  if (publish) for (int g = w; g < G; g += WARPS) publish_head(p, row, g);
-  count_tokens(p, b, m, 0, THREADS);
+  if (THREADS <= D) count_tokens(p, b, m, 0, THREADS);
+  else if (tid >= D) count_tokens(p, b, m, D, THREADS - D);
   __syncthreads();
+  const int take = within_budget(p, budget, m.tokens);
+  if (publish && tid == 0) p.take[row] = take;
+  if (take == 0) return 0;
+  begin(m.used);   // the first pages come while the tables are made
   // The transform runs over 16 neighbouring lanes.
   const float sign = p.scale > 0.f ? -1.f : p.scale < 0.f ? 1.f : 0.f;
   float largest = 0.f;
@@ -119,5 +94,6 @@ template <int WARPS> __device__ __forceinline__ void prepare_row(const Params& p
     }
     if (lane < 16) m.planes[lane][feature][word] = own;
   }
-  fix_budget(p, row, m, budget, publish);
+  __syncthreads();
+  return take;
 }

@@ -68,12 +68,21 @@ template <int WARPS> struct PageReader {
   int start, last, lane, mine;
   Ring ring;
 
-  __device__ __forceinline__ PageReader(const Params& p, int row, int first, int last, u8* memory, int lane, int w)
-      : table(p.table + (i64)(row / p.heads) * p.pages), counts(p.counts + (i64)(row / p.heads) * p.pages),
-        index(p.index + (i64)(row % p.heads) * INDEX_RECORD), stride((u32)p.index_stride), start(first + w), last(last), lane(lane),
-        mine(max(0, (last - first - w + WARPS - 1) / WARPS)) {
+  // Has the first record copied.
+  __device__ __forceinline__ void open(const Params& p, int row, int first, int end, u8* memory) {
+    // Read through a shuffle, the lane and what follows from it stay in registers.
+    lane = __shfl_sync(~0u, threadIdx.x, threadIdx.x) & 31;
+    const int w = threadIdx.x >> 5;
+    table = p.table + (i64)(row / p.heads) * p.pages;
+    counts = p.counts + (i64)(row / p.heads) * p.pages;
+    index = p.index + (i64)(row % p.heads) * INDEX_RECORD;
+    stride = (u32)p.index_stride;
+    start = first + w;
+    last = end;
+    mine = max(0, (end - first - w + WARPS - 1) / WARPS);
     entries = entry(lane);
     ring.open(memory + w * STAGES * SLOT, lane);
+    fetch(0);
   }
   __device__ __forceinline__ u32 entry(int n) const {
     const int page = min(start + n * WARPS, max(last - 1, 0));

@@ -11,6 +11,7 @@
 // 32 round + 4 g + (i ^ mix(g)): so the rows of a product lie in different banks, and a lane's
 // scales in one word. Codes 0 and 1 are at bits 4 and 20, codes 2 and 3 at bits 12 and 28 (wrapped):
 // two at a time become bfloat16 by a mask.
+constexpr bool COUNTS_WHILE_SCORING = false;   // but when the whole row has been scored
 constexpr int CHUNK_BYTES = 528 * QUADS;
 constexpr int CHUNK_MAXIMA = 512 * QUADS;
 constexpr int STEPS = (D + 127) / 128;     // binary products of 128 channels
@@ -77,15 +78,12 @@ template <int WARPS> struct Summary {
   float shift[HEADS];
 };
 
-// Sets *ragged if any page is not full.
 template <int WARPS>
-__device__ __forceinline__ void score_pages(const Params& p, int row, int first, int last, u8* ring_memory,
-                                            u32 resident, u8* scratch, Summary<WARPS>& summary, const QueryMemory& query, bool* ragged) {
+__device__ __forceinline__ void score_pages(const Params& p, const Block& block, PageReader<WARPS>& reader, u32 resident, u8* scratch,
+                                            Summary<WARPS>& summary, QueryMemory& query) {
   // Read through a shuffle, the lane and what follows from it stay in registers.
   const int lane = __shfl_sync(~0u, threadIdx.x, threadIdx.x) & 31, w = threadIdx.x >> 5;
   const int g = lane >> 2, j = lane & 3;
-  PageReader<WARPS> reader(p, row, first, last, ring_memory, lane, w);
-  reader.fetch(0);
   QueryPart part;
   float best[QUADS], total[QUADS];
 #pragma unroll
@@ -99,7 +97,7 @@ __device__ __forceinline__ void score_pages(const Params& p, int row, int first,
   const u32 constant_at = CONSTS + (lane == 5 ? 8 : 4);
   // Offsets of 32 bits, as registers are few.
   u32 chunk_at = w * CHUNK_BYTES + lane * 4;
-  u32 crec = (row * p.pages + first + w) * (HEADS + 4) + (lane < 4 ? lane : HEADS + lane - 4);
+  u32 crec = (block.row * p.pages + block.first + w) * (HEADS + 4) + (lane < 4 ? lane : HEADS + lane - 4);
   for (int n = 0; n < reader.mine; n++) {
     const u32 record = reader.ring.wait(n);
     // Not earlier: with more under way than memory can answer, some multiprocessors wait for all others.
@@ -154,7 +152,7 @@ __device__ __forceinline__ void score_pages(const Params& p, int row, int first,
         }
       }
       if (tokens < PAGE) {
-        *ragged = true;
+        query.ragged = true;
         int left = tokens - 4 * g, place = order;
         // Rare: nothing of it may be computed before the loop and kept in registers.
         asm volatile("" : "+r"(left), "+r"(place));
@@ -209,9 +207,10 @@ __device__ __forceinline__ void score_pages(const Params& p, int row, int first,
 
 // Keys of a block's tokens, from the mass that all heads' attention has on them, and their histogram.
 template <int WARPS>
-__device__ __forceinline__ void make_keys(const Params& p, SelectMemory<WARPS>& m, const KeyPlaces& keys, const u8* resident, const u8* scratch,
-                                          Summary<WARPS>& summary, const int* counts, int first, int pages, bool ragged, int rank, int size) {
+__device__ __forceinline__ void make_keys(const Params& p, const Block& block, SelectMemory<WARPS>& m, const KeyPlaces& keys, const u8* resident,
+                                          const u8* scratch, Summary<WARPS>& summary, bool ragged) {
   const int lane = threadIdx.x & 31, w = threadIdx.x >> 5;
+  const int* counts = p.counts + (i64)(block.row / p.heads) * p.pages + block.first;
   for (int head = w; head < HEADS; head += WARPS) {   // lane = warp
     const float2 own = lane < WARPS ? summary.totals[lane][head] : make_float2(FAR, 0.f);
     const float best = warp_max(own.x), total = warp_sum(own.y * ex2(own.x - best));
@@ -219,7 +218,7 @@ __device__ __forceinline__ void make_keys(const Params& p, SelectMemory<WARPS>& 
   }
   cluster_sync();
   for (int head = w; head < HEADS; head += WARPS) {   // lane = block of the cluster
-    const uint2 part = lane < size ? load_remote2(&summary.block_totals[head], lane) : make_uint2(__float_as_uint(FAR), 0);
+    const uint2 part = lane < block.size ? load_remote2(&summary.block_totals[head], lane) : make_uint2(__float_as_uint(FAR), 0);
     const float own = __uint_as_float(part.x), best = warp_max(own), total = warp_sum(__uint_as_float(part.y) * ex2(own - best));
     // Codes and totals both carry 2^TOP; read as bfloat16, a code's exponent is 112 too small.
     if (lane == 0) summary.shift[head] = head < G ? 112.f - best - lg2(fmaxf(total, 1e-30f)) : -1000.f;
@@ -230,12 +229,12 @@ __device__ __forceinline__ void make_keys(const Params& p, SelectMemory<WARPS>& 
   const u32 keys01 = order == 0 ? 0x3210 : order == 1 ? 0x1032 : order == 2 ? 0x7654 : 0x5476, keys23 = keys01 ^ 0x4444;
   // Several pages are loaded before the first is needed.
   constexpr int BATCH = QUADS == 1 ? 4 : 1;
-  for (int start = w; start < pages; start += WARPS * BATCH) {
+  for (int start = w; start < block.pages; start += WARPS * BATCH) {
     uint4 codes[BATCH][QUADS];
     float4 maxima[BATCH][QUADS];
 #pragma unroll
     for (int i = 0; i < BATCH; i++) {
-      const int page = start + i * WARPS < pages ? start + i * WARPS : start;
+      const int page = start + i * WARPS < block.pages ? start + i * WARPS : start;
       const u8* chunk = (page < p.resident ? resident : scratch) + (i64)page * CHUNK_BYTES;
 #pragma unroll
       for (int quad = 0; quad < QUADS; quad++) {
@@ -246,7 +245,7 @@ __device__ __forceinline__ void make_keys(const Params& p, SelectMemory<WARPS>& 
 #pragma unroll
     for (int i = 0; i < BATCH; i++) {
       const int page = start + i * WARPS;
-      if (page >= pages) break;
+      if (page >= block.pages) break;
       u32 mass[2] = {0x22802280, 0x22802280};   // 2^-58: the smallest key is 1
 #pragma unroll
       for (int quad = 0; quad < QUADS; quad++) {
@@ -266,7 +265,20 @@ __device__ __forceinline__ void make_keys(const Params& p, SelectMemory<WARPS>& 
       // 6 exponent and 5 mantissa bits of the mass, 2^-58 .. 2^6.
       const u32 a = (mass[0] >> 2 & 0x3fff3fff) - 2207 * 0x10001, b = (mass[1] >> 2 & 0x3fff3fff) - 2207 * 0x10001;
       uint2 pair = make_uint2(prmt(a, b, keys01), prmt(a, b, keys23));
-      put_keys(m, keys.at(page), pair, ragged ? counts[first + page] : PAGE, lane);
+      put_keys(m, keys.at(page), pair, ragged ? counts[page] : PAGE, lane);
     }
   }
+}
+
+// Keys of a block's tokens and their histogram, where the ring was; ends with a barrier.
+template <int WARPS>
+__device__ __forceinline__ void score_row(const Params& p, const Block& block, SelectMemory<WARPS>& m, PageReader<WARPS>& reader, QueryMemory& query,
+                                          const KeyPlaces& keys, const u8* resident, u8* scratch) {
+  __shared__ Summary<WARPS> summary;
+  score_pages<WARPS>(p, block, reader, shared_address(resident), scratch, summary, query);
+  __syncthreads();
+  clear_histogram(m);
+  make_keys<WARPS>(p, block, m, keys, resident, scratch, summary, query.ragged);
+  __syncthreads();
+  if (threadIdx.x == 0) m.histogram[0] = 0;   // what does not exist
 }

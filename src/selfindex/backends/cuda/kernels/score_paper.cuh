@@ -1,8 +1,9 @@
 // Scores of every token of a block's pages, from the index alone, a warp a page: binary matrix products
 // (and + population count) of tokens' feature words with the bit planes of their weights
-// (prepare_paper.cuh), 8 planes a product. Scores are kept in 16 bits over the range that the weights
-// allow; keys are those in 15 bits over the range that the row's tokens take.
-constexpr int CHUNK_BYTES = 2 * PAGE;      // scores of a page, u16 [PAGE]
+// (prepare_paper.cuh), 8 planes a product. Keys are scores in 15 bits over the range that the weights allow,
+// so that they are final, and counted, as soon as a page has been scored.
+constexpr bool COUNTS_WHILE_SCORING = true;
+constexpr int CHUNK_BYTES = 2 * PAGE;      // keys of a page, u16 [PAGE]
 constexpr int STEPS = (D + 127) / 128;     // products of 128 channels
 
 __device__ __forceinline__ void binary_mma(int* d, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1, const int* c) {
@@ -34,18 +35,12 @@ __device__ __forceinline__ void load_signs(u32* a, u32 record, int first, int st
 #endif
 }
 
-template <int WARPS> struct Summary {
-  u32 least[WARPS], most[WARPS];   // score of a warp's tokens
-  uint2 block;                     // the same of the block
-};
-
-// Sets *ragged if any page is not full.
+// Keys of a block's tokens and their histogram, those of pages in scratch memory moved to where the ring was
+// if they fit; ends with a barrier.
 template <int WARPS>
-__device__ __forceinline__ void score_pages(const Params& p, int row, int first, int last, u8* ring_memory,
-                                            u32 resident, u8* scratch, Summary<WARPS>& summary, const QueryMemory& query, bool* ragged) {
+__device__ __forceinline__ void score_row(const Params& p, const Block& block, SelectMemory<WARPS>& m, PageReader<WARPS>& reader, QueryMemory& query,
+                                          const KeyPlaces& keys, u8* resident, u8* scratch) {
   const int lane = __shfl_sync(~0u, threadIdx.x, threadIdx.x) & 31, w = threadIdx.x >> 5, g = lane >> 2, j = lane & 3;
-  PageReader<WARPS> reader(p, row, first, last, ring_memory, lane, w);
-  reader.fetch(0);
   u32 plane[STEPS][2][FEATURES];   // of this column's bit in the lower and in the upper bytes
 #pragma unroll
   for (int step = 0; step < STEPS; step++)
@@ -57,17 +52,15 @@ __device__ __forceinline__ void score_pages(const Params& p, int row, int first,
   int values[4] = {1 << 2 * j, 2 << 2 * j, 256 << 2 * j, j == 3 ? -(512 << 6) : 512 << 2 * j};
 #pragma unroll
   for (int i = 0; i < 4; i++) asm volatile("" : "+r"(values[i]));   // products, not shifts
-  u8* near = ring_memory + WARPS * STAGES * SLOT;
-  const int base = query.least;
-  const float factor = 65535.f / (float)max(query.range, 1);
-  u32 least = ~0u, most = 0;
+  // Keys of tokens leave out bin 0, and one at both ends for rounding. 2^23 makes integers the lower bits.
+  constexpr int FIRST_KEY = FINE_BINS + 1, LAST_KEY = BINS * FINE_BINS - 2;
+  const float slope = (float)(LAST_KEY - FIRST_KEY) / (float)max(query.range, 1), start = 8388608.f + FIRST_KEY - (float)query.least * slope;
   for (int n = 0; n < reader.mine; n++) {
     const u32 record = reader.ring.wait(n);
     reader.fetch(n + 1);
     const int tokens = load_shared(record + SLOT - 16) >> 24;
-    if (tokens < PAGE) *ragged = true;
     const int page = n * WARPS + w;
-    u16* codes = (u16*)((page < p.resident ? near : scratch) + (i64)page * CHUNK_BYTES);
+    u16* to = (u16*)((page < p.resident ? resident : scratch) + (i64)page * CHUNK_BYTES);
 #pragma unroll
     for (int q = 0; q < 4; q++) {
       int lower[2][4], upper[2][4];
@@ -99,49 +92,24 @@ __device__ __forceinline__ void score_pages(const Params& p, int row, int first,
       const int y = (high ? sum[3] : sum[1]) + __shfl_xor_sync(~0u, high ? sum[1] : sum[3], 2);
       const int score = (odd ? y : x) + __shfl_xor_sync(~0u, odd ? x : y, 1);
       const int token = 8 * (4 * q + j) + g;
-      const u32 code = min((u32)((float)(score - base) * factor), 65535u);
-      if (token < tokens) { least = min(least, code); most = max(most, code); }
-      codes[token] = (u16)code;
+      const u32 key = token < tokens ? __float_as_uint(fmaf((float)score, slope, start)) & 0x7fff : 0;
+      to[token] = (u16)key;
+      atomicAdd(&m.histogram[key >> FINE_BITS], 1u);
     }
     __syncwarp();   // the slot may be filled again
   }
   reader.ring.close(lane);
-  least = __reduce_min_sync(~0u, least);
-  most = __reduce_max_sync(~0u, most);
-  if (lane == 0) { summary.least[w] = least; summary.most[w] = most; }
-}
-
-// Keys of a block's tokens, from their place between the row's least and largest score, and their histogram.
-template <int WARPS>
-__device__ __forceinline__ void make_keys(const Params& p, SelectMemory<WARPS>& m, const KeyPlaces& keys, const u8* resident, const u8* scratch,
-                                          Summary<WARPS>& summary, const int* counts, int first, int pages, bool ragged, int rank, int size) {
-  const int lane = threadIdx.x & 31, w = threadIdx.x >> 5;
-  if (w == 0) {   // lane = warp
-    const u32 own_least = __reduce_min_sync(~0u, lane < WARPS ? summary.least[lane] : ~0u);
-    const u32 own_most = __reduce_max_sync(~0u, lane < WARPS ? summary.most[lane] : 0);
-    if (lane == 0) summary.block = make_uint2(own_least, own_most);
-  }
-  cluster_sync();
-  // lane = block of the cluster
-  const uint2 part = lane < size ? load_remote2(&summary.block, lane) : make_uint2(~0u, 0);
-  const u32 least = __reduce_min_sync(~0u, part.x), range = __reduce_max_sync(~0u, part.y) - least;
-  constexpr u32 KEYS = (BINS - 1) * FINE_BINS;   // but those of bin 0
-  const u32 factor = range >= KEYS ? (KEYS - 1 << 16) / range : 1 << 16;
+  __syncthreads();
+  if (threadIdx.x == 0) m.histogram[0] = 0;   // what does not exist
+  if (!p.ring_keys || block.pages <= p.resident) return;
   constexpr int BATCH = 4;   // loads under way
-  for (int start = w; start < pages; start += WARPS * BATCH) {
-    uint2 codes[BATCH];
+  for (int first = p.resident + w; first < block.pages; first += WARPS * BATCH) {
+    uint2 own[BATCH];
 #pragma unroll
-    for (int i = 0; i < BATCH; i++) {
-      const int page = start + i * WARPS < pages ? start + i * WARPS : start;
-      codes[i] = *(const uint2*)((page < p.resident ? resident : scratch) + (i64)page * CHUNK_BYTES + lane * 8);
-    }
+    for (int i = 0; i < BATCH; i++) own[i] = *(const uint2*)(scratch + (i64)min(first + i * WARPS, block.pages - 1) * CHUNK_BYTES + lane * 8);
 #pragma unroll
-    for (int i = 0; i < BATCH; i++) {
-      const int page = start + i * WARPS;
-      if (page >= pages) break;
-      const auto key = [&](u32 code) { return FINE_BINS + ((code - least) * factor >> 16) & 0xffff; };
-      const auto two = [&](u32 pair) { return key(pair & 0xffff) | key(pair >> 16) << 16; };
-      put_keys(m, keys.at(page), make_uint2(two(codes[i].x), two(codes[i].y)), ragged ? counts[first + page] : PAGE, lane);
-    }
+    for (int i = 0; i < BATCH; i++)
+      if (first + i * WARPS < block.pages) *(uint2*)(keys.at(first + i * WARPS) + lane * 8) = own[i];
   }
+  __syncthreads();
 }

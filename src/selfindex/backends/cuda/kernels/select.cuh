@@ -17,6 +17,12 @@ template <int WARPS> struct SelectMemory {
   uint2 warp_counts[WARPS];                   // tokens above and at the threshold
 };
 
+template <int WARPS> __device__ __forceinline__ void clear_histogram(SelectMemory<WARPS>& m) {
+  for (int i = threadIdx.x; i < BINS; i += WARPS * 32) m.histogram[i] = 0; }
+
+// A block of a cluster, and its run of the row's pages.
+struct Block { int rank, size, row, first, pages; };
+
 // Where the keys of a block's pages are: the first `split` in one place, the others in another.
 struct KeyPlaces {
   u8 *near, *far;
@@ -54,31 +60,34 @@ __device__ __forceinline__ u32 sum_above(u32 x, int lane) {
   for (int s = 1; s < 32; s <<= 1) { const u32 o = __shfl_down_sync(~0u, sum, s); if (lane + s < 32) sum += o; }
   return sum - x; }
 
+// A count of every block of the cluster: their sum, and that of earlier blocks. One latency, not one a block.
+struct Counts { u32 all, earlier; };
+template <int BLOCKS> __device__ __forceinline__ Counts sum_blocks(const u32* count, int first, int rank, int size) {
+  u32 v[BLOCKS];
+#pragma unroll
+  for (int i = 0; i < BLOCKS; i++) v[i] = load_remote(count, first + i, first + i < size);
+  Counts sum{0, 0};
+#pragma unroll
+  for (int i = 0; i < BLOCKS; i++) {
+    sum.all += v[i];
+    sum.earlier += first + i < rank ? v[i] : 0; }
+  return sum; }
+
 // One warp: the bin of the row's k-th largest key, first among sums of 32 bins, then among the 32.
 template <int WARPS> __device__ __forceinline__ void find_threshold(SelectMemory<WARPS>& m, u32 k, int rank, int size, int lane) {
-  uint2 all = make_uint2(0, 0), before = make_uint2(0, 0);   // two coarse bins a lane; of the row, of earlier blocks
-#pragma unroll 8
-  for (int other = 0; other < size; other++) {
-    const uint2 v = load_remote2(m.coarse + lane * 2, other);
-    all.x += v.x; all.y += v.y;
-    if (other < rank) { before.x += v.x; before.y += v.y; }
-  }
-  u32 above = sum_above(all.x + all.y, lane);
-  const bool upper = above < k && above + all.y >= k, lower = above + all.y < k && above + all.x + all.y >= k;
+  // Two coarse bins a lane.
+  const Counts low = sum_blocks<MOST_BLOCKS>(m.coarse + lane * 2, 0, rank, size);
+  const Counts high = sum_blocks<MOST_BLOCKS>(m.coarse + lane * 2 + 1, 0, rank, size);
+  u32 above = sum_above(low.all + high.all, lane);
+  const bool upper = above < k && above + high.all >= k, lower = above + high.all < k && above + low.all + high.all >= k;
   const int found = __ffs(__ballot_sync(~0u, upper || lower)) - 1, coarse = __shfl_sync(~0u, lane * 2 + upper, found);
-  above = __shfl_sync(~0u, above + (upper ? 0 : all.y), found);
-  u32 over = warp_sum((lane * 2 > coarse ? before.x : 0) + (lane * 2 + 1 > coarse ? before.y : 0));
-  u32 bin = 0, earlier = 0;   // one bin a lane
-#pragma unroll 8
-  for (int other = 0; other < size; other++) {
-    const u32 v = load_remote(m.histogram + coarse * 32 + lane, other);
-    bin += v;
-    if (other < rank) earlier += v;
-  }
-  above += sum_above(bin, lane);
-  const bool here = above < k && above + bin >= k;
-  over += warp_sum(lane > __ffs(__ballot_sync(~0u, here)) - 1 ? earlier : 0);
-  if (here) { m.threshold = coarse * 32 + lane; m.ties = k - above; m.over_before = over; m.equal_before = earlier; }
+  above = __shfl_sync(~0u, above + (upper ? 0 : high.all), found);
+  u32 over = warp_sum((lane * 2 > coarse ? low.earlier : 0) + (lane * 2 + 1 > coarse ? high.earlier : 0));
+  const Counts bin = sum_blocks<MOST_BLOCKS>(m.histogram + coarse * 32 + lane, 0, rank, size);   // one bin a lane
+  above += sum_above(bin.all, lane);
+  const bool here = above < k && above + bin.all >= k;
+  over += warp_sum(lane > __ffs(__ballot_sync(~0u, here)) - 1 ? bin.earlier : 0);
+  if (here) { m.threshold = coarse * 32 + lane; m.ties = k - above; m.over_before = over; m.equal_before = bin.earlier; }
 }
 
 // Counts this block's keys in the threshold's bin by their fine bits.
@@ -98,17 +107,16 @@ template <int WARPS> __device__ __forceinline__ void count_fine(SelectMemory<WAR
 // One warp: from the threshold's bin to the threshold itself.
 template <int WARPS> __device__ __forceinline__ void refine_threshold(SelectMemory<WARPS>& m, int rank, int size, int lane) {
   const u32 k = m.ties, bin = m.threshold, over_before = m.over_before;
-  u32 all = 0, earlier = 0;   // one fine bin a lane
-  if (lane < FINE_BINS)
-    for (int other = 0; other < size; other++) {
-      const u32 v = load_remote(m.fine + lane, other);
-      all += v;
-      if (other < rank) earlier += v;
-    }
-  const u32 above = sum_above(all, lane);
-  const bool here = above < k && above + all >= k;
-  const u32 over = warp_sum(lane > __ffs(__ballot_sync(~0u, here)) - 1 ? earlier : 0);
-  if (here) { m.threshold = bin << FINE_BITS | lane; m.ties = k - above; m.over_before = over_before + over; m.equal_before = earlier; }
+  static_assert(FINE_BINS <= 16, "half a warp a half of the blocks");
+  constexpr int HALF = (MOST_BLOCKS + 1) / 2;
+  Counts fine = sum_blocks<HALF>(m.fine + lane % FINE_BINS, lane / 16 * HALF, rank, size);
+  fine.all += __shfl_xor_sync(~0u, fine.all, 16);
+  fine.earlier += __shfl_xor_sync(~0u, fine.earlier, 16);
+  if (lane >= FINE_BINS) fine = {0, 0};
+  const u32 above = sum_above(fine.all, lane);
+  const bool here = above < k && above + fine.all >= k;
+  const u32 over = warp_sum(lane > __ffs(__ballot_sync(~0u, here)) - 1 ? fine.earlier : 0);
+  if (here) { m.threshold = bin << FINE_BITS | lane; m.ties = k - above; m.over_before = over_before + over; m.equal_before = fine.earlier; }
 }
 
 // The histogram of this block's keys > 0 is in memory.histogram; slots start at first_slot.
