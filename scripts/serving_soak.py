@@ -13,7 +13,8 @@ requests with a shared prefix. The policy knows no rejected drafts: with them, o
 
 A batch of another size is rounded otherwise, which now and then selects another of nearly equal tokens:
 all but a few in a thousand tokens have to be the policy's. Memory grows until the libraries below
-PyTorch have met most batch sizes: it is given after the first, the middle and the last wave of each round.
+PyTorch have met most batch sizes: it is given after the first, the middle and the last wave of each round,
+and what it grew by from the middle on.
 
 The last line printed is JSON. Exits with 1 after any error.
 """
@@ -285,8 +286,13 @@ def main() -> int:
     if counts["differ alone"] > max(1, MOST_DIFFERENT * counts["compared alone"]):
         errors.append("too many answers differ alone")
     three = [[some[0], some[len(some) // 2], some[-1]] for some in readings if some]
+    growth = [
+        {name: value - middle[name] for name, value in last.items() if value is not None}
+        for _, middle, last in three
+    ]
     seconds = round(time.monotonic() - start)
-    print(json.dumps({"device": DEVICE, "seconds": seconds, **counts, "errors": errors, "memory": three}))
+    found = {"device": DEVICE, "seconds": seconds, **counts, "errors": errors}
+    print(json.dumps(found | {"memory": three, "growth": growth}))
     return int(bool(errors))
 
 
