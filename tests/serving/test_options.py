@@ -21,6 +21,7 @@ def folder(tmp_path_factory):
         ({"buget": 0.1}, {}, "unknown option buget"),
         ("fast", {}, "must hold options by name"),
         ({"preset": "paper"}, {}, "preset='paper'"),
+        ({"prefill": "sparse"}, {}, "prefill='sparse' is not supported"),
         ({"offloading": True}, {}, "offloading"),
         ({"compile": True}, {}, "the engine's own options"),
         ({"sparse_queries": 100}, {}, "sparse_queries may be at most 8"),

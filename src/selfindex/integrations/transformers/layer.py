@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer
 
 from ...attention.attend import attend, is_step, take_step
+from ...attention.prompt import attend_prompt
 from ...attention.step import FixedPlan, StepPlans, attend_step
 from ...config import SelfIndexConfig
 from ...errors import StateError
@@ -23,6 +24,7 @@ from .inputs import check_new_tokens, check_query, full_precision
 from .new_keys import NewKeys
 from .observer import Observation, Observer
 from .opaque import register_layer, run_layer
+from .prompt import reads_sparsely
 
 MASKED_CHUNK = 1024
 """New tokens up to which the model's own attention takes them behind held ones: some of these
@@ -71,6 +73,7 @@ class SelfIndexLayer(CacheLayerMixin):
         self._plans = cache.plans
         self.store: LayerStore | None = None
         self.positions = 0
+        self.sparse_prompts = cache.config.prefill == "sparse"
         self.unread: list[int] = []
         """Per row, how many of the tokens it holds the last step left out; [] if no step ran on them."""
         self._read: list[int] = []
@@ -209,10 +212,12 @@ class SelfIndexLayer(CacheLayerMixin):
             if valid is not None:
                 valid = valid.to(keys.device)  # with device_map, layers are on several devices
             step, output = is_step(store, query, valid), None
-            if not step and dense is not None:
+            prompt = self.positions == 0
+            sparse = prompt and reads_sparsely(cache.config, mask, query.shape[2])
+            if not (step or sparse) and dense is not None:
                 encoded = any(store.encoded(b) for b in range(store.batch))
                 exact = not encoded and cache.positions is None and valid is None
-                if self.positions == 0:
+                if prompt:
                     # Prefill is the model's own attention on its own tensors.
                     output, self.read = dense(query, keys, values, mask)[0], [0] * store.batch
                 elif exact and keys.shape[2] <= MASKED_CHUNK:
@@ -222,7 +227,10 @@ class SelfIndexLayer(CacheLayerMixin):
             with full_precision(keys.device):
                 keys, values = store.window.fitted(keys, values)
                 fitted = query if query.dtype is keys.dtype else query.to(keys.dtype)
-                if step:
+                if sparse:
+                    output = attend_prompt(cache.config, fitted, keys, values, valid, scaling, sink_logit)
+                    output, self.read = output.transpose(1, 2).contiguous(), [0] * store.batch
+                elif step:
                     output, plan = take_step(store, fitted, keys, values, scaling, sink_logit, cache.plans)
                     self._read, self.unread = plan.read, plan.unread
                 elif output is None:

@@ -152,6 +152,11 @@ def _option_refusals(config: SelfIndexConfig) -> Iterator[tuple[bool, type[Excep
         ConfigError,
         "preset='paper' takes its statistics from one prompt and shares no pages; use 'balanced' in vLLM",
     )
+    yield (
+        config.prefill != "exact",
+        ConfigError,
+        "prefill='sparse' is not supported in vLLM, which reads prompts in chunks: leave it out",
+    )
     yield config.offloading, ConfigError, "offloading is not supported in vLLM, whose pages stay on the GPU"
     yield (
         config.compile or not config.cuda_graphs,
