@@ -177,7 +177,7 @@ def _integer(name: str, value: Any, least: int, most: int = MOST) -> int:
 
 def _share(name: str, value: Any) -> float:
     """`value` as a Python float; ConfigError unless it is a real number in (0, 1]."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0.0 < value <= 1.0:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0.0 < float(value) <= 1.0:
         raise ConfigError(f"{name} must be a number in (0, 1], got {value!r}")
     return float(value)
 

@@ -113,6 +113,7 @@ def attend(
         return_aux=AuxRequest(lse=True),
         kernel_options=OPTIONS,
     )
+    assert more.lse is not None
     return output, more.lse
 
 
