@@ -11,7 +11,7 @@ from selfindex.evaluation.markdown import head, paragraph, row
 from .quality import results, setting
 
 ROOT = Path(__file__).parents[1]
-CHOSEN = "mean x bound"
+CHOSEN = "mean x gaussian"
 TARGET = 1
 """Of the targets in a result, the one that is shown: .95."""
 

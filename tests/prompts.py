@@ -32,7 +32,8 @@ def estimated(query, keys, scaling):
                     logits = []
                     for j in range(i + 1):
                         k = keys[b, h, j * BLOCK : (j + 1) * BLOCK].float()
-                        logits.append(torch.maximum(q * k.amax(0), q * k.amin(0)).sum())
+                        k = torch.cat((k, k[-1:].expand(BLOCK - len(k), -1)))
+                        logits.append(q @ k.mean(0) + q.square() @ k.var(0, correction=0) / 2)
                     shares[b, h, i, : i + 1] += torch.stack(logits).softmax(0) / groups
     return shares
 

@@ -198,3 +198,26 @@ def check_budget(budget: float | int) -> float | int:
             "pass an integer for a number of tokens"
         )
     return float(budget)
+
+
+def parse_prefill(text: str) -> dict[str, Any]:
+    """Options of a prefill as typed: "exact", "sparse", "sparse=0.9" (mass) or "sparse=10%" (density).
+
+    Raises:
+        ConfigError: it is none of these, or out of range.
+    """
+    kind, given, value = text.partition("=")
+    options: dict[str, Any] = {"prefill": kind}
+    if given:
+        try:
+            share = float(value.removesuffix("%"))
+        except ValueError:
+            share = math.nan
+        if kind != "sparse" or math.isnan(share):
+            raise ConfigError(
+                f"prefill must be exact, sparse, sparse=0.9 (mass) or sparse=10% (density), got {text!r}"
+            )
+        dense = {"prefill_mass": 1.0, "prefill_density": share / 100}
+        options |= dense if value.endswith("%") else {"prefill_mass": share}
+    SelfIndexConfig(**options)  # refuse early
+    return options

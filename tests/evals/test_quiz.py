@@ -9,11 +9,12 @@ from tiny_models import make_model
 from tiny_tokenizer import make_tokenizer
 
 from evals import quality
+from selfindex.config import SelfIndexConfig, parse_prefill
 from selfindex.errors import InputError
 from selfindex.evaluation import quiz as quizzes
 from selfindex.evaluation import run as runs
 from selfindex.evaluation.baselines import Unavailable
-from selfindex.evaluation.methods import STRESS, Candidate, answering, prefill_config, wanted
+from selfindex.evaluation.methods import STRESS, Candidate, answering, wanted
 from selfindex.evaluation.quiz import Quiz
 from selfindex.evaluation.records import Records
 from selfindex.evaluation.report import batch_table, not_measured, task_tables
@@ -158,12 +159,13 @@ def test_ways_to_read_name_the_rows():
 
 @pytest.mark.parametrize("name", ["dense", OURS])
 def test_documents_are_read_sparsely(model, source, name):
-    way = prefill_config("sparse=10%")
-    assert (way.prefill, way.prefill_mass, way.prefill_density) == ("sparse", 1.0, 0.1)
     candidates = answering(0.05, 64, ("default",), ("sparse=100%", "sparse=10%"))
     quiz, given = Quiz(*model, candidates), samples(source, "niah_single_2", 2)
     (recording, _), *_ = quiz.prefilled(given)
-    values = [recording.again(model[0], prefill_config(text)) for text in ("sparse=100%", "sparse=10%")]
+    values = [
+        recording.again(model[0], SelfIndexConfig(**parse_prefill(text)))
+        for text in ("sparse=100%", "sparse=10%")
+    ]
     exact, all_blocks, few = (x.tensors[-1][2] for x in (recording, *values))
     torch.testing.assert_close(all_blocks, exact, atol=1e-3, rtol=1e-3)
     assert not torch.allclose(few, exact, atol=1e-3)

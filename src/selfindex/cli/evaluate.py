@@ -17,7 +17,7 @@ import typer
 from rich.markdown import Markdown
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..config import check_budget
+from ..config import check_budget, parse_prefill
 from ..evaluation.models import SMOLLM2, Loaded, load
 from .console import BUDGET, DEVICE, CommandError, err, errors_in_one_line, out, parse_budget
 
@@ -100,7 +100,7 @@ def _suite(
     policies: list[str],
     prefills: list[str],
 ) -> tuple[Suite, list[str]]:
-    from ..evaluation.methods import POLICIES, prefill_config
+    from ..evaluation.methods import POLICIES
     from ..evaluation.suites import PARTS, SUITES
     from ..evaluation.tasks import GROUPS, TASKS
 
@@ -127,7 +127,7 @@ def _suite(
         _check_known("policy", _listed(policies), POLICIES)
         suite = replace(suite, policies=tuple(_listed(policies)))
     for text in _listed(prefills):
-        prefill_config(text)  # refuse early
+        parse_prefill(text)  # refuse early
     suite = replace(suite, prefills=tuple(_listed(prefills)))
     return suite, [p for p in PARTS if not parts or p in parts]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-from ..config import EVERY_QUERY, SelfIndexConfig
-from ..errors import ConfigError, InputError
+from ..config import EVERY_QUERY, SelfIndexConfig, parse_prefill
+from ..errors import InputError
 from ..integrations.transformers import SelfIndexCache
 from .baselines import LIBRARY, LibraryCache, baseline_cache, baselines
 from .baselines.base import Method
@@ -63,33 +63,13 @@ def selecting(budget: float, head_dim: int) -> list[str]:
     return found + [f"{name} {100 * budget:g} %" for name in OURS if "budget" not in OURS[name]]
 
 
-def prefill_config(text: str) -> SelfIndexConfig:
-    """How documents are read: "exact", "sparse", "sparse=0.9" (target mass) or "sparse=10%" (density).
-
-    Raises:
-        ConfigError: it is none of these, or out of range.
-    """
-    kind, given, value = text.partition("=")
-    if not given:
-        return SelfIndexConfig.make(prefill=kind)
-    try:
-        share = float(value.removesuffix("%"))
-    except ValueError:
-        raise ConfigError(
-            f"prefill must be exact, sparse, sparse=0.9 (mass) or sparse=10% (density), got {text!r}"
-        ) from None
-    if value.endswith("%"):
-        return SelfIndexConfig.make(prefill=kind, prefill_mass=1.0, prefill_density=share / 100)
-    return SelfIndexConfig.make(prefill=kind, prefill_mass=share)
-
-
 def answering(
     budget: float, head_dim: int, policies: Sequence[str], prefills: Sequence[str] = ()
 ) -> dict[str, Candidate]:
     """Candidates for tasks, under one policy or both.
 
     Args:
-        prefills: other ways than exactly, see `prefill_config`, in which the dense model and this project's
+        prefills: other ways than exactly, see `parse_prefill`, in which the dense model and this project's
             methods read documents as well.
 
     Raises:
@@ -107,7 +87,7 @@ def answering(
     if "default" not in policies:
         found = {name: candidate for name, candidate in found.items() if name not in depend}
     own = [name for name in found if name == "dense" or name.startswith(tuple(OURS))]
-    others = [(text, prefill_config(text)) for text in prefills]
+    others = [(text, SelfIndexConfig(**parse_prefill(text))) for text in prefills]
     return found | {
         f"{name}{PREFILL}{text}": _read_anew(found[name], config)
         for text, config in others

@@ -37,11 +37,11 @@ def select_blocks(
 ) -> tuple[Tensor, Tensor]:
     """Select blocks of keys for every block of queries of the heads of a KV head.
 
-    A block of keys is judged by the most that q.k can be for keys within the ranges of its channels, q being
-    the mean of a block of queries: the softmax of that over the blocks which are seen, averaged over the
-    heads. Kept are, best first, as many as it takes for these shares to sum up to `mass`, but at most
-    `density` of the blocks there are (and some always, see ALWAYS). A last block that is not full is judged
-    as if its last token filled it up.
+    A block of keys is judged by log E exp(q.k), as it would be if its channels were normal and independent:
+    q.mean + q^2.variance / 2, q being the mean of a block of queries. The softmax of that over the blocks
+    which are seen, averaged over the heads, is a block's share. Kept are, best first, as many as it takes for
+    the shares to sum up to `mass`, but at most `density` of the blocks there are (and some always, see
+    ALWAYS). A last block that is not full is judged as if its last token filled it up.
 
     Args:
         query: [B, Hq, T, d]; keys: [B, H, T, d]; a prompt without padding, T > 0.
@@ -57,10 +57,11 @@ def select_blocks(
     width = most_blocks(tokens, density)
     fill = blocks * BLOCK - tokens
     pages = _filled(keys, fill).unflatten(2, (blocks, BLOCK))
-    top, bottom = pages.amax(3).float(), pages.amin(3).float()
+    variance, mean = torch.var_mean(pages.float(), 3, correction=0)
+    judged = torch.cat((mean, variance / 2), 3)
     asking = _filled(query, fill).unflatten(2, (blocks, BLOCK)).mean(3, dtype=torch.float32) * scaling
     asking = asking.unflatten(1, (heads, -1))  # [B, H, G, n, d]
-    up, down = asking.clamp(min=0), asking.clamp(max=0)
+    asking = torch.cat((asking, asking.square()), 4)
     at = torch.arange(blocks, device=keys.device)
     step = max(1, LOGITS // (query.shape[0] * query.shape[1] * blocks))
     found = []
@@ -68,7 +69,7 @@ def select_blocks(
         rows = at[first : first + step]
         last = first + len(rows)  # no row sees more blocks
         unseen = at[:last] > rows[:, None]
-        logits = sum(q[:, :, :, first:last] @ k[:, :, None, :last].mT for q, k in ((up, top), (down, bottom)))
+        logits = asking[:, :, :, first:last] @ judged[:, :, None, :last].mT
         logits = logits.masked_fill_(unseen, -torch.inf)
         shares = logits.softmax(-1).mean(2)  # [B, H, rows, last]
         found.append(_keep(shares, rows, mass, density, width))
