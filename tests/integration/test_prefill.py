@@ -8,11 +8,11 @@ from tiny_models import cache_argument, forward, generate, make_model, pair, pro
 
 import selfindex
 from selfindex.attention import prompt as prompt_module
-from selfindex.attention.prompt import attend_prompt
+from selfindex.attention.prompt import EXACT, attend_prompt
 from selfindex.backends import ops
 from selfindex.integrations.transformers.prompt import _say_exact
 
-LONG = 700
+LONG = 1200
 ALL = {"prefill": "sparse", "prefill_mass": 1.0, "dense_below": 0}
 FEW = ALL | {"prefill_density": 0.1}
 
@@ -65,7 +65,7 @@ def test_a_later_chunk_is_exact(selections):
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_rows_of_a_padded_batch_are_rows_alone(side):
     _, ours = pair("llama", max_position_embeddings=2048)
-    lengths = [LONG, 450, 600]
+    lengths = [LONG, 950, 1100]
     ids, mask = (torch.zeros(3, LONG, dtype=torch.long) for _ in range(2))
     places = [slice(0, n) if side == "right" else slice(LONG - n, LONG) for n in lengths]
     for b, at in enumerate(places):
@@ -83,7 +83,8 @@ def test_padding_gets_zeros_and_short_rows_are_exact(selections):
     valid[0, :100], valid[1, 200:], valid[2] = False, False, False
     config = selfindex.SelfIndexConfig(**(FEW | {"dense_below": 300}))
     output = attend_prompt(config, query, keys, values, valid, 0.125)
-    assert selections == [(1, 6, LONG - 100, 64)]
+    # Without the last queries, and those of a block that is not full, which read everything.
+    assert selections == [(1, 6, 768, 64)]
     assert not output.transpose(1, 2)[~valid].any()
     wanted = torch.nn.functional.scaled_dot_product_attention(
         query[1:2, :, :200],
@@ -94,6 +95,16 @@ def test_padding_gets_zeros_and_short_rows_are_exact(selections):
         enable_gqa=True,
     )
     torch.testing.assert_close(output[1:2, :, :200], wanted, atol=1e-5, rtol=1e-5)
+    wanted = torch.nn.functional.scaled_dot_product_attention(
+        query[:1, :, 100:],
+        keys[:1, :, 100:],
+        values[:1, :, 100:],
+        is_causal=True,
+        scale=0.125,
+        enable_gqa=True,
+    )
+    torch.testing.assert_close(output[:1, :, -EXACT:], wanted[:, :, -EXACT:], atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(output[:1, :, 600:700], wanted[:, :, 500:600], atol=1e-3)
 
 
 def test_short_prompts_are_exact(selections):

@@ -70,7 +70,7 @@ def test_attention_to_selected_blocks(tokens, dtype, heads, groups, dim):
     output, lse = ops.block_attend(query, keys, values, blocks, counts, SCALING)
     wanted, wanted_lse = attend_selected(query, keys, values, selected(blocks, counts), SCALING)
     assert (output.dtype, lse.dtype) == (dtype, torch.float32)
-    assert output.stride() == torch.empty_like(query).stride()
+    assert output.transpose(1, 2).is_contiguous()
     torch.testing.assert_close(output.float(), wanted, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
     torch.testing.assert_close(lse, wanted_lse, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 

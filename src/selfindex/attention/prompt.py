@@ -1,4 +1,8 @@
-"""A prompt's attention when it is sparse: every block of queries reads the blocks of keys selected for it."""
+"""A prompt's attention when it is sparse: every block of queries reads the blocks of keys selected for it.
+
+But for the last queries: there a prompt asks what it is about, often in a few words, which the mean of a
+block would hide. They read everything, which costs little where prompts are long.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +10,18 @@ import torch
 from torch import Tensor
 
 from ..backends import ops
-from ..backends.partial import merge_parts
+from ..backends.operators.select_blocks import BLOCK
+from ..backends.partial import join_parts, merge_parts
 from ..config import SelfIndexConfig
 from .kernels import attend_plain
+
+EXACT = 2 * BLOCK
+"""Queries at the end, at least, that read everything."""
 
 
 def is_sparse(config: SelfIndexConfig, tokens: int) -> bool:
     """Whether a prompt of so many tokens selects what it reads; up to `dense_below` it reads everything."""
-    return config.prefill == "sparse" and tokens > config.dense_below
+    return config.prefill == "sparse" and tokens > max(config.dense_below, EXACT + BLOCK)
 
 
 def attend_prompt(
@@ -57,9 +65,18 @@ def _attend(
     sink_logit: Tensor | None,
 ) -> Tensor:
     """`attend_prompt` without padding."""
-    if is_sparse(config, query.shape[2]):
-        blocks, counts = ops.select_blocks(query, keys, scaling, config.prefill_mass, config.prefill_density)
-        output, lse = ops.block_attend(query, keys, values, blocks, counts, scaling)
+    tokens = query.shape[2]
+    if is_sparse(config, tokens):
+        first = (tokens - EXACT) // BLOCK * BLOCK
+        before, last = zip(*(x.tensor_split([first], 2) for x in (query, keys, values)), strict=True)
+        limits = config.prefill_mass, config.prefill_density
+        selection = ops.select_blocks(*before[:2], scaling, *limits)
+        one, one_lse = ops.block_attend(*before, *selection, scaling)
+        earlier = attend_plain(last[0], *before[1:], scaling, causal=False)
+        other, other_lse = join_parts(earlier, attend_plain(*last, scaling, causal=True))
+        output = torch.empty_like(query)
+        output[:, :, :first], output[:, :, first:] = one, other
+        lse = torch.cat((one_lse, other_lse), 2)
     else:
         output, lse = attend_plain(query, keys, values, scaling, causal=True)
     if sink_logit is None:
