@@ -68,12 +68,11 @@ def _attend(
     tokens = query.shape[2]
     if is_sparse(config, tokens):
         first = (tokens - EXACT) // BLOCK * BLOCK
-        before, last = zip(*(x.tensor_split([first], 2) for x in (query, keys, values)), strict=True)
-        limits = config.prefill_mass, config.prefill_density
-        selection = ops.select_blocks(*before[:2], scaling, *limits)
-        one, one_lse = ops.block_attend(*before, *selection, scaling)
-        earlier = attend_plain(last[0], *before[1:], scaling, causal=False)
-        other, other_lse = join_parts(earlier, attend_plain(*last, scaling, causal=True))
+        (q, q_last), (k, k_last), (v, v_last) = (x.tensor_split([first], 2) for x in (query, keys, values))
+        selection = ops.select_blocks(q, k, scaling, config.prefill_mass, config.prefill_density)
+        one, one_lse = ops.block_attend(q, k, v, *selection, scaling)
+        earlier = attend_plain(q_last, k, v, scaling, causal=False)
+        other, other_lse = join_parts(earlier, attend_plain(q_last, k_last, v_last, scaling, causal=True))
         output = torch.empty_like(query)
         output[:, :, :first], output[:, :, first:] = one, other
         lse = torch.cat((one_lse, other_lse), 2)
