@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tiny_models import pair
 
 from selfindex import ConfigError, SelfIndexCache, SelfIndexConfig
-from selfindex.config import AUTO, MOST
+from selfindex.config import AUTO, MOST, parse_prefill
 
 
 @pytest.mark.parametrize(
@@ -58,6 +58,13 @@ from selfindex.config import AUTO, MOST
         ({"offloading": 1}, "offloading"),
         ({"allow_untested": "no"}, "allow_untested"),
         ({"value_bits": 4}, "value_bits"),
+        ({"prefill": "fast"}, "prefill must be one of"),
+        ({"prefill": None}, "prefill must be one of"),
+        ({"prefill_mass": 0}, "prefill_mass"),
+        ({"prefill_mass": 1.5}, "prefill_mass"),
+        ({"prefill_mass": True}, "prefill_mass"),
+        ({"prefill_density": float("nan")}, "prefill_density"),
+        ({"prefill_density": "10%"}, "prefill_density"),
         ({"preset": "paper", "value_bits": 3}, "paper"),
         ({"preset": "paper", "profile": "file"}, "profile"),
         ({"budgets": 3}, "unknown option budgets"),
@@ -69,6 +76,25 @@ def test_bad_options_are_refused(options, match):
         SelfIndexConfig.make(**options)
     with pytest.raises(ConfigError, match=match):
         SelfIndexConfig.make(SelfIndexConfig(), **options)
+
+
+@pytest.mark.parametrize(
+    ("text", "options"),
+    [
+        ("exact", {"prefill": "exact"}),
+        ("sparse", {"prefill": "sparse"}),
+        ("sparse=0.9", {"prefill": "sparse", "prefill_mass": 0.9}),
+        ("sparse=10%", {"prefill": "sparse", "prefill_mass": 1.0, "prefill_density": 0.1}),
+    ],
+)
+def test_prefill_as_typed(text, options):
+    assert parse_prefill(text) == options
+
+
+@pytest.mark.parametrize("text", ["", "fast", "exact=0.9", "sparse=", "sparse=some", "sparse=2", "sparse=0%"])
+def test_prefill_that_is_none(text):
+    with pytest.raises(ConfigError, match="prefill"):
+        parse_prefill(text)
 
 
 @pytest.mark.parametrize("budget", [0, 1.5, "all"])

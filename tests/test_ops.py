@@ -31,7 +31,12 @@ def arguments(request):
     rest = gaussian(2, 4, 1, 64, seed=7), gaussian(2, 4, 1, seed=8), gaussian(4, seed=9), 0.125
     held = *gaussian(2, 2, 2, 6, 64, seed=6), torch.tensor([3, 5], dtype=torch.int32)
     new = [gaussian(2, heads, 1, 64, seed=5) for heads in (4, 2, 2)]
+    prompt = [gaussian(2, n, 300, 64, seed=11) for n in (4, 2, 2)]
+    kept = torch.tensor([[0, 0], [0, 1], [0, 2]], dtype=torch.int32).expand(2, 2, -1, -1).contiguous()
+    number = torch.tensor([1, 2, 2], dtype=torch.int32).expand(2, 2, -1).contiguous()
     return {
+        "block_attend": (*prompt, kept, number, 0.125),
+        "select_blocks": (*prompt[:2], 0.125, 0.9, 0.5),
         "encode": (keys, values, full, constants[:1], fmt.name),
         "measure_balance": (query, keys[:2], gaussian(2, 2, 64).square(), 9),
         "encode_into": (keys, values, full, blocks, index, payload, constants[:1], fmt.name),

@@ -13,6 +13,9 @@ from .errors import ConfigError
 Preset = Literal["balanced", "paper"]
 PRESETS: tuple[Preset, ...] = ("balanced", "paper")
 
+Prefill = Literal["exact", "sparse"]
+PREFILLS: tuple[Prefill, ...] = ("exact", "sparse")
+
 AUTO = -1
 """Value of `sinks` and `recent` that stands for the preset's own choice."""
 
@@ -52,6 +55,13 @@ class SelfIndexConfig:
         dense_below: while a row has at most this many encoded tokens, all of them are attended.
         sparse_queries: a chunk of more new queries than this (the next chat turn, chunked
             prefill) attends to the whole decoded cache instead of selecting per query.
+        prefill: how a prompt attends to itself: "exact" (default), or "sparse", where every block of 128
+            queries reads the blocks of 128 keys that it selects, and some always (the first, the own and
+            the one before it). Prompts of up to `dense_below` tokens, the last 256 tokens of others, and
+            layers that are not compressed, are exact in any case. Later chunks and steps are as always.
+        prefill_mass: share of the softmax, as it is estimated, that the selected blocks are to hold, in
+            (0, 1]; 1 selects as many as `prefill_density` allows.
+        prefill_density: most blocks that are selected, as a share of those before the queries, in (0, 1].
         profile: file with the model's balance (see `BalanceProfile`); without it, balance is
             measured on the first page that is encoded.
         offloading: keep the payload plane (four fifths of the encoded bytes at head_dim 128) in pinned
@@ -75,6 +85,9 @@ class SelfIndexConfig:
     value_bits: int = 2
     dense_below: int = 1024
     sparse_queries: int = 8
+    prefill: Prefill = "exact"
+    prefill_mass: float = 0.95
+    prefill_density: float = 1.0
     profile: str | Path | None = None
     offloading: bool = False
     cuda_graphs: bool = True
@@ -97,6 +110,10 @@ class SelfIndexConfig:
         if self.page_size % 8:
             raise ConfigError(f"page_size must be a multiple of 8, got {self.page_size}")
         self._set("value_bits", _integer("value_bits", self.value_bits, 2, 3))
+        if not isinstance(self.prefill, str) or self.prefill not in PREFILLS:
+            raise ConfigError(f"prefill must be one of {PREFILLS}, got {self.prefill!r}")
+        for name in ("prefill_mass", "prefill_density"):
+            self._set(name, _share(name, getattr(self, name)))
         for name in ("offloading", "cuda_graphs", "compile", "allow_untested"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
@@ -158,6 +175,13 @@ def _integer(name: str, value: Any, least: int, most: int = MOST) -> int:
     return int(value)
 
 
+def _share(name: str, value: Any) -> float:
+    """`value` as a Python float; ConfigError unless it is a real number in (0, 1]."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0.0 < float(value) <= 1.0:
+        raise ConfigError(f"{name} must be a number in (0, 1], got {value!r}")
+    return float(value)
+
+
 def check_budget(budget: float | int) -> float | int:
     """The budget as Python's number; ConfigError unless a fraction in (0, 1] or a token count >= 1."""
     if _is_integer(budget):
@@ -174,3 +198,26 @@ def check_budget(budget: float | int) -> float | int:
             "pass an integer for a number of tokens"
         )
     return float(budget)
+
+
+def parse_prefill(text: str) -> dict[str, Any]:
+    """Options of a prefill as typed: "exact", "sparse", "sparse=0.9" (mass) or "sparse=10%" (density).
+
+    Raises:
+        ConfigError: it is none of these, or out of range.
+    """
+    kind, given, value = text.partition("=")
+    options: dict[str, Any] = {"prefill": kind}
+    if given:
+        try:
+            share = float(value.removesuffix("%"))
+        except ValueError:
+            share = math.nan
+        if kind != "sparse" or math.isnan(share):
+            raise ConfigError(
+                f"prefill must be exact, sparse, sparse=0.9 (mass) or sparse=10% (density), got {text!r}"
+            )
+        dense = {"prefill_mass": 1.0, "prefill_density": share / 100}
+        options |= dense if value.endswith("%") else {"prefill_mass": share}
+    SelfIndexConfig(**options)  # refuse early
+    return options

@@ -92,6 +92,8 @@ def test_short_texts(invoke, folder, tmp_path):
         ("--policy", "some", "no policy some; there are default, every"),
         ("--lengths", "900,many", "'many' is not a number of tokens"),
         ("--budget", "200", "as a share"),
+        ("--prefill", "sparse=fast", "prefill must be exact"),
+        ("--prefill", "sparse=2", "prefill_mass must be"),
         ("--text", "nowhere.txt", "is neither one of"),
     ],
 )
@@ -102,12 +104,13 @@ def test_bad_options(fails, folder, option, value, message):
 def test_lists_with_commas_and_groups():
     suite, parts = _suite(
         "quick", ["tasks"], ["selfindex balanced, 3-bit values,KIVI", "Quest"], ["code,niah_single_1", "lcc"],
-        ["900,1000"], 3, ["default,every"],
+        ["900,1000"], 3, ["default,every"], ["sparse,sparse=10%"],
     )  # fmt: skip
     assert suite.methods == ("selfindex balanced, 3-bit values", "KIVI", "Quest")
     assert suite.tasks == ("lcc", "repobench_p", "niah_single_1")
     assert suite.task_lengths == (900, 1000)
     assert suite.policies == ("default", "every")
+    assert suite.prefills == ("sparse", "sparse=10%")
     assert parts == ["tasks"]
 
 

@@ -33,6 +33,11 @@ def test_offloading_gives_the_same_text(invoke, folder):
     assert "in host memory" in offloaded.output
 
 
+def test_all_blocks_of_a_prompt_give_the_same_text(invoke, folder):
+    texts = [generate(invoke, folder, LONG, "--prefill", way) for way in ("exact", "sparse=100%")]
+    assert texts[0].output.splitlines()[0] == texts[1].output.splitlines()[0]
+
+
 def test_short_prompt_gives_the_dense_text(invoke, folder):
     ours = generate(invoke, folder, "hello", "--raw")
     dense = generate(invoke, folder, "hello", "--raw", "--dense")

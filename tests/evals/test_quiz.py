@@ -9,6 +9,7 @@ from tiny_models import make_model
 from tiny_tokenizer import make_tokenizer
 
 from evals import quality
+from selfindex.config import SelfIndexConfig, parse_prefill
 from selfindex.errors import InputError
 from selfindex.evaluation import quiz as quizzes
 from selfindex.evaluation import run as runs
@@ -148,6 +149,31 @@ def test_policies_name_the_rows():
     assert wanted(both, ("selfindex balanced 5",)) == ["dense", OURS, OURS + STRESS]
     with pytest.raises(InputError, match="no policy some"):
         answering(0.05, 64, ("some",))
+
+
+def test_ways_to_read_name_the_rows():
+    found = list(answering(0.05, 64, ("default",), ("exact", "sparse", "sparse=10%")))
+    assert {"dense", "dense, prefill sparse", f"{OURS}, prefill sparse=10%"} <= set(found)
+    assert not [name for name in found if name.endswith("exact") or name.startswith("KIVI-2, prefill")]
+
+
+@pytest.mark.parametrize("name", ["dense", OURS])
+def test_documents_are_read_sparsely(model, source, name):
+    candidates = answering(0.05, 64, ("default",), ("sparse=100%", "sparse=10%"))
+    quiz, given = Quiz(*model, candidates), samples(source, "niah_single_2", 2)
+    (recording, _), *_ = quiz.prefilled(given)
+    values = [
+        recording.again(model[0], SelfIndexConfig(**parse_prefill(text)))
+        for text in ("sparse=100%", "sparse=10%")
+    ]
+    exact, all_blocks, few = (x.tensors[-1][2] for x in (recording, *values))
+    torch.testing.assert_close(all_blocks, exact, atol=1e-3, rtol=1e-3)
+    assert not torch.allclose(few, exact, atol=1e-3)
+    said = [
+        quiz.ask(other, recording, list(given.values())) for other in (name, f"{name}, prefill sparse=100%")
+    ]
+    assert [one.replies for one in said[0]] == [one.replies for one in said[1]]
+    assert quiz.ask(f"{name}, prefill sparse=10%", recording, list(given.values()))[0].replies
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,7 @@ def folder(tmp_path_factory):
         ("fast", {}, "must hold options by name"),
         ({"preset": "paper", "profile": "balance.safetensors"}, {}, "takes its statistics"),
         ({"preset": "paper", "page_size": 64}, {}, "sinks may be at most half a page"),
+        ({"prefill": "sparse"}, {}, "prefill='sparse' is not supported"),
         ({"offloading": True}, {}, "offloading"),
         ({"compile": True}, {}, "the engine's own options"),
         ({"sparse_queries": 100}, {}, "sparse_queries may be at most 8"),

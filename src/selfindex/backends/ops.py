@@ -5,6 +5,7 @@ with `register_kernel`.
 """
 
 from . import cpu, cuda
+from .operators.block_attend import operator as block_attend
 from .operators.decode_pages import operator as decode_pages
 from .operators.define import register_kernel
 from .operators.dense_attend import operator as dense_attend
@@ -17,12 +18,14 @@ from .operators.paged_window_attend import operator as paged_window_attend
 from .operators.prompt_statistics import operator as prompt_statistics
 from .operators.score import operator as score
 from .operators.select import operator as select
+from .operators.select_blocks import operator as select_blocks
 from .operators.sparse_attend import operator as sparse_attend
 from .operators.sparse_decode import operator as sparse_decode
 from .operators.step_attend import operator as step_attend
 from .operators.window_attend import operator as window_attend
 
 __all__ = [
+    "block_attend",
     "decode_pages",
     "dense_attend",
     "encode",
@@ -35,6 +38,7 @@ __all__ = [
     "register_kernel",
     "score",
     "select",
+    "select_blocks",
     "sparse_attend",
     "sparse_decode",
     "step_attend",

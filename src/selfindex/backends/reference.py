@@ -1,5 +1,6 @@
 """The operators in plain PyTorch, float32: the specification other backends are tested against."""
 
+from .operators.block_attend import block_attend
 from .operators.decode_pages import decode_pages
 from .operators.dense_attend import dense_attend
 from .operators.encode import encode
@@ -11,12 +12,14 @@ from .operators.paged_window_attend import paged_window_attend
 from .operators.prompt_statistics import prompt_statistics
 from .operators.score import score
 from .operators.select import select
+from .operators.select_blocks import select_blocks
 from .operators.sparse_attend import sparse_attend
 from .operators.sparse_decode import sparse_decode
 from .operators.step_attend import step_attend
 from .operators.window_attend import window_attend
 
 __all__ = [
+    "block_attend",
     "decode_pages",
     "dense_attend",
     "encode",
@@ -28,6 +31,7 @@ __all__ = [
     "prompt_statistics",
     "score",
     "select",
+    "select_blocks",
     "sparse_attend",
     "sparse_decode",
     "step_attend",

@@ -89,4 +89,7 @@ BUDGET = typer.Option(
     "0.05", help="Encoded tokens read per query: a fraction (0.05), a percentage (5%) or a number (2048)."
 )
 PRESET = typer.Option("balanced", help="How the cache is encoded: balanced or paper.")
+PREFILL = typer.Option(
+    "exact", help="How a prompt attends to itself: exact, sparse, sparse=0.9 (mass) or sparse=10% (density)."
+)
 DEVICE = typer.Option("auto", help="auto (CUDA if there is one), cpu, cuda, cuda:1 ...")

@@ -17,7 +17,7 @@ import typer
 from rich.markdown import Markdown
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..config import check_budget
+from ..config import check_budget, parse_prefill
 from ..evaluation.models import SMOLLM2, Loaded, load
 from .console import BUDGET, DEVICE, CommandError, err, errors_in_one_line, out, parse_budget
 
@@ -54,6 +54,11 @@ def evaluate(
         help="Queries of tasks that select what they read: default (steps; a question reads everything) "
         "or every. Repeatable, or a,b.",
     ),
+    prefill: list[str] = typer.Option(
+        [],
+        help="Read the documents of tasks in this way as well: sparse, sparse=0.9 (mass) or sparse=10% "
+        "(density). Repeatable, or a,b.",
+    ),
     batch: int = typer.Option(0, help="Prompts at a time; 0 fits the free memory."),
     minutes: float = typer.Option(0.0, help="Stop soon after so many; the next run goes on. 0: no limit."),
     device: str = DEVICE,
@@ -71,7 +76,7 @@ def evaluate(
         check_budget(share)
         if isinstance(share, int):
             raise CommandError("give the budget as a share (0.05 or 5%): all methods get the same")
-        chosen, parts = _suite(suite, part, method, task, length, samples, policy)
+        chosen, parts = _suite(suite, part, method, task, length, samples, policy, prefill)
         texts = _texts(text)
         with err.status(f"loading {model}"):
             loaded = load(model, device, dtype)
@@ -93,6 +98,7 @@ def _suite(
     lengths: list[str],
     samples: int,
     policies: list[str],
+    prefills: list[str],
 ) -> tuple[Suite, list[str]]:
     from ..evaluation.methods import POLICIES
     from ..evaluation.suites import PARTS, SUITES
@@ -120,6 +126,9 @@ def _suite(
     if policies:
         _check_known("policy", _listed(policies), POLICIES)
         suite = replace(suite, policies=tuple(_listed(policies)))
+    for text in _listed(prefills):
+        parse_prefill(text)  # refuse early
+    suite = replace(suite, prefills=tuple(_listed(prefills)))
     return suite, [p for p in PARTS if not parts or p in parts]
 
 

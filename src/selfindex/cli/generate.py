@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from ..config import SelfIndexConfig
+from ..config import SelfIndexConfig, parse_prefill
 from ..evaluation.models import Loaded, check_length, load, read_text
 from ..evaluation.turns import Turns, with_document
-from .console import BUDGET, DEVICE, PRESET, CommandError, err, errors_in_one_line, parse_budget
+from .console import BUDGET, DEVICE, PREFILL, PRESET, CommandError, err, errors_in_one_line, parse_budget
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,6 +30,7 @@ def generate(
     ),
     budget: str = BUDGET,
     preset: str = PRESET,
+    prefill: str = PREFILL,
     offloading: bool = typer.Option(
         False, "--offloading", help="Keep most of the cache in host memory, for contexts beyond the GPU's."
     ),
@@ -41,7 +42,8 @@ def generate(
 ) -> None:
     """Generate text; the text goes to stdout, a report on the cache to stderr."""
     with errors_in_one_line():
-        config = SelfIndexConfig.make(preset=preset, budget=parse_budget(budget), offloading=offloading)
+        given = {"budget": parse_budget(budget), "offloading": offloading} | parse_prefill(prefill)
+        config = SelfIndexConfig.make(preset=preset, **given)
         text = _read_prompt(prompt, file)
         with err.status(f"loading {model}"):
             loaded = load(model, device, dtype)

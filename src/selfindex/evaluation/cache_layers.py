@@ -10,11 +10,13 @@ from typing import Any, Protocol
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
+from ..attention.prompt import attend_prompt
 from ..config import SelfIndexConfig
 from ..integrations.transformers.attention import NewKeys
 from ..integrations.transformers.models import cache_argument, plan_layers
 from ..integrations.transformers.observer import Observation, Observer
 from ..integrations.transformers.prepare import prepare
+from ..integrations.transformers.prompt import reads_sparsely
 from ..integrations.transformers.wrappers import unwrap
 
 Run = Callable[..., tuple[Tensor, Any]]
@@ -48,11 +50,28 @@ class _Layer(DynamicLayer, ABC):
 
 
 class _DenseLayer(_Layer):
-    """Stands before a layer of a dense cache."""
+    """Stands before a layer of a dense cache.
 
-    def __init__(self, layer_idx: int, plain: DynamicLayer, observer: Observer) -> None:
+    Args:
+        config: whose `prefill` says how prompts attend.
+    """
+
+    def __init__(
+        self, layer_idx: int, plain: DynamicLayer, observer: Observer, config: SelfIndexConfig
+    ) -> None:
         super().__init__(layer_idx, observer)
-        self._plain = plain
+        self._plain, self._config = plain, config
+
+    def attend(
+        self, module: Any, query: Tensor, new: NewKeys, mask: Any, scaling: float, sink_logit: Any, run: Run
+    ) -> Tensor:
+        def sparse(query: Tensor, keys: Tensor, values: Tensor, mask: Any) -> tuple[Tensor, Any]:
+            output = attend_prompt(self._config, query, keys, values, mask, scaling, sink_logit)
+            return output.transpose(1, 2), None
+
+        if self.get_seq_length() == 0 and reads_sparsely(self._config, mask, query.shape[2]):
+            run = sparse
+        return super().attend(module, query, new, mask, scaling, sink_logit, run)
 
     def _attend(
         self, query: Tensor, keys: Tensor, values: Tensor, mask: Any, scaling: float, run: Run
@@ -63,11 +82,19 @@ class _DenseLayer(_Layer):
         return self._plain.get_seq_length()
 
 
-def observe_dense(model: Any, cache: DynamicCache, ids: Tensor, observer: Observer, **options: Any) -> Any:
+def observe_dense(
+    model: Any,
+    cache: DynamicCache,
+    ids: Tensor,
+    observer: Observer,
+    config: SelfIndexConfig | None = None,
+    **options: Any,
+) -> Any:
     """A forward pass of the dense model over a dense cache, its full-attention layers observed.
 
     Args:
         ids: [B, T], after what the cache holds.
+        config: whose `prefill` says how a prompt attends to itself; exactly without one.
         options: of the forward pass.
     Returns:
         the model's output.
@@ -76,7 +103,8 @@ def observe_dense(model: Any, cache: DynamicCache, ids: Tensor, observer: Observ
     plain = {i: cache.layers[i] for i in full_attention_layers(model)}
     try:
         for i, layer in plain.items():
-            cache.layers[i] = _DenseLayer(i, layer, observer)  # type: ignore[arg-type]
+            own = _DenseLayer(i, layer, observer, config or SelfIndexConfig())  # type: ignore[arg-type]
+            cache.layers[i] = own
         return model(ids, use_cache=True, **{cache_argument(model): cache}, **options)
     finally:
         for i, layer in plain.items():

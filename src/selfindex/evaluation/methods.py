@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-from ..config import EVERY_QUERY, SelfIndexConfig
+from ..config import EVERY_QUERY, SelfIndexConfig, parse_prefill
 from ..errors import InputError
 from ..integrations.transformers import SelfIndexCache
 from .baselines import LIBRARY, LibraryCache, baseline_cache, baselines
@@ -25,6 +25,10 @@ question reads everything that is stored; "every", those of the question as well
 """
 STRESS = ", every query"
 """What the policy "every" adds to a method's name where both are compared."""
+
+
+PREFILL = ", prefill "
+"""What comes between the name of a method and how it reads documents, where that is not exactly."""
 
 
 class Candidate(NamedTuple):
@@ -59,11 +63,18 @@ def selecting(budget: float, head_dim: int) -> list[str]:
     return found + [f"{name} {100 * budget:g} %" for name in OURS if "budget" not in OURS[name]]
 
 
-def answering(budget: float, head_dim: int, policies: Sequence[str]) -> dict[str, Candidate]:
+def answering(
+    budget: float, head_dim: int, policies: Sequence[str], prefills: Sequence[str] = ()
+) -> dict[str, Candidate]:
     """Candidates for tasks, under one policy or both.
+
+    Args:
+        prefills: other ways than exactly, see `parse_prefill`, in which the dense model and this project's
+            methods read documents as well.
 
     Raises:
         InputError: there is no such policy.
+        ConfigError: there is no such way to read.
     """
     unknown = [policy for policy in policies if policy not in POLICIES]
     if unknown or not policies:
@@ -75,7 +86,23 @@ def answering(budget: float, head_dim: int, policies: Sequence[str]) -> dict[str
         found |= {name + STRESS: stress[name] for name in depend}
     if "default" not in policies:
         found = {name: candidate for name, candidate in found.items() if name not in depend}
-    return found
+    own = [name for name in found if name == "dense" or name.startswith(tuple(OURS))]
+    others = [(text, SelfIndexConfig(**parse_prefill(text))) for text in prefills]
+    return found | {
+        f"{name}{PREFILL}{text}": _read_anew(found[name], config)
+        for text, config in others
+        if config.prefill != "exact"
+        for name in own
+    }
+
+
+def _read_anew(candidate: Candidate, config: SelfIndexConfig) -> Candidate:
+    """A candidate that reads documents in another way."""
+
+    def make(model: Any, recording: Recording) -> Any:
+        return candidate.make(model, recording.again(model, config))
+
+    return candidate._replace(make=make)
 
 
 def wanted(names: Iterable[str], starts: Sequence[str]) -> list[str]:

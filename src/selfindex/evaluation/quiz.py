@@ -9,8 +9,8 @@ from typing import Any
 
 from .baselines import Unavailable
 from .methods import Candidate, own_bytes
-from .recording import SAMPLED_QUERIES, Recording
-from .replies import PASS_TOKENS, read, replies
+from .recording import PASS_TOKENS, SAMPLED_QUERIES, Recording
+from .replies import read, replies
 from .tasks import Sample
 from .timing import attempt, free_memory
 

@@ -1,6 +1,7 @@
 """One dense prefill whose queries, keys and values fill any number of caches.
 
-Prefill attention is exact in every variant, so what they store differs only in its encoding.
+Prefill attention is exact in every variant, so what they store differs only in its encoding; but for those
+that ask for the same documents `again`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from ..config import SelfIndexConfig
 from ..integrations.transformers import SelfIndexCache
 from ..integrations.transformers.observer import Observation
 from .cache_layers import observe_dense
@@ -22,6 +24,10 @@ SAMPLED_QUERIES = 2048
 """Queries of a layer that are enough for every method: the first and last quarter of them are a prompt's
 first and last ones, which some look at, and the rest are spread evenly over it.
 """
+
+
+PASS_TOKENS = 1 << 15
+"""Tokens that are read in one pass over some of the documents, or one document if it has more."""
 
 
 @dataclass
@@ -33,12 +39,14 @@ class Recording:
         scalings: per compressed layer.
         dense: the dense cache of the N tokens.
         layers: indices of the compressed layers.
+        ids: [B, N] of the tokens.
     """
 
     queries: list[Tensor]
     scalings: list[float]
     dense: DynamicCache
     layers: list[int]
+    ids: Tensor
 
     @property
     def tensors(self) -> list[tuple[Tensor, Tensor, Tensor, float]]:
@@ -65,7 +73,12 @@ class Recording:
         dense = copy.copy(self.dense)
         held: list[Any] = self.dense.layers
         dense.layers = [_with(layer, layer.keys[first:end], layer.values[first:end]) for layer in held]
-        return Recording([x[first:end] for x in self.queries], self.scalings, dense, self.layers)
+        queries = [x[first:end] for x in self.queries]
+        return Recording(queries, self.scalings, dense, self.layers, self.ids[first:end])
+
+    def again(self, model: Any, config: SelfIndexConfig) -> Recording:
+        """The same tokens read anew, as `config.prefill` says; of their queries, some."""
+        return read(model, self.ids, config)
 
 
 def _with(layer: Any, keys: Tensor, values: Tensor) -> Any:
@@ -87,7 +100,8 @@ def joined(parts: Sequence[Recording]) -> Recording:
             x.keys = x.values = x.keys.new_empty(0)  # a view would hold on to the memory
     dense.layers = layers
     queries = [torch.cat([part.queries[i] for part in parts]) for i in range(len(parts[0].queries))]
-    return Recording(queries, parts[0].scalings, dense, parts[0].layers)
+    ids = torch.cat([part.ids for part in parts])
+    return Recording(queries, parts[0].scalings, dense, parts[0].layers, ids)
 
 
 def copy_other_layers(dense: DynamicCache, cache: SelfIndexCache) -> None:
@@ -110,11 +124,14 @@ def sampled(queries: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def record(model: Any, ids: Tensor, all_queries: bool = True) -> Recording:
+def record(
+    model: Any, ids: Tensor, all_queries: bool = True, config: SelfIndexConfig | None = None
+) -> Recording:
     """Run a dense prefill of token ids [B, N] and keep what its full-attention layers saw.
 
     Args:
         all_queries: else `sampled`, which takes far less memory where prompts are long.
+        config: whose `prefill` says how prompts attend; exactly without one.
     """
     dense, found = DynamicCache(config=model.config), dict[int, tuple[Tensor, float]]()
 
@@ -122,6 +139,12 @@ def record(model: Any, ids: Tensor, all_queries: bool = True) -> Recording:
         query = seen.query if all_queries else sampled(seen.query)
         found[seen.layer.layer_idx] = (query, seen.scaling)
 
-    observe_dense(model, dense, ids, keep, logits_to_keep=1)
+    observe_dense(model, dense, ids, keep, config, logits_to_keep=1)
     queries, scalings = zip(*found.values(), strict=True)
-    return Recording(list(queries), list(scalings), dense, list(found))
+    return Recording(list(queries), list(scalings), dense, list(found), ids)
+
+
+def read(model: Any, ids: Tensor, config: SelfIndexConfig | None = None) -> Recording:
+    """`record` documents [B, N], some at a time, with some of their queries."""
+    rows = max(1, PASS_TOKENS // ids.shape[1])
+    return joined([record(model, part.to(model.device), False, config) for part in ids.split(rows)])

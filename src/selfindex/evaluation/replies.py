@@ -9,18 +9,14 @@ import torch
 from torch import Tensor
 
 from .greedy import end_tokens, greedy
-from .recording import Recording, joined, record
+from .recording import Recording
+from .recording import read as read_ids
 from .tasks import Sample
-
-PASS_TOKENS = 1 << 15
-"""Tokens that are read in one pass over some of the documents, or one document if it has more."""
 
 
 def read(model: Any, samples: Sequence[Sample]) -> Recording:
     """Prefill the documents of samples of equal length."""
-    documents = torch.tensor([sample.document for sample in samples])
-    rows = max(1, PASS_TOKENS // documents.shape[1])
-    return joined([record(model, ids.to(model.device), all_queries=False) for ids in documents.split(rows)])
+    return read_ids(model, torch.tensor([sample.document for sample in samples]))
 
 
 def replies(model: Any, tokenizer: Any, cache: Any, samples: Sequence[Sample]) -> list[list[str]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .markdown import head, paragraph, row
-from .methods import STRESS
+from .methods import PREFILL, STRESS
 from .tasks import GROUPS
 
 OURS = "selfindex balanced 5"
@@ -25,7 +25,8 @@ def interval(values: list[float], digits: int = 3) -> str:
 
 def bold(name: str) -> str:
     """The default preset stands out."""
-    return f"**{name}**" if name.startswith(OURS) and not name.endswith(STRESS) else name
+    other = name.endswith(STRESS) or PREFILL in name
+    return f"**{name}**" if name.startswith(OURS) and not other else name
 
 
 def fidelity_table(found: dict[str, Any]) -> list[str]:

@@ -67,7 +67,7 @@ class Run:
         suite, dim = self.suite, head_dim(self.model)
         teacher_forced = methods(self.budget, dim)
         self.candidates = {name: teacher_forced[name] for name in wanted(teacher_forced, suite.methods)}
-        asked = answering(self.budget, dim, suite.policies)
+        asked = answering(self.budget, dim, suite.policies, suite.prefills)
         self.quiz = Quiz(
             self.model,
             self.tokenizer,

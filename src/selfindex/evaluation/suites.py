@@ -20,6 +20,8 @@ class Suite:
         policies: names in `methods.POLICIES`: which queries of tasks and heatmap select what they read.
             Every query does where predictions and attention are compared.
         batch_tasks: asked at the first of `task_lengths` with one and with several prompts at a time.
+        prefills: as `parse_prefill` takes them; how documents of tasks and heatmap are read, besides
+            exactly.
         heat: lengths of the needle heatmap; `heat_samples` needles at each of `depths` depths.
     """
 
@@ -36,6 +38,7 @@ class Suite:
     heat: tuple[int, ...]
     depths: int
     heat_samples: int
+    prefills: tuple[str, ...] = ()
 
 
 SUITES = {

@@ -52,9 +52,8 @@ class LayerStore:
     @_outside_inference_mode
     def __init__(self, config: SelfIndexConfig, like: Tensor, balance: Tensor | None = None) -> None:
         self.config = config
-        self.format = PageFormat(
-            config.preset, like.shape[1], like.shape[3], config.page_size, config.value_bits
-        )
+        heads, dim = like.shape[1], like.shape[3]
+        self.format = PageFormat(config.preset, heads, dim, config.page_size, config.value_bits)
         self.pool = BlockPool(self.format, like.device, config.offloading)
         self.table = BlockTable(like.shape[0], self.pool)
         self.window = Window(like)
@@ -81,9 +80,6 @@ class LayerStore:
     def length(self, row: int) -> int:
         """Tokens of a row, encoded or not."""
         return self.encoded(row) + self.window.lengths[row]
-
-    def _lengths(self) -> list[int]:
-        return [self.length(b) for b in range(self.batch)]
 
     def append(
         self, keys: Tensor, values: Tensor, query: Tensor, valid: Tensor | None, scaling: float
@@ -122,9 +118,10 @@ class LayerStore:
         if valid is None and self._rows_are_equal():
             return self._plan_equal_rows(keys, values, query, check)
         prompt = keys.shape[2] - (LONGEST_DRAFT if drafts else 0)
-        if config.preset == "paper" and valid is None and prompt > config.sinks and not any(self._lengths()):
-            pinned = keep_pinned(config, keys, values, query, scaling, prompt)
-            return self._encode_rows(pinned, list(query), check)
+        whole = config.preset == "paper" and valid is None and prompt > config.sinks
+        if whole and not any(map(self.length, range(self.batch))):
+            rows = keep_pinned(config, keys, values, query, scaling, prompt)
+            return self._encode_rows(rows, list(query), check)
         rows, queries = [], []
         for b in range(self.batch):
             new_k, new_v, new_q = keys[b], values[b], query[b]

@@ -21,6 +21,12 @@ class NativeDisabled(NativeUnavailable):
     """The user asked for plain PyTorch."""
 
 
+def check_enabled() -> None:
+    """Raise NativeDisabled if the user asked for plain PyTorch."""
+    if os.environ.get(VARIABLE) == "reference":
+        raise NativeDisabled(f"{VARIABLE}=reference")
+
+
 @cache
 def native() -> Any:
     """The compiled module.

@@ -11,7 +11,7 @@ from typing import Any
 
 from .. import reference
 from ..fallback import with_fallback
-from . import encode, operators, window
+from . import blocks, encode, operators, window
 from .loader import NativeDisabled, NativeUnavailable
 
 SERVED: dict[str, tuple[Callable[..., Any], Callable[..., bool]]] = {
@@ -21,6 +21,7 @@ SERVED: dict[str, tuple[Callable[..., Any], Callable[..., bool]]] = {
     "prompt_statistics": (encode.prompt_statistics, encode.statistics_supported),
     "sparse_decode": (operators.sparse_decode, operators.attention_supported),
     "dense_attend": (operators.dense_attend, operators.attention_supported),
+    "block_attend": (blocks.block_attend, blocks.supported),
     "step_attend": (window.step_attend, window.step_supported),
     "window_attend": (window.window_attend, window.window_supported),
     "paged_window_attend": (window.paged_window_attend, window.paged_window_supported),

@@ -12,6 +12,7 @@ from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer
 
 from ...attention.attend import attend, is_step, take_step
 from ...attention.missed import Asked, LastStep
+from ...attention.prompt import attend_prompt
 from ...attention.step import FixedPlan, StepPlans, attend_step
 from ...config import SelfIndexConfig
 from ...errors import StateError
@@ -24,6 +25,7 @@ from .inputs import check_new_tokens, check_query, full_precision
 from .new_keys import NewKeys
 from .observer import Observation, Observer
 from .opaque import register_layer, run_layer
+from .prompt import reads_sparsely
 
 MASKED_CHUNK = 1024
 """New tokens up to which the model's own attention takes them behind held ones: some of these
@@ -72,6 +74,7 @@ class SelfIndexLayer(CacheLayerMixin):
         self._plans = cache.plans
         self.store: LayerStore | None = None
         self.positions = 0
+        self.sparse_prompts = cache.config.prefill == "sparse"
         self.last: LastStep | None = None
         """What the last step read; None if no step ran on what is held now."""
         self.record_past = False
@@ -203,10 +206,12 @@ class SelfIndexLayer(CacheLayerMixin):
                 valid = valid.to(keys.device)  # with device_map, layers are on several devices
             step, read = is_step(store, query, valid), [0] * store.batch
             output: Tensor | None = None
-            if not step and dense is not None:
+            prompt = self.positions == 0
+            sparse = prompt and reads_sparsely(cache.config, mask, query.shape[2])
+            if not (step or sparse) and dense is not None:
                 some = any(store.encoded(b) for b in range(store.batch))
                 exact = not some and cache.positions is None and valid is None
-                if self.positions == 0:
+                if prompt:
                     # Prefill is the model's own attention on its own tensors.
                     output = dense(query, keys, values, mask)[0]
                 elif exact and keys.shape[2] <= MASKED_CHUNK:
@@ -216,7 +221,11 @@ class SelfIndexLayer(CacheLayerMixin):
             with full_precision(keys.device):
                 keys, values = store.window.fitted(keys, values)
                 fitted = query if query.dtype is keys.dtype else query.to(keys.dtype)
-                if step:
+                encoded = read
+                if sparse:
+                    output = attend_prompt(cache.config, fitted, keys, values, valid, scaling, sink_logit)
+                    output = output.transpose(1, 2).contiguous()
+                elif step:
                     output, plan = take_step(store, fitted, keys, values, scaling, sink_logit, cache.plans)
                     read, encoded = plan.read, plan.encoded
                 else:

@@ -21,6 +21,7 @@ class Layer(Protocol):
     """What the operator asks of a `SelfIndexLayer`."""
 
     positions: int
+    sparse_prompts: bool
     handle: Tensor
 
     def accept(self, keys: Tensor, values: Tensor, compiled: bool) -> NewKeys: ...
@@ -57,8 +58,12 @@ def run_layer(
     sink_logit: Tensor | None,
     dense: Callable[..., tuple[Tensor, Any]],
 ) -> Tensor:
-    """`SelfIndexLayer.attend` while a graph is traced; prompts go through the model's own attention in it."""
-    prompt = layer.positions == 0
+    """`SelfIndexLayer.attend` while a graph is traced.
+
+    Prompts go through the model's own attention in it, unless they may be read sparsely.
+    """
+    plain = mask is None or mask.ndim == 2
+    prompt = layer.positions == 0 and not (layer.sparse_prompts and plain)
     if prompt:
         output = dense(query, new.new_keys, new.new_values, mask)[0].contiguous()
     else:

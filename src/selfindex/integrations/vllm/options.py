@@ -146,6 +146,11 @@ def _refusals(config: SelfIndexConfig, vllm_config: Any) -> Iterator[tuple[bool,
 
 def _option_refusals(config: SelfIndexConfig) -> Iterator[tuple[bool, type[Exception], str]]:
     """Options that mean something to `SelfIndexCache` only."""
+    yield (
+        config.prefill != "exact",
+        ConfigError,
+        "prefill='sparse' is not supported in vLLM, which reads prompts in chunks: leave it out",
+    )
     yield config.offloading, ConfigError, "offloading is not supported in vLLM, whose pages stay on the GPU"
     yield (
         config.compile or not config.cuda_graphs,

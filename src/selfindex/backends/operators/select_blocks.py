@@ -1,0 +1,104 @@
+"""`select_blocks`: the blocks of a prompt's keys that its queries, a block at a time, attend to."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from .define import define
+
+BLOCK = 128
+"""Queries, and keys, that are selected together."""
+
+ALWAYS = 3
+"""Blocks kept whatever is estimated: the first one (with the sinks), the queries' own, the one before."""
+
+LOGITS = 1 << 26
+"""Estimates held at a time: bounds memory, does not change the result."""
+
+
+def most_blocks(tokens: int, density: float) -> int:
+    """Most blocks that a block of queries keeps in a prompt of so many tokens, W below."""
+    blocks = -(-tokens // BLOCK)
+    return min(blocks, max(ALWAYS, math.ceil(density * blocks)))
+
+
+def _fake(query: Tensor, keys: Tensor, scaling: float, mass: float, density: float) -> tuple[Tensor, Tensor]:
+    shape = (*keys.shape[:2], -(-keys.shape[2] // BLOCK))
+    blocks = keys.new_empty((*shape, most_blocks(keys.shape[2], density)), dtype=torch.int32)
+    return blocks, keys.new_empty(shape, dtype=torch.int32)
+
+
+def select_blocks(
+    query: Tensor, keys: Tensor, scaling: float, mass: float, density: float
+) -> tuple[Tensor, Tensor]:
+    """Select blocks of keys for every block of queries of the heads of a KV head.
+
+    A block of keys is judged by log E exp(q.k), as it would be if its channels were normal and independent:
+    q.mean + q^2.variance / 2, q being the mean of a block of queries. The softmax of that over the blocks
+    which are seen, averaged over the heads, is a block's share. Kept are, best first, as many as it takes for
+    the shares to sum up to `mass`, but at most `density` of the blocks there are (and some always, see
+    ALWAYS). A last block that is not full is judged as if its last token filled it up.
+
+    Args:
+        query: [B, Hq, T, d]; keys: [B, H, T, d]; a prompt without padding, T > 0.
+        scaling: factor on q.k.
+        mass: share of the softmax to keep, as estimated; from 1 on, everything that density allows.
+        density: share of the blocks that a block of queries sees, in (0, 1].
+    Returns:
+        (kept blocks in ascending order, then zeros, int32 [B, H, n, W]; how many are kept, int32 [B, H, n]),
+        n = ceil(T / BLOCK). The last one kept is the queries' own.
+    """
+    heads, tokens = keys.shape[1:3]
+    blocks = -(-tokens // BLOCK)
+    width = most_blocks(tokens, density)
+    fill = blocks * BLOCK - tokens
+    pages = _filled(keys, fill).unflatten(2, (blocks, BLOCK))
+    variance, mean = torch.var_mean(pages.float(), 3, correction=0)
+    judged = torch.cat((mean, variance / 2), 3)
+    asking = _filled(query, fill).unflatten(2, (blocks, BLOCK)).mean(3, dtype=torch.float32) * scaling
+    asking = asking.unflatten(1, (heads, -1))  # [B, H, G, n, d]
+    asking = torch.cat((asking, asking.square()), 4)
+    at = torch.arange(blocks, device=keys.device)
+    step = max(1, LOGITS // (query.shape[0] * query.shape[1] * blocks))
+    found = []
+    for first in range(0, blocks, step):
+        rows = at[first : first + step]
+        last = first + len(rows)  # no row sees more blocks
+        unseen = at[:last] > rows[:, None]
+        logits = asking[:, :, :, first:last] @ judged[:, :, None, :last].mT
+        logits = logits.masked_fill_(unseen, -torch.inf)
+        shares = logits.softmax(-1).mean(2)  # [B, H, rows, last]
+        found.append(_keep(shares, rows, mass, density, width))
+    kept, counts = zip(*found, strict=True)
+    return torch.cat(kept, 2), torch.cat(counts, 2)
+
+
+def _filled(tokens: Tensor, fill: int) -> Tensor:
+    return torch.cat((tokens, tokens[:, :, -1:].expand(-1, -1, fill, -1)), 2) if fill else tokens
+
+
+def _keep(shares: Tensor, rows: Tensor, mass: float, density: float, width: int) -> tuple[Tensor, Tensor]:
+    """What blocks of queries `rows` keep, from estimated shares [B, H, rows, blocks]; see `select_blocks`."""
+    at, seen = torch.arange(shares.shape[-1], device=rows.device), rows + 1
+    always = ((at == 0) | (at >= rows[:, None] - 1)) & (at <= rows[:, None])
+    ranked = shares.masked_fill(always, 2.0).masked_fill(at > rows[:, None], -1.0)
+    order = ranked.sort(dim=-1, descending=True, stable=True).indices
+    before = shares.gather(-1, order).cumsum(-1).roll(1, -1)
+    before[..., 0] = 0.0
+    enough = shares.shape[-1] if mass >= 1 else (before < mass).sum(-1)
+    # In float64, as Python's numbers that made `width`.
+    most = (seen.double() * density).ceil().long().clamp(min=ALWAYS).minimum(seen)
+    counts = torch.minimum(torch.as_tensor(enough, device=rows.device).clamp(min=ALWAYS), most)
+    counts = counts.expand(shares.shape[:-1])
+    order = order[..., :width]
+    slots = torch.arange(order.shape[-1], device=rows.device)
+    beyond = slots >= counts[..., None]
+    kept = order.masked_fill(beyond, shares.shape[-1]).sort(-1).values.masked_fill(beyond, 0)
+    return pad(kept, (0, width - kept.shape[-1])).int(), counts.int()
+
+
+operator = define(select_blocks, _fake)

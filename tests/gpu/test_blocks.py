@@ -1,0 +1,57 @@
+"""FlexAttention over selected blocks on the GPU, against the plain operator, and how often it is compiled."""
+
+import pytest
+import torch
+from prompts import random_prompt
+
+from selfindex.backends import fallback, ops, reference
+from selfindex.backends.cuda import blocks as module
+
+pytestmark = pytest.mark.gpu
+
+TOLERANCE = {torch.float32: 3e-3, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+def check(prompt, scaling, mass, density):
+    served = []
+    selection = ops.select_blocks(*prompt[:2], scaling, mass, density)
+    with fallback.observed(lambda name, fast, arguments: served.append((name, fast))):
+        output, lse = ops.block_attend(*prompt, *selection, scaling)
+    assert served == [("block_attend", True)]
+    wanted, wanted_lse = reference.block_attend(*prompt, *selection, scaling)
+    assert output.transpose(1, 2).is_contiguous()
+    tolerance = TOLERANCE[output.dtype]
+    torch.testing.assert_close(output, wanted, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(lse, wanted_lse, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(("heads", "groups", "dim"), [(2, 4, 128), (2, 3, 64), (1, 6, 96), (3, 1, 256)])
+def test_it_is_the_plain_operator(dtype, heads, groups, dim):
+    for tokens, batch in ((2000, 1), (4096, 1), (1500, 2)):
+        prompt = random_prompt(tokens, batch, heads, groups, dim, dtype, "cuda")
+        for mass, density in ((1.0, 1.0), (0.8, 1.0), (1.0, 0.3)):
+            check(prompt, dim**-0.5, mass, density)
+
+
+def test_other_scales_are_taken_over_by_the_queries():
+    check(random_prompt(3000, dtype=torch.bfloat16, device="cuda"), 0.2, 0.9, 0.5)
+
+
+def test_lengths_and_batches_share_a_compilation():
+    module._compiled.cache_clear()
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters["stats"]
+    for tokens, batch in ((1500, 1), (4096, 1), (9000, 1), (2000, 2), (1600, 3)):
+        with torch.inference_mode():
+            check(random_prompt(tokens, batch, dtype=torch.bfloat16, device="cuda"), 0.125, 0.8, 0.5)
+    # Rows that lie behind each other in memory, as a batch of one or padded, and those that do not.
+    assert counters["unique_graphs"] <= 3
+
+
+def test_selection_is_that_of_a_cpu():
+    query, keys, _ = random_prompt(20 * 128 + 60)
+    wanted = ops.select_blocks(query, keys, 0.125, 1.0, 0.4)
+    got = ops.select_blocks(query.cuda(), keys.cuda(), 0.125, 1.0, 0.4)
+    for one, other in zip(got, wanted, strict=True):
+        assert (one.cpu() == other).float().mean() > 0.995  # but for estimates that are all but equal

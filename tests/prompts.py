@@ -1,0 +1,63 @@
+"""Random prompts, and what their sparse attention is by definition."""
+
+import torch
+
+from selfindex.backends.operators.select_blocks import ALWAYS, BLOCK
+from selfindex.backends.partial import attend_exact
+
+
+def random_prompt(tokens, batch=1, heads=2, groups=3, dim=64, dtype=torch.float32, device="cpu", seed=0):
+    """(query, keys, values), laid out as by a projection, with keys that differ from block to block."""
+    torch.manual_seed(seed)
+    query, keys, values = (
+        torch.randn(batch, tokens, n, dim).transpose(1, 2) for n in (heads * groups, heads, heads)
+    )
+    centres = torch.randn(batch, heads, -(-tokens // BLOCK), dim).repeat_interleave(BLOCK, 2)
+    keys = 0.5 * keys + centres[:, :, :tokens]
+    query = query + 0.5 * centres[:, :, :tokens].repeat_interleave(groups, 1).roll(2 * BLOCK, 2)
+    return tuple(x.to(device, dtype) for x in (query, keys, values))
+
+
+def estimated(query, keys, scaling):
+    """Estimated shares [B, H, n, n] of the blocks that blocks of queries see, one product at a time."""
+    (batch, heads, tokens), groups = keys.shape[:3], query.shape[1] // keys.shape[1]
+    blocks = -(-tokens // BLOCK)
+    shares = torch.zeros(batch, heads, blocks, blocks)
+    for b in range(batch):
+        for h in range(heads):
+            for i in range(blocks):
+                for q in query[b, h * groups : (h + 1) * groups, i * BLOCK : (i + 1) * BLOCK].float():
+                    missing = BLOCK - len(q)
+                    q = torch.cat((q, q[-1:].expand(missing, -1))).mean(0) * scaling
+                    logits = []
+                    for j in range(i + 1):
+                        k = keys[b, h, j * BLOCK : (j + 1) * BLOCK].float()
+                        k = torch.cat((k, k[-1:].expand(BLOCK - len(k), -1)))
+                        logits.append(q @ k.mean(0) + q.square() @ k.var(0, correction=0) / 2)
+                    shares[b, h, i, : i + 1] += torch.stack(logits).softmax(0) / groups
+    return shares
+
+
+def selected(blocks, counts):
+    """bool [B, H, n, n] of what is kept; checks the form of a selection."""
+    number = counts.shape[-1]
+    kept = torch.zeros(*counts.shape, number, dtype=torch.bool)
+    for at in torch.cartesian_prod(*map(torch.arange, counts.shape)).tolist():
+        listed, count = blocks[tuple(at)].tolist(), int(counts[tuple(at)])
+        own = at[-1]
+        assert min(own + 1, ALWAYS) <= count <= own + 1
+        assert listed[:count] == sorted(set(listed[:count]))
+        assert not any(listed[count:])
+        assert {0, max(0, own - 1), own} <= set(listed[:count])
+        assert listed[count - 1] == own
+        kept[(*at, listed[:count])] = True
+    return kept
+
+
+def attend_selected(query, keys, values, kept, scaling):
+    """Attention through a mask of all pairs: (output, log-sum-exp), float32."""
+    tokens = keys.shape[2]
+    visible = kept.repeat_interleave(BLOCK, 2)[:, :, :tokens].repeat_interleave(BLOCK, 3)[..., :tokens]
+    causal = torch.ones(tokens, tokens, dtype=torch.bool).tril()
+    visible = (visible & causal).to(query.device)[:, :, None]
+    return attend_exact(query, keys, values, visible, scaling)
