@@ -162,7 +162,7 @@ def test_without_a_home_folder_kernels_are_compiled_by_every_process(monkeypatch
 
 def test_a_device_on_which_no_launch_fits_is_the_references():
     with pytest.raises(KernelsUnavailable, match="no launch"):
-        plan(8, 100, 2048, 1, {8: 100_000}, True, 4, lambda *_: 0)
+        plan(8, 100, 2048, 1, 0, {8: 100_000}, True, 4, lambda *_: 0)
 
 
 @pytest.mark.gpu

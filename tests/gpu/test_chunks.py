@@ -133,7 +133,7 @@ def both_ways(cache, query):
 @pytest.mark.parametrize(
     ("lengths", "room"), [(LENGTHS, 1 << 28), ([1300, 1300], 1 << 28), ([2500, 700], 1 << 20)]
 )
-@pytest.mark.parametrize("queries", [256, 600, 2048])
+@pytest.mark.parametrize("queries", [decoded.FEWEST_QUERIES, 600, 2048])
 def test_long_chunks_agree_with_the_reference(
     preset, bits, dim, heads, groups, dtype, lengths, room, queries, monkeypatch
 ):
@@ -149,6 +149,10 @@ def test_long_chunks_agree_with_the_reference(
     torch.testing.assert_close(lse, total, atol=3e-2 if dtype == torch.bfloat16 else 1e-2, rtol=0)
 
 
+LONG = decoded.FEWEST_QUERIES + 16
+"""New tokens of a chunk whose prefix is decoded to memory."""
+
+
 @pytest.mark.parametrize("offloading", [False, True])
 @pytest.mark.parametrize("preset", CONFIGS)
 @pytest.mark.parametrize("padded", [False, True])
@@ -159,10 +163,10 @@ def test_a_long_chunk_of_a_store(preset, padded, offloading, monkeypatch):
         config = CONFIGS[preset](budget=1.0, offloading=offloading)
         store = new_store(config, batch=2, dim=128, dtype=torch.bfloat16)
         fill_rows(store, 800 if padded else 0)
-        tokens = keys, values, query = random_tokens(store, 300, seed=9)
+        tokens = keys, values, query = random_tokens(store, LONG, seed=9)
         valid = None
         if padded:
-            valid = torch.ones(2, 300, dtype=torch.bool)
+            valid = torch.ones(2, LONG, dtype=torch.bool)
             valid[0, :20] = False
         placed = [x.cuda() for x in (query, keys, values)]
         sink = torch.linspace(-2, 3, query.shape[1])
@@ -171,7 +175,7 @@ def test_a_long_chunk_of_a_store(preset, padded, offloading, monkeypatch):
         wanted = dense_attention(store, query, *tokens[:2], valid, 0.09, sink)
         backend.check_ran("decode_pages", "merge_into")
     got = got.float().cpu()
-    real = torch.ones(2, 300, dtype=torch.bool) if valid is None else valid
+    real = torch.ones(2, LONG, dtype=torch.bool) if valid is None else valid
     got, wanted = (x.transpose(1, 2)[real] for x in (got, wanted))
     torch.testing.assert_close(got, wanted, atol=2e-2, rtol=2e-2)
 
@@ -195,5 +199,5 @@ def test_a_refused_kernel_leaves_the_other_way(monkeypatch):
         monkeypatch.setattr(decoded, "attend_plain", fails)
         monkeypatch.setattr(decoded, "_refused", set())
         with pytest.warns(RuntimeWarning, match="no engine"):
-            attend(store, query[:, :, :300], keys[:, :, :300], values[:, :, :300], None, 0.125)
+            attend(store, query[:, :, :LONG], keys[:, :, :LONG], values[:, :, :LONG], None, 0.125)
         backend.check_ran("dense_attend")

@@ -7,9 +7,6 @@ from serving.engines import DEVICE, make_model, prompts, serving
 from serving.test_policy import OPTIONS
 
 from selfindex.attention import decoded
-from selfindex.integrations.vllm.chunks import ChunkReader
-from selfindex.integrations.vllm.exact import FlashExact, PlainExact
-from selfindex.integrations.vllm.metadata import Once
 
 ROOM = 3 * 128 * 2 * 2 * 64 * 4
 """Bytes of three pages of the model's."""
@@ -18,6 +15,10 @@ ROOM = 3 * 128 * 2 * 2 * 64 * 4
 @pytest.fixture
 def compared(monkeypatch):
     """Runs every chunk both ways: (tokens before it, its tokens, largest difference over largest number)."""
+    from selfindex.integrations.vllm.chunks import ChunkReader
+    from selfindex.integrations.vllm.exact import FlashExact, PlainExact
+    from selfindex.integrations.vllm.metadata import Once
+
     found, attend = [], ChunkReader.attend
 
     def both(self, new, meta, held, window, pools, output):
