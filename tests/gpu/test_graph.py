@@ -18,8 +18,8 @@ def model_on_gpu(family="llama", dtype=torch.bfloat16):
 
 
 # How a row is spread over the GPU depends on the width of the block table, and the last bits of the
-# softmax with it: of nearly equal tokens at the edge of the budget, others may be selected, and a key between two
-# levels may get the other one when its page is encoded.
+# softmax with it: of nearly equal tokens at the edge of the budget, others may be selected, and a key between
+# two levels may get the other one when its page is encoded.
 @pytest.mark.parametrize(
     ("dtype", "budget", "tolerance"),
     [(torch.float32, 1.0, 2e-2), (torch.float32, 200, 0.05), (torch.bfloat16, 200, 0.15)],
