@@ -52,6 +52,9 @@ def test_both_ways_agree(bits, room, tmp_path, compared, monkeypatch):
         for asked in (prompts(5, 127, 300, 700, 901), prompts(420, 640, shared=400)):
             recorded.generate(asked)
         recorded.generate(asked)
-        assert recorded.metric("prefix_cache_hits") > 0
+        begun = {}  # the engine's own count leaves out steps that give no token
+        for name, computed, _ in (row for step in recorded.steps for row in step):
+            begun.setdefault(name, computed)
+        assert max(begun.values()) >= 384
     assert max(before for before, _, _ in compared) > 600
     assert max(error for _, _, error in compared) < tolerance
