@@ -101,11 +101,15 @@ def prompts(*lengths, seed=0, shared=0, vocab=VOCAB):
 
 
 def step_rows(output):
-    """(request, tokens computed before, new tokens) of every row of what a scheduler decided."""
+    """(request, tokens computed before, new tokens) of every row of what a scheduler decided.
+
+    No new tokens: the request was preempted, and what it had is gone but for pages that it finds again.
+    """
     computed = {x.req_id: x.num_computed_tokens for x in output.scheduled_new_reqs}
     cached = output.scheduled_cached_reqs
     computed |= dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
-    return [(name, computed[name], new) for name, new in output.num_scheduled_tokens.items()]
+    again = [(name, computed[name], 0) for name in sorted(cached.resumed_req_ids)]
+    return again + [(name, computed[name], new) for name, new in output.num_scheduled_tokens.items()]
 
 
 @dataclass

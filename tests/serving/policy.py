@@ -72,6 +72,9 @@ class Policy:
             self._step(sequence, computed, new)
 
     def _step(self, sequence, computed, new):
+        if not new:  # preempted
+            sequence.done = -1
+            return
         if computed == 0 or computed != sequence.done:  # behind a prefix that was there, or once more
             sequence.layers, sequence.low = {}, 0
             self._evict(sequence, computed)
