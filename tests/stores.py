@@ -110,3 +110,14 @@ def live_tensors(thing, seen=None):
     for child in children:
         found |= live_tensors(child, seen)
     return found
+
+
+def uneven_store(config):
+    """Three rows behind padding, with 60, 30 and 5 tokens: 6, 2 and no pages of 8."""
+    store = new_store(config, batch=3)
+    keys, values, query = random_tokens(store, 60)
+    valid = torch.ones(3, 60, dtype=torch.bool)
+    valid[1, :30], valid[2, :55] = False, False
+    store.append(keys, values, query, valid, 0.125)
+    assert [store.encoded(b) for b in range(3)] == [48, 16, 0]
+    return store

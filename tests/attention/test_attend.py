@@ -4,7 +4,7 @@ import pytest
 import torch
 from dense_oracle import TOLERANCE, check, dense_attention
 from pages import HEAD_DIMS, gaussian
-from stores import CONFIGS, fill, filled, new_store, random_tokens, small_config
+from stores import CONFIGS, fill, filled, new_store, random_tokens, small_config, uneven_store
 
 from selfindex.attention import attend as module
 from selfindex.attention.attend import attend
@@ -87,12 +87,7 @@ def test_nothing_encoded_is_attention_over_the_raw_tokens(tokens):
 
 @pytest.mark.parametrize("new", [1, 4, 12])
 def test_rows_of_different_length_and_padding_among_the_new(new):
-    store = new_store(small_config(budget=1.0), batch=3)
-    keys, values, query = random_tokens(store, 60)
-    valid = torch.ones(3, 60, dtype=torch.bool)
-    valid[1, :30], valid[2, :55] = False, False
-    store.append(keys, values, query, valid, 0.125)
-    assert [store.encoded(b) for b in range(3)] == [48, 16, 0]
+    store = uneven_store(small_config(budget=1.0))
     fresh = torch.ones(3, new, dtype=torch.bool)
     fresh[0, new // 2 + 1 :] = False  # right padding in one row
     fresh[2, : new // 3] = False  # left padding in another

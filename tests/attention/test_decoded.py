@@ -3,7 +3,7 @@
 import pytest
 import torch
 from dense_oracle import check
-from stores import CONFIGS, filled, new_store, paper_config, random_tokens, small_config
+from stores import CONFIGS, filled, paper_config, random_tokens, small_config, uneven_store
 
 from selfindex.attention import attend as module
 from selfindex.attention import decoded
@@ -68,12 +68,7 @@ def test_tokens_are_split_where_queries_are_few(batch, calls, monkeypatch):
 
 
 def test_rows_of_different_length_and_padding(calls):
-    store = new_store(small_config(budget=1.0), batch=3)
-    keys, values, query = random_tokens(store, 60)
-    valid = torch.ones(3, 60, dtype=torch.bool)
-    valid[1, :30], valid[2, :55] = False, False
-    store.append(keys, values, query, valid, 0.125)
-    assert [store.encoded(b) for b in range(3)] == [48, 16, 0]
+    store = uneven_store(small_config(budget=1.0))
     fresh = torch.ones(3, 15, dtype=torch.bool)
     fresh[0, 9:], fresh[1, :3] = False, False
     check(store, random_tokens(store, 15, seed=9), fresh, real=fresh)
