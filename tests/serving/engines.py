@@ -156,6 +156,16 @@ class Recorded:
             self.metrics = [(m.name, getattr(m, "value", 0) or 0) for m in self.engine.get_metrics()]
         return sum(value for found, value in self.metrics if found == f"vllm:{name}")
 
+    def begun(self):
+        """Tokens computed before a request's first step, which prefix caching found; by request.
+
+        Older engines' own count of them leaves out steps that give no token.
+        """
+        found = {}
+        for name, computed, _ in (row for step in self.steps for row in step):
+            found.setdefault(name, computed)
+        return found
+
     def forget(self):
         """Drop the record of the steps, with no request left."""
         self.steps.clear()

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import save_file
-from serving.engines import make_model, make_writer, prompts, serving
+from serving.engines import DEVICE, make_model, make_writer, prompts, serving
 from serving.policy import ENOUGH, MOST_EQUAL, Policy, Sequence, agreement
 
 from selfindex.codec import BalanceProfile
@@ -17,6 +17,8 @@ from selfindex.config import SelfIndexConfig
 
 OPTIONS = {"budget": 48, "dense_below": 128}
 RANK, ALPHA = 8, 16
+LOGPROB = 2e-3 if DEVICE == "cpu" else 2e-2
+"""Largest difference of log-probabilities; a GPU multiplies matrices in an order of its own."""
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
@@ -95,13 +97,12 @@ def engine(writer):
 def test_a_cache_of_prefixes_can_be_emptied(engine):
     recorded, _ = engine
     (ids,) = prompts(300, vocab=200)
-    before = recorded.metric("prefix_cache_hits")
     first = recorded.generate([ids])
     assert recorded.engine.reset_prefix_cache()
     assert recorded.generate([ids]) == first
-    assert recorded.metric("prefix_cache_hits") == before
+    assert set(recorded.begun().values()) == {0}
     recorded.generate([ids])
-    assert recorded.metric("prefix_cache_hits") == before + 256
+    assert sorted(recorded.begun().values()) == [0, 0, 256]
 
 
 def test_logprobs_are_the_policys(engine):
@@ -120,7 +121,7 @@ def test_logprobs_are_the_policys(engine):
         if computed + new >= len(ids) and (found := next(chosen, None)):
             wanted = policy.logits.log_softmax(-1)
             for token, one in found.items():
-                assert one.logprob == pytest.approx(float(wanted[token]), abs=2e-3)
+                assert one.logprob == pytest.approx(float(wanted[token]), abs=LOGPROB)
             sequence.tokens[computed + new :] = [max(found, key=lambda token: found[token].logprob)]
     assert next(chosen, None) is None
 
@@ -137,7 +138,6 @@ def test_beams_share_a_prompt(engine):
         (found,) = recorded.engine.beam_search([{"prompt_token_ids": ids}], asked)
         return found.sequences
 
-    before = recorded.metric("prefix_cache_hits")
     (one,) = beams(1)
     tokens = list(ids)
     for _ in range(6):
@@ -148,7 +148,7 @@ def test_beams_share_a_prompt(engine):
     assert len(several) == 3
     assert len({tuple(beam.tokens) for beam in several}) == 3
     assert several[0].cum_logprob >= one.cum_logprob - 1e-3
-    assert recorded.metric("prefix_cache_hits") > before
+    assert max(recorded.begun().values()) == 256
 
 
 def test_a_grammar_holds(engine):
