@@ -155,6 +155,10 @@ def test_ways_to_read_name_the_rows():
     found = list(answering(0.05, 64, ("default",), ("exact", "sparse", "sparse=10%")))
     assert {"dense", "dense, prefill sparse", f"{OURS}, prefill sparse=10%"} <= set(found)
     assert not [name for name in found if name.endswith("exact") or name.startswith("KIVI-2, prefill")]
+    few = wanted(found, (OURS,))
+    assert few[:2] == ["dense", OURS]
+    assert {"dense, prefill sparse", f"{OURS}, prefill sparse=10%"} < set(few)
+    assert len(few) == 6
 
 
 @pytest.mark.parametrize("name", ["dense", OURS])

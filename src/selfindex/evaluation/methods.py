@@ -106,8 +106,12 @@ def _read_anew(candidate: Candidate, config: SelfIndexConfig) -> Candidate:
 
 
 def wanted(names: Iterable[str], starts: Sequence[str]) -> list[str]:
-    """Names that begin with one of `starts`, and the dense model's; all of them if `starts` is empty."""
-    return [name for name in names if name == "dense" or not starts or name.startswith(tuple(starts))]
+    """Names that begin with one of `starts`, and those of the dense model, however it reads documents.
+
+    All of them if `starts` is empty.
+    """
+    chosen = (f"dense{PREFILL}", *starts)
+    return [name for name in names if name == "dense" or not starts or name.startswith(chosen)]
 
 
 def _baseline(method: Method, head_dim: int, sparse_queries: int) -> Candidate:
