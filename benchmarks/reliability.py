@@ -1,6 +1,7 @@
 """Writes docs/reliability.md from its text, benchmarks/reliability.md, and from results.
 
-These are benchmarks/results/NAME-*.json of benchmarks/stream.py and prefix.py, scripts/leaks.py and soak.py.
+These are benchmarks/results/NAME-*.json of benchmarks/stream.py and prefix.py, scripts/leaks.py, soak.py and
+serving_soak.py.
 """
 
 from __future__ import annotations
@@ -105,10 +106,28 @@ def soak(result: dict[str, Any]) -> str:
     return "\n".join([*text, *head("round", *map(str, range(1, 1 + len(readings)))), *rows])
 
 
+def serving_soak(result: dict[str, Any]) -> str:
+    """Random load on vLLM, and what memory grew by."""
+    same, alone = result["policy's tokens"], result["compared alone"]
+    compared = result["tokens compared with the policy"]
+    grown = max(growth.get("cuda", growth["malloc"]) for growth in result["growth"]) / MIB
+    alike = alone - result.get("differ alone", 0)
+    text = paragraph(
+        f"{where(result)} {result['finished']:,} requests finished, {result['aborted']:,} were aborted,",
+        f"{result['preemptions']:,} preemptions; {result['prefix tokens found']:,} tokens of prompts were",
+        f"found in the cache of prefixes, {result['draft tokens accepted']:,} of drafts accepted. Of",
+        f"{compared:,} tokens compared with the policy {same:,} are the same,",
+        f"of {alone:,} answers asked again alone {alike:,}. {len(result['errors'])} errors;",
+        f"from the middle of a round to its end memory grew by {grown:.1f} MiB at most.",
+    )
+    return "\n".join(text).rstrip()
+
+
 def main() -> None:
     """Read, fill in, write."""
     parts = {}
-    for name, show in (("stream", stream), ("prefix", prefix), ("soak", soak)):
+    for show in (stream, prefix, soak, serving_soak):
+        name = show.__name__
         files = sorted((HERE / "results").glob(f"{name}-*.json"))
         parts[name] = "\n\n".join(show(json.loads(path.read_text())) for path in files)
     files = sorted((HERE / "results").glob("leaks-*.json"))

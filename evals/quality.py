@@ -278,6 +278,27 @@ def changes(found: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def honesty(found: list[dict[str, Any]]) -> list[str]:
+    """What a cache says of itself, against the truth."""
+    lines = ["## What `cache.report()` says it missed", ""]
+    lines += paragraph(
+        "The share of a step's softmax mass on tokens that it did not read: true, of 16-bit keys, and as",
+        "`cache.report()` gives it, of decoded ones; means over steps, layers and heads. Differences are",
+        "absolute, of means over heads.",
+    )
+    lines += head("model", "tokens", "budget", "true", "reported", "mean difference", "worst layer")
+    for result in found:
+        for own in result["rows"]:
+            shares = (own[key] for key in ("missed", "reported", "difference", "worst_layer_difference"))
+            cells = (f"{100 * share:.1f} %" for share in shares)
+            budget = f"{100 * own['budget']:g} %"
+            lines.append(row(result["model"], f"{result['length']:,}", budget, *cells))
+    lines.append("")
+    for result in found:
+        lines += setting(result)
+    return lines
+
+
 def label(name: str) -> str:
     """A design and its budget for people."""
     design, budget = name.split(" @ ")
@@ -309,6 +330,8 @@ def main() -> None:
     lines += choices(ablations, profiles) if ablations or profiles else []
     studies = results("variants-*.json")
     lines += changes(studies) if studies else []
+    missed = results("missed-*.json")
+    lines += honesty(missed) if missed else []
     lines += (ROOT / "evals" / "notes.md").read_text().splitlines()
     (ROOT / "docs" / "quality.md").write_text("\n".join(lines).rstrip() + "\n")
 

@@ -41,6 +41,7 @@ from serving.policy import CLOSE, MOST_EQUAL, agreement
 from uses import memory
 
 from selfindex.config import SelfIndexConfig
+from selfindex.evaluation.environment import command_line, describe
 
 OPTIONS = {"budget": 48, "dense_below": 128}
 DRAFTER = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
@@ -242,6 +243,7 @@ def main() -> int:
     parser.add_argument("--every", type=int, default=10, help="of how many plain requests one is asked again")
     parser.add_argument("--blocks", type=int, default=150, help="blocks of the engine's cache")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, help="JSON file to write")
     args = parser.parse_args()
     counts: collections.Counter[str] = collections.Counter()
     errors: list[str] = []
@@ -292,7 +294,11 @@ def main() -> int:
     ]
     seconds = round(time.monotonic() - start)
     found = {"device": DEVICE, "seconds": seconds, **counts, "errors": errors}
-    print(json.dumps(found | {"memory": three, "growth": growth}))
+    found |= {"memory": three, "growth": growth}
+    if args.output is not None:
+        command = command_line("python", "scripts/serving_soak.py", *sys.argv[1:])
+        args.output.write_text(json.dumps({"environment": describe(command), **found}, indent=1) + "\n")
+    print(json.dumps(found))
     return int(bool(errors))
 
 
