@@ -36,14 +36,21 @@ def introduction() -> list[str]:
         "prefill_density=0.1` is a fixed density. Keys and values are in full precision, what is stored",
         "afterwards is encoded as always, and steps after the prompt are the same.",
     )
+    lines += paragraph(
+        "A later chunk, such as the next of `prefill_chunk_size` or a long document in the next turn of a",
+        "chat, selects from all of its row: encoded tokens are decoded to memory and lie where they were in",
+        "the text, between the sinks and the recent tokens, and the chunk's queries are the last ones of",
+        "that. What this takes is bounded: a row at a time, and of its KV heads as many as fit into 1 GiB,",
+        "but one at least.",
+    )
     return lines + paragraph(
-        'The default is `prefill="exact"`. Exact in any case are prompts of up to `dense_below` tokens,',
-        "the last 256 queries or a few more, where a question may stand that the mean of a block hides,",
-        "later chunks (the next turn of a chat), sliding-window layers, and prompts with an attention",
+        'The default is `prefill="exact"`. Exact in any case are rows of up to `dense_below` tokens, the',
+        "last 256 queries of a prompt or chunk or a few more, where a question may stand that the mean of",
+        "a block hides, chunks of up to 512 tokens, sliding-window layers, and prompts with an attention",
         "mask of another kind than causal with padding, which a warning says once. Attention to the",
-        "selected blocks is PyTorch's FlexAttention on a GPU, compiled once at the first prompt, and its",
-        "flash attention over gathered blocks on a CPU. vLLM, which has a scheduler of its own for",
-        "prompts, refuses the option.",
+        "selected blocks is PyTorch's FlexAttention on a GPU, compiled once at the first prompt and once at",
+        "the first later chunk, and its flash attention over gathered blocks on a CPU. vLLM, which has a",
+        "scheduler of its own for prompts, refuses the option.",
     )
 
 
