@@ -89,6 +89,23 @@ def test_the_last_queries_read_everything_and_others_do_not():
     assert torch.equal(got, again)
 
 
+def test_the_last_queries_are_split_where_they_are_few(monkeypatch):
+    store = filled(small_config(**FEW), 700)
+    keys, values, query = random_tokens(store, NEW, seed=9)
+    wanted, calls, own = attend(store, query, keys, values, None, 0.125)[0], [], decoded.attend_plain
+
+    def seen(query, *rest, **more):
+        calls.append(query.shape[0])
+        return own(query, *rest, **more)
+
+    monkeypatch.setattr(decoded, "attend_plain", seen)
+    monkeypatch.setattr(decoded, "FEWEST_KEYS", 20)
+    monkeypatch.setattr(decoded, "multiprocessors", lambda device: 64)
+    got = attend(store, query, keys, values, None, 0.125)[0]
+    assert calls == [4]
+    torch.testing.assert_close(got, wanted, atol=1e-6, rtol=1e-6)
+
+
 @backends.on_cpu
 def test_rows_are_rows_alone(selections):
     """Rows of different length behind and in padding; one is too short for selecting, one is padding."""

@@ -121,10 +121,12 @@ def _keep(shares: Tensor, rows: Tensor, mass: float, density: float, width: int)
     order = ranked.sort(dim=-1, descending=True, stable=True).indices
     before = shares.gather(-1, order).cumsum(-1).roll(1, -1)
     before[..., 0] = 0.0
-    enough = shares.shape[-1] if mass >= 1 else (before < mass).sum(-1)
+    # Made where it is used: a number that is copied there would have a GPU waited for.
+    everything = torch.full((), shares.shape[-1], device=rows.device)
+    enough = everything if mass >= 1 else (before < mass).sum(-1)
     # In float64, as Python's numbers that made `width`.
     most = (seen.double() * density).ceil().long().clamp(min=ALWAYS).minimum(seen)
-    counts = torch.minimum(torch.as_tensor(enough, device=rows.device).clamp(min=ALWAYS), most)
+    counts = torch.minimum(enough.clamp(min=ALWAYS), most)
     counts = counts.expand(shares.shape[:-1])
     order = order[..., :width]
     slots = torch.arange(order.shape[-1], device=rows.device)
