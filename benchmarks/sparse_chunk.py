@@ -181,9 +181,9 @@ def measure(queries: int, tokens: int, args: argparse.Namespace) -> dict[str, An
         own = {name: f"{found[name]:.3f}" for name in ("selection", "attention", "sparse", "chunk")}
         print(
             f"{queries:>5} over {tokens:>6} density {density:.0%} read {found['read']:.1%} | "
-            f"dense {best:.3f} exact {row['exact']:.3f} | decode {row['decode']:.3f} select {own['selection']} "
-            f"attend {own['attention']} all {own['sparse']} ms {found['ratio']:.2f} x | "
-            f"with exact tail {own['chunk']} ms {found['chunk_ratio']:.2f} x",
+            f"dense {best:.3f} exact {row['exact']:.3f} | decode {row['decode']:.3f} "
+            f"select {own['selection']} attend {own['attention']} all {own['sparse']} ms "
+            f"{found['ratio']:.2f} x | with exact tail {own['chunk']} ms {found['chunk_ratio']:.2f} x",
             flush=True,
         )
     times = []

@@ -64,10 +64,16 @@ def select_blocks(
         (kept blocks in ascending order, then zeros, int32 [B, H, n, W]; how many are kept, int32 [B, H, n]),
         n = ceil(S / BLOCK) - floor((S - T) / BLOCK). The last one kept is the queries' own.
     """
+    return select(query, keys, moments(keys), scaling, mass, density)
+
+
+def select(
+    query: Tensor, keys: Tensor, judged: Tensor, scaling: float, mass: float, density: float
+) -> tuple[Tensor, Tensor]:
+    """`select_blocks`, given what `moments` says of the keys, of which only the shape is needed then."""
     heads, tokens = keys.shape[1:3]
     blocks, start, before = blocks_of(query, keys)
     width = most_blocks(tokens, density)
-    judged = _judged(keys)
     asking = _asking(query, before, blocks * BLOCK - tokens) * scaling
     asking = asking.unflatten(1, (heads, -1))  # [B, H, G, n, d]
     asking = torch.cat((asking, asking.square()), 4)
@@ -86,7 +92,7 @@ def select_blocks(
     return torch.cat(kept, 2), torch.cat(counts, 2)
 
 
-def _judged(keys: Tensor) -> Tensor:
+def moments(keys: Tensor) -> Tensor:
     """Mean and half the variance of blocks of keys, float32 [B, H, blocks, 2 d]."""
     whole = keys.shape[2] // BLOCK * BLOCK
     parts = []
