@@ -72,7 +72,8 @@ def test_chunks_share_a_compilation():
     for tokens, last in ((1500, 600), (4096, 2048), (9000, 700), (9001, 5000), (3000, 2000)):
         with torch.inference_mode():
             check(random_prompt(tokens, dtype=torch.bfloat16, device="cuda"), 0.125, 0.8, 0.5, last)
-    assert counters["unique_graphs"] - before <= 2
+    # Queries and keys that lie as they were given, and those that were filled up to whole blocks.
+    assert counters["unique_graphs"] - before <= 3
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
