@@ -36,14 +36,21 @@ def introduction() -> list[str]:
         "prefill_density=0.1` is a fixed density. Keys and values are in full precision, what is stored",
         "afterwards is encoded as always, and steps after the prompt are the same.",
     )
+    lines += paragraph(
+        "A later chunk, such as the next of `prefill_chunk_size` or a long document in the next turn of a",
+        "chat, selects from all of its row: encoded tokens are decoded to memory and lie where they were in",
+        "the text, between the sinks and the recent tokens, and the chunk's queries are the last ones of",
+        "that. What this takes is bounded: a row at a time, and of its KV heads as many as fit into 1 GiB,",
+        "but one at least.",
+    )
     return lines + paragraph(
-        'The default is `prefill="exact"`. Exact in any case are prompts of up to `dense_below` tokens,',
-        "the last 256 queries or a few more, where a question may stand that the mean of a block hides,",
-        "later chunks (the next turn of a chat), sliding-window layers, and prompts with an attention",
+        'The default is `prefill="exact"`. Exact in any case are rows of up to `dense_below` tokens, the',
+        "last 256 queries of a prompt or chunk or a few more, where a question may stand that the mean of",
+        "a block hides, chunks of up to 512 tokens, sliding-window layers, and prompts with an attention",
         "mask of another kind than causal with padding, which a warning says once. Attention to the",
-        "selected blocks is PyTorch's FlexAttention on a GPU, compiled once at the first prompt, and its",
-        "flash attention over gathered blocks on a CPU. vLLM, which has a scheduler of its own for",
-        "prompts, refuses the option.",
+        "selected blocks is PyTorch's FlexAttention on a GPU, compiled once at the first prompt and once at",
+        "the first later chunk, and its flash attention over gathered blocks on a CPU. vLLM, which has a",
+        "scheduler of its own for prompts, refuses the option.",
     )
 
 
@@ -86,26 +93,46 @@ def estimates(found: list[dict[str, Any]]) -> list[str]:
     )
 
 
-def speed(result: dict[str, Any]) -> list[str]:
-    """Time of the operators, and to the first token."""
+def machine(result: dict[str, Any]) -> str:
+    """What a result was measured on."""
+    found = result["environment"]
+    return found["gpu"] or f"{found['cpus']} CPU cores"
+
+
+def measured(result: dict[str, Any]) -> str:
+    """Command, date and machine of a result, and the shape of its heads."""
     shape, found = result["shape"], result["environment"]
-    lines = [f"## Time, {found['gpu']}", ""]
-    lines += paragraph(
-        f"`{found['command']}`, {found['date']}, {found['gpu']}, torch {found['torch']}. One row,",
-        f"{shape['query_heads']} / {shape['kv_heads']} heads of {shape['head_dim']}, {shape['dtype']},",
-        'random content, so that the density is given and not found; "read" includes the blocks that are',
-        "always kept. Milliseconds; dense is the faster of cuDNN and FlashAttention through SDPA.",
+    return (
+        f"`{found['command']}`, {found['date']}, {machine(result)}, torch {found['torch']}. One row, "
+        f"{shape['query_heads']} / {shape['kv_heads']} heads of {shape['head_dim']}, {shape['dtype']},"
     )
-    lines += head("tokens", "density", "read", "dense", "selection", "attention", "times as fast")
-    for each in result["results"]:
-        for own in each["sparse"]:
-            times = (f"{x:.1f}" for x in (each["dense_best"], own["selection"], own["attention"]))
-            shares = f"{own['density']:.0%}", percent(own["read"])
-            lines.append(row(f"{each['tokens']:,}", *shares, *times, f"{own['ratio']:.1f}"))
-    lines.append("")
+
+
+def speed(result: dict[str, Any]) -> list[str]:
+    """Time of a prompt's operators, and to the first token."""
+    found = result["environment"]
+    lines = [f"## Time, {machine(result)}", ""]
+    if result["results"]:
+        lines += paragraph(
+            measured(result),
+            'random content, so that the density is given and not found; "read" includes the blocks that are',
+            "always kept. Milliseconds; dense is the faster of cuDNN and FlashAttention through SDPA.",
+        )
+        lines += head("tokens", "density", "read", "dense", "selection", "attention", "times as fast")
+        for each in result["results"]:
+            for own in each["sparse"]:
+                times = (f"{x:.1f}" for x in (each["dense_best"], own["selection"], own["attention"]))
+                shares = f"{own['density']:.0%}", percent(own["read"])
+                lines.append(row(f"{each['tokens']:,}", *shares, *times, f"{own['ratio']:.1f}"))
+        lines.append("")
+    else:
+        lines += paragraph(
+            f"`{found['command']}`, {found['date']}, {machine(result)}, torch {found['torch']}."
+        )
     if result["first_token"]:
         ways = list(result["first_token"][0]["ms"])
-        lines += paragraph("Milliseconds to the first token of a whole model with Llama-3.1-8B's shapes:")
+        model = result["first_token"][0].get("model") or "a whole model with Llama-3.1-8B's shapes"
+        lines += paragraph(f"Milliseconds to the first token of {model}:")
         lines += head("tokens", "layers", *ways)
         for each in result["first_token"]:
             exact = each["ms"]["exact"]
@@ -113,6 +140,28 @@ def speed(result: dict[str, Any]) -> list[str]:
             lines.append(row(f"{each['tokens']:,}", each["layers"], *cells))
         lines.append("")
     return lines
+
+
+def chunk_speed(result: dict[str, Any]) -> list[str]:
+    """Time of a later chunk's operators, and of what a layer does with it."""
+    lines = [f"## Time of a later chunk, {machine(result)}", ""]
+    lines += paragraph(
+        measured(result),
+        f"`{result['shape']['preset']}`, random content. Milliseconds of one layer: pages decoded to memory,",
+        "selection and attention of all queries, these together, and what a layer does, where the last",
+        "queries read everything. Dense is the fastest kernel over 16-bit keys and values of the prefix, in",
+        "the same run, and its time over the others is in brackets.",
+    )
+    lines += head("queries x prefix", "density", "read", "dense", "decoding", "selection", "attention",
+                  "together", "with exact last queries")  # fmt: skip
+    for each in result["results"]:
+        best = each["dense_best"]
+        for own in each["sparse"]:
+            parts = (f"{x:.2f}" for x in (best, each["decode"], own["selection"], own["attention"]))
+            sums = (f"{own[name]:.2f} ({best / own[name]:.1f} x)" for name in ("sparse", "chunk"))
+            size = f"{each['queries']:,} x {each['tokens']:,}"
+            lines.append(row(size, f"{own['density']:.0%}", percent(own["read"]), *parts, *sums))
+    return [*lines, ""]
 
 
 def missing() -> list[str]:
@@ -129,6 +178,8 @@ def main() -> None:
     lines = introduction() + estimates(results("pages-*.json"))
     for path in sorted((ROOT / "benchmarks" / "results").glob("prefill-*.json")):
         lines += speed(json.loads(path.read_text()))
+    for path in sorted((ROOT / "benchmarks" / "results").glob("sparse_chunk*.json")):
+        lines += chunk_speed(json.loads(path.read_text()))
     lines += missing()
     (ROOT / "docs" / "prefill.md").write_text("\n".join(lines).rstrip() + "\n")
 

@@ -19,7 +19,7 @@ for part in "${parts[@]}"; do
     sanitizer)
       # Only our own kernels are checked, except by initcheck, which has to see who wrote what they read.
       ours=()
-      for name in decode fetch attend merge encode dense window select_test code_sums restore join; do ours+=(--kernel-name "kns=$name"); done
+      for name in decode fetch attend merge encode dense window select_test code_sums restore join moments; do ours+=(--kernel-name "kns=$name"); done
       for tool in memcheck racecheck synccheck initcheck; do
         [ $tool != initcheck ] || ours=()
         compute-sanitizer --tool "$tool" --error-exitcode 9 --report-api-errors no --check-api-memory-access no \
@@ -38,6 +38,7 @@ for part in "${parts[@]}"; do
       "$python" benchmarks/paper.py --output "$out/paper.json" || failed=1
       "$python" benchmarks/chunk.py --device cuda --output "$out/chunk.json" || failed=1
       "$python" benchmarks/chunk_prefix.py --output "$out/chunk_prefix.json" || failed=1
+      "$python" benchmarks/sparse_chunk.py --output "$out/sparse_chunk.json" || failed=1
       "$python" benchmarks/end_to_end.py --lengths 8192 131072 --layers 8 --compile 8192 131072 --skip-largest \
         --output "$out/end_to_end-compiled.json" || failed=1 ;;
     *)

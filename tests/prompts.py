@@ -1,4 +1,4 @@
-"""Random prompts, and what their sparse attention is by definition."""
+"""Random prompts, their last chunks, and what the sparse attention of these is by definition."""
 
 import torch
 
@@ -18,33 +18,40 @@ def random_prompt(tokens, batch=1, heads=2, groups=3, dim=64, dtype=torch.float3
     return tuple(x.to(device, dtype) for x in (query, keys, values))
 
 
+def blocks_with_queries(queries, tokens):
+    """Blocks of which the last `queries` of so many tokens are."""
+    return range((tokens - queries) // BLOCK, -(-tokens // BLOCK))
+
+
 def estimated(query, keys, scaling):
-    """Estimated shares [B, H, n, n] of the blocks that blocks of queries see, one product at a time."""
+    """Estimated shares [B, H, n, blocks] of the blocks that blocks of queries see, one product at a time."""
     (batch, heads, tokens), groups = keys.shape[:3], query.shape[1] // keys.shape[1]
-    blocks = -(-tokens // BLOCK)
-    shares = torch.zeros(batch, heads, blocks, blocks)
+    own, start = blocks_with_queries(query.shape[2], tokens), tokens - query.shape[2]
+    shares = torch.zeros(batch, heads, len(own), own.stop)
     for b in range(batch):
         for h in range(heads):
-            for i in range(blocks):
-                for q in query[b, h * groups : (h + 1) * groups, i * BLOCK : (i + 1) * BLOCK].float():
-                    missing = BLOCK - len(q)
+            for at, i in enumerate(own):
+                first, last = max(0, i * BLOCK - start), (i + 1) * BLOCK - start
+                for q in query[b, h * groups : (h + 1) * groups, first:last].float():
+                    missing = last - first - len(q)
                     q = torch.cat((q, q[-1:].expand(missing, -1))).mean(0) * scaling
                     logits = []
                     for j in range(i + 1):
                         k = keys[b, h, j * BLOCK : (j + 1) * BLOCK].float()
                         k = torch.cat((k, k[-1:].expand(BLOCK - len(k), -1)))
                         logits.append(q @ k.mean(0) + q.square() @ k.var(0, correction=0) / 2)
-                    shares[b, h, i, : i + 1] += torch.stack(logits).softmax(0) / groups
+                    shares[b, h, at, : i + 1] += torch.stack(logits).softmax(0) / groups
     return shares
 
 
-def selected(blocks, counts):
-    """bool [B, H, n, n] of what is kept; checks the form of a selection."""
-    number = counts.shape[-1]
-    kept = torch.zeros(*counts.shape, number, dtype=torch.bool)
+def selected(blocks, counts, tokens=None, queries=None):
+    """bool [B, H, n, blocks] of what is kept; checks the form of a selection, of a prompt by default."""
+    own_blocks = range(counts.shape[-1]) if tokens is None else blocks_with_queries(queries, tokens)
+    assert counts.shape[-1] == len(own_blocks)
+    kept = torch.zeros(*counts.shape, own_blocks.stop, dtype=torch.bool)
     for at in torch.cartesian_prod(*map(torch.arange, counts.shape)).tolist():
         listed, count = blocks[tuple(at)].tolist(), int(counts[tuple(at)])
-        own = at[-1]
+        own = own_blocks[at[-1]]
         assert min(own + 1, ALWAYS) <= count <= own + 1
         assert listed[:count] == sorted(set(listed[:count]))
         assert not any(listed[count:])
@@ -56,8 +63,9 @@ def selected(blocks, counts):
 
 def attend_selected(query, keys, values, kept, scaling):
     """Attention through a mask of all pairs: (output, log-sum-exp), float32."""
-    tokens = keys.shape[2]
-    visible = kept.repeat_interleave(BLOCK, 2)[:, :, :tokens].repeat_interleave(BLOCK, 3)[..., :tokens]
-    causal = torch.ones(tokens, tokens, dtype=torch.bool).tril()
+    tokens, queries = keys.shape[2], query.shape[2]
+    own = torch.arange(tokens - queries, tokens) // BLOCK - (tokens - queries) // BLOCK
+    visible = kept[:, :, own].repeat_interleave(BLOCK, 3)[..., :tokens]
+    causal = torch.ones(tokens, tokens, dtype=torch.bool).tril()[-queries:]
     visible = (visible & causal).to(query.device)[:, :, None]
     return attend_exact(query, keys, values, visible, scaling)

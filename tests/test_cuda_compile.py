@@ -46,6 +46,7 @@ KERNELS = {
     "window": 4,
     "balance": 2,
     "statistics": 1,
+    "moments": 1,
     "pages": 1,
     "join": 1,
 }
@@ -58,6 +59,7 @@ SHAPES = {
     "window": WINDOW,
     "balance": ENCODE,
     "statistics": ENCODE,
+    "moments": ENCODE,
     "pages": ENCODE,
     "join": ENCODE,
 }

@@ -57,8 +57,9 @@ class SelfIndexConfig:
             prefill) attends to the whole decoded cache instead of selecting per query.
         prefill: how a prompt attends to itself: "exact" (default), or "sparse", where every block of 128
             queries reads the blocks of 128 keys that it selects, and some always (the first, the own and
-            the one before it). Prompts of up to `dense_below` tokens, the last 256 tokens of others, and
-            layers that are not compressed, are exact in any case. Later chunks and steps are as always.
+            the one before it). Later chunks of more than 512 tokens do so with everything before them as
+            well, decoded. Exact in any case are rows of up to `dense_below` tokens, the last 256 tokens of
+            a prompt or chunk, and layers that are not compressed. Steps are as always.
         prefill_mass: share of the softmax, as it is estimated, that the selected blocks are to hold, in
             (0, 1]; 1 selects as many as `prefill_density` allows.
         prefill_density: most blocks that are selected, as a share of those before the queries, in (0, 1].

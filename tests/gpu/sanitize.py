@@ -52,6 +52,8 @@ for preset, dim, groups, bits, lengths in (
     ops.encode(keys, keys, counts, cache.constants, cache.fmt.name)
     ops.measure_balance(keys[:, :, :9], keys, cache.constants.expand(2, -1, -1), 18)
     ops.prompt_statistics(keys)
+    longer = torch.randn(2, 1, 300, dim, device="cuda", dtype=torch.bfloat16)
+    ops.select_blocks(longer[:, :, -200:], longer, dim**-0.5, 0.9, 0.5)
     owned = empty_pools(cache.fmt, 3, "cuda")
     blocks = torch.tensor([2, -1], dtype=torch.int32, device="cuda")
     ops.encode_into(keys, keys, counts, blocks, *owned, cache.constants, cache.fmt.name)

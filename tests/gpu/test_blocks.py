@@ -6,20 +6,25 @@ from prompts import random_prompt
 
 from selfindex.backends import fallback, ops, reference
 from selfindex.backends.cuda import blocks as module
+from selfindex.backends.cuda import moments
+from selfindex.backends.operators.select_blocks import moments as plain_moments
 
 pytestmark = pytest.mark.gpu
 
 TOLERANCE = {torch.float32: 3e-3, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
-def check(prompt, scaling, mass, density):
-    served = []
+def check(prompt, scaling, mass, density, last=None):
+    served, prompt = [], list(prompt)
+    prompt[0] = prompt[0][:, :, -last:] if last else prompt[0]
     selection = ops.select_blocks(*prompt[:2], scaling, mass, density)
+    # Of a prompt, or of the `last` of its tokens.
     with fallback.observed(lambda name, fast, arguments: served.append((name, fast))):
         output, lse = ops.block_attend(*prompt, *selection, scaling)
     assert served == [("block_attend", True)]
     wanted, wanted_lse = reference.block_attend(*prompt, *selection, scaling)
-    assert output.transpose(1, 2).is_contiguous()
+    assert last or output.transpose(1, 2).is_contiguous()
+    assert output.stride() == torch.empty_like(prompt[0]).stride() or output.shape[0] == 1
     tolerance = TOLERANCE[output.dtype]
     torch.testing.assert_close(output, wanted, atol=tolerance, rtol=tolerance)
     torch.testing.assert_close(lse, wanted_lse, atol=tolerance, rtol=tolerance)
@@ -32,6 +37,16 @@ def test_it_is_the_plain_operator(dtype, heads, groups, dim):
         prompt = random_prompt(tokens, batch, heads, groups, dim, dtype, "cuda")
         for mass, density in ((1.0, 1.0), (0.8, 1.0), (1.0, 0.3)):
             check(prompt, dim**-0.5, mass, density)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(("heads", "groups", "dim"), [(2, 4, 128), (1, 7, 64), (1, 6, 96), (3, 1, 256)])
+def test_so_it_is_for_the_last_queries(dtype, heads, groups, dim):
+    """Also where their first one, or last one, is in the middle of a block."""
+    for tokens, last, batch in ((2000, 700, 1), (4096, 1024, 1), (4096, 900, 1), (2500, 1500, 2)):
+        prompt = random_prompt(tokens, batch, heads, groups, dim, dtype, "cuda")
+        for mass, density in ((1.0, 1.0), (0.8, 1.0), (1.0, 0.3)):
+            check(prompt, dim**-0.5, mass, density, last)
 
 
 def test_other_scales_are_taken_over_by_the_queries():
@@ -49,9 +64,46 @@ def test_lengths_and_batches_share_a_compilation():
     assert counters["unique_graphs"] <= 3
 
 
-def test_selection_is_that_of_a_cpu():
+def test_chunks_share_a_compilation():
+    module._compiled.cache_clear()
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters["stats"]
+    before = counters["unique_graphs"]
+    for tokens, last in ((1500, 600), (4096, 2048), (9000, 700), (9001, 5000), (3000, 2000)):
+        with torch.inference_mode():
+            check(random_prompt(tokens, dtype=torch.bfloat16, device="cuda"), 0.125, 0.8, 0.5, last)
+    # Queries and keys that lie as they were given, and those that were filled up to whole blocks.
+    assert counters["unique_graphs"] - before <= 3
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("tokens", [1, 127, 128, 129, 1500])
+@pytest.mark.parametrize("apart", [False, True])
+def test_moments_of_blocks_are_the_references(dtype, dim, tokens, apart):
+    keys = random_prompt(tokens, 2, 3, 1, dim, dtype, "cuda")[1] + 3
+    keys = keys.contiguous() if apart else keys
+    assert moments.supported(keys, keys)
+    got, wanted = moments.moments(keys), plain_moments(keys)
+    torch.testing.assert_close(got, wanted, atol=2e-5, rtol=2e-5)
+    assert torch.equal(moments.moments(keys), got)
+
+
+def test_keys_that_begin_anywhere_are_left_to_pytorch():
+    keys = random_prompt(500, dim=65, dtype=torch.bfloat16, device="cuda")[1][..., 1:]
+    assert not moments.supported(keys, keys)
+    served = []
+    with fallback.observed(lambda name, fast, arguments: served.append((name, fast))):
+        ops.select_blocks(keys, keys, 0.125, 1.0, 0.5)
+    assert served == [("select_blocks", False)]
+
+
+@pytest.mark.parametrize("last", [20 * 128 + 60, 900])
+@pytest.mark.parametrize("mass", [1.0, 0.9])
+def test_selection_is_that_of_a_cpu(last, mass):
     query, keys, _ = random_prompt(20 * 128 + 60)
-    wanted = ops.select_blocks(query, keys, 0.125, 1.0, 0.4)
-    got = ops.select_blocks(query.cuda(), keys.cuda(), 0.125, 1.0, 0.4)
+    query = query[:, :, -last:]
+    wanted = ops.select_blocks(query, keys, 0.125, mass, 0.4)
+    got = ops.select_blocks(query.cuda(), keys.cuda(), 0.125, mass, 0.4)
     for one, other in zip(got, wanted, strict=True):
         assert (one.cpu() == other).float().mean() > 0.995  # but for estimates that are all but equal

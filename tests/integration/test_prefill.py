@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from decoded_cache import full_cache
+from decoded_cache import decoded_cache, full_cache
 from prompts import random_prompt
 from tiny_models import cache_argument, forward, generate, make_model, pair, prompt
 
@@ -53,13 +53,55 @@ def test_few_blocks_are_read_and_decoding_goes_on(selections):
     torch.testing.assert_close(logits[:, :384], forward(dense, ids)[:, :384], atol=1e-3, rtol=1e-3)
 
 
-def test_a_later_chunk_is_exact(selections):
-    _, ours = pair("llama", max_position_embeddings=2048)
-    cache = full_cache(ours, **FEW)
+@pytest.mark.parametrize("family", ["llama", "gpt_oss", "gemma3"])
+def test_all_blocks_of_a_later_chunk_are_exact(family, selections):
+    dense, ours = pair(family, max_position_embeddings=4096)
+    cache = full_cache(ours, **ALL)
     forward(ours, prompt(LONG), cache)
-    before = len(selections)
-    forward(ours, prompt(LONG, seed=1), cache)
-    assert len(selections) == before
+    before, other = len(selections), decoded_cache(cache, dense)
+    ids = prompt(LONG, seed=1)
+    got, wanted = forward(ours, ids, cache), forward(dense, ids, other)
+    assert len(selections) == 2 * before
+    torch.testing.assert_close(got, wanted, atol=1e-3, rtol=1e-3)
+
+
+def test_chunks_of_a_prompt_read_few_blocks_but_short_ones(selections):
+    _, ours = pair("llama", max_position_embeddings=4096)
+    cache, layers = full_cache(ours, **FEW), 2
+    forward(ours, prompt(LONG), cache)
+    for new, more in ((700, layers), (512, 0), (1, 0), (513, layers)):
+        before = len(selections)
+        forward(ours, prompt(new, seed=1), cache)
+        assert len(selections) == before + more
+    assert cache.get_seq_length() == LONG + 700 + 512 + 1 + 513
+
+
+def test_generation_in_chunks(selections):
+    _, ours = pair("llama", max_position_embeddings=4096)
+    ids = prompt(2000)
+    text = generate(ours, ids, full_cache(ours, **FEW), prefill_chunk_size=600)
+    assert text.shape[1] == 2012
+    assert len(selections) == 2 * 3  # 600 tokens, 600 more, and 600 more; 200 read everything
+
+
+@pytest.mark.parametrize("preset", ["balanced", "paper"])
+def test_rows_of_a_padded_chunk_are_rows_alone(preset, selections):
+    _, ours = pair("llama", max_position_embeddings=4096)
+    lengths = [(LONG, 900), (1000, 700), (1100, 100)]
+    ids, mask = (torch.zeros(3, LONG + 900, dtype=torch.long) for _ in range(2))
+    for b, (first, second) in enumerate(lengths):
+        for at in (slice(LONG - first, LONG), slice(LONG, LONG + second)):
+            ids[b, at] = prompt(at.stop - at.start, seed=b + at.stop)[0]
+            mask[b, at] = 1
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    cache = full_cache(ours, **FEW, preset=preset)
+    forward(ours, ids[:, :LONG], cache, mask[:, :LONG], position_ids=positions[:, :LONG])
+    got = forward(ours, ids[:, LONG:], cache, mask, position_ids=positions[:, LONG:])
+    for b, (first, second) in enumerate(lengths):
+        alone = full_cache(ours, **FEW, preset=preset)
+        forward(ours, ids[b : b + 1, LONG - first : LONG], alone)
+        wanted = forward(ours, ids[b : b + 1, LONG : LONG + second], alone)
+        torch.testing.assert_close(got[b : b + 1, :second], wanted, atol=2e-4, rtol=2e-4)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -8,6 +8,7 @@ from torch import Tensor
 from ..backends import ops
 from ..backends.partial import join_parts
 from ..store import LayerStore
+from .chunk import attend_chunk, is_sparse_chunk
 from .decoded import STAGED_PAGES, decoded_parts, groups_of, is_decoded
 from .exact import exact_part
 from .parts import Parts
@@ -30,7 +31,7 @@ def attend(
     sink_logit: Tensor | None = None,
     plans: StepPlans | None = None,
 ) -> tuple[Tensor, list[int]]:
-    """Attend to stored tokens and, causally, to the new ones.
+    """Attend to stored tokens and, causally, to the new ones; sparsely where `is_sparse_chunk` says so.
 
     Changes nothing that the store counts as held; a short step writes the new tokens behind it, see
     `is_step`.
@@ -52,6 +53,9 @@ def attend(
     budgets = budgets_of(store, new)
     sparse = any(encoded) and new <= store.config.sparse_queries and budgets != encoded
     read = budgets if sparse else encoded
+    longest = max(store.length(b) for b in range(store.batch)) + new
+    if not sparse and is_sparse_chunk(store.config, longest, new):
+        return attend_chunk(store, query, keys, values, valid, scaling, sink_logit), read
     window = exact_part(store.window, query, keys, values, valid, scaling, plans)
     output = torch.empty_like(query)
     decoded = any(encoded) and not sparse and is_decoded(store, query, scaling)

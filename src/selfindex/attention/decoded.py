@@ -49,8 +49,8 @@ def pages_at_a_time(kv_heads: int, dim: int, page: int, dtype: torch.dtype, rows
 
 
 def even(pages: int, most: int) -> int:
-    """Pages at a time, at most so many, of which the last ones are about as many as the others."""
-    return max(1, -(-pages // max(1, -(-pages // most))))
+    """Pages at a time, at most so many or one, of which the last ones are about as many as the others."""
+    return max(1, -(-pages // max(1, -(-pages // max(1, most)))))
 
 
 def splits_for(query: Tensor, tokens: int) -> int:
@@ -93,27 +93,14 @@ def decoded_parts(store: LayerStore, rows: slice, query: Tensor, scaling: float,
     if store.pool.offloading:
         step = min(step, max(1, STAGED_PAGES // n))
     step = even(len(counts), step)
-    constants = store.constants
-    assert constants is not None  # there are pages
-    constants = constants if constants.shape[0] == 1 else constants[rows]
-    tables = [x[rows] for x in store.table.tensors()]
     for first in range(0, len(counts), step):
         tokens = sum(counts[first : first + step])
-        room = query.new_empty(2, n * tokens, fmt.kv_heads, dim)
+        keys, values = query.new_empty(2, n * tokens, fmt.kv_heads, dim).transpose(1, 2)
         starts = torch.arange(0, n * tokens, tokens, dtype=torch.int32, device=query.device)
-        table, near = (x[:, first : first + step] for x in tables)
-        pools = store.pool.index, store.pool.payload
-        if store.pool.offloading:
-            *staged, table = store.table.stage(first, first + step, rows)
-            pools = staged[0], staged[1]
-        keys, values = room.transpose(1, 2)
-        ops.decode_pages(*pools, table, near, starts, keys, values, constants, fmt.name)
-        # A row that is split is several rows with the same queries.
-        splits = splits_for(query, tokens)
-        keys, values = room.unflatten(1, (n * splits, -1)).transpose(2, 3)
-        asking = query.repeat_interleave(splits, 0) if splits > 1 else query
+        decode(store, rows, slice(first, first + step), starts, keys, values)
+        keys, values = (x.unflatten(1, (n, tokens)).transpose(0, 1) for x in (keys, values))
         try:
-            output, lse = attend_plain(asking, keys, values, scaling, causal=False)
+            found = attend_split(query, keys, values, scaling)
         except RuntimeError as error:
             # Out of memory and errors of the GPU are other types; and it ran for the pages before.
             if first or type(error) is not RuntimeError:
@@ -125,6 +112,30 @@ def decoded_parts(store: LayerStore, rows: slice, query: Tensor, scaling: float,
                 stacklevel=2,
             )
             return False
-        for i in range(splits):
-            parts.add(output[i::splits], lse[i::splits])
+        for part in found:
+            parts.add(*part)
     return True
+
+
+def decode(
+    store: LayerStore, rows: slice, pages: slice, starts: Tensor, keys: Tensor, values: Tensor
+) -> None:
+    """Decode some pages of some rows; further arguments as of `decode_pages`."""
+    table, counts = (x[rows, pages] for x in store.table.tensors())
+    pools, constants = (store.pool.index, store.pool.payload), store.constants
+    if store.pool.offloading:
+        *staged, table = store.table.stage(pages.start, pages.stop, rows)
+        pools = staged[0], staged[1]
+    assert constants is not None  # there are pages
+    constants = constants if constants.shape[0] == 1 else constants[rows]
+    ops.decode_pages(*pools, table, counts, starts, keys, values, constants, store.format.name)
+
+
+def attend_split(query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> list[tuple[Tensor, Tensor]]:
+    """`attend_plain`, not causal, of keys that are divided among as many blocks as occupy a GPU: in parts."""
+    splits = splits_for(query, keys.shape[2])
+    # A row that is split is several rows with the same queries.
+    keys, values = (x.unflatten(2, (splits, -1)).transpose(1, 2).flatten(0, 1) for x in (keys, values))
+    asking = query.repeat_interleave(splits, 0) if splits > 1 else query
+    output, lse = attend_plain(asking, keys, values, scaling, causal=False)
+    return [(output[i::splits], lse[i::splits]) for i in range(splits)]

@@ -1,7 +1,7 @@
-"""A prompt's attention when it is sparse: every block of queries reads the blocks of keys selected for it.
+"""Sparse attention of many tokens: every block of queries reads the blocks of keys selected for it.
 
-But for the last queries: there a prompt asks what it is about, often in a few words, which the mean of a
-block would hide. They read everything, which costs little where prompts are long.
+But for the last queries: there a prompt, or a later chunk, asks what it is about, often in a few words, which
+the mean of a block would hide. They read everything, which costs little where there are many tokens.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from torch import Tensor
 
 from ..backends import ops
 from ..backends.operators.select_blocks import BLOCK
-from ..backends.partial import join_parts, merge_parts
 from ..config import SelfIndexConfig
+from .decoded import attend_split
 from .kernels import attend_plain
+from .parts import Parts, merge
 
 EXACT = 2 * BLOCK
 """Queries at the end, at least, that read everything."""
@@ -46,38 +47,49 @@ def attend_prompt(
         [B, Hq, T, d] in the query's dtype; 0 for padding.
     """
     if valid is None:
-        return _attend(config, query, keys, values, scaling, sink_logit)
+        sparse = is_sparse(config, query.shape[2])
+        return attend_last(config, query, keys, values, scaling, sink_logit, sparse)
     output = torch.zeros_like(query)
     for b, row in enumerate(valid):
         real = row.nonzero().flatten()
         if len(real):
             q, k, v = (x[b : b + 1].index_select(2, real) for x in (query, keys, values))
-            output[b].index_copy_(1, real, _attend(config, q, k, v, scaling, sink_logit)[0])
+            found = attend_last(config, q, k, v, scaling, sink_logit, is_sparse(config, len(real)))
+            output[b].index_copy_(1, real, found[0])
     return output
 
 
-def _attend(
+def attend_last(
     config: SelfIndexConfig,
     query: Tensor,
     keys: Tensor,
     values: Tensor,
     scaling: float,
     sink_logit: Tensor | None,
+    sparse: bool,
 ) -> Tensor:
-    """`attend_prompt` without padding."""
-    tokens = query.shape[2]
-    if is_sparse(config, tokens):
-        first = (tokens - EXACT) // BLOCK * BLOCK
-        (q, q_last), (k, k_last), (v, v_last) = (x.tensor_split([first], 2) for x in (query, keys, values))
+    """Causal attention of the last of a row's tokens to all of them; the very last ones read everything.
+
+    Args:
+        query: [B, Hq, T, d], those of the last T tokens; keys, values: [B, H, S, d]; without padding.
+        sink_logit: [Hq], see `merge_parts`.
+        sparse: whether the others read selected blocks; T is more than EXACT + BLOCK then.
+    Returns:
+        [B, Hq, T, d] in the query's dtype.
+    """
+    tokens, new = keys.shape[2], query.shape[2]
+    start = tokens - new
+    first = (tokens - EXACT) // BLOCK * BLOCK if sparse else start
+    output = torch.empty_like(query)
+    q, q_last = query.tensor_split([first - start], 2)
+    (k, k_last), (v, v_last) = (x.tensor_split([first], 2) for x in (keys, values))
+    if sparse:
         selection = ops.select_blocks(q, k, scaling, config.prefill_mass, config.prefill_density)
-        one, one_lse = ops.block_attend(q, k, v, *selection, scaling)
-        earlier = attend_plain(q_last, k, v, scaling, causal=False)
-        other, other_lse = join_parts(earlier, attend_plain(q_last, k_last, v_last, scaling, causal=True))
-        output = torch.empty_like(query)
-        output[:, :, :first], output[:, :, first:] = one, other
-        lse = torch.cat((one_lse, other_lse), 2)
-    else:
-        output, lse = attend_plain(query, keys, values, scaling, causal=True)
-    if sink_logit is None:
-        return output
-    return merge_parts([(output, lse)], sink_logit).to(query.dtype)
+        found, lse = ops.block_attend(q, k, v, *selection, scaling)
+        merge([found], [lse], sink_logit, output[:, :, : first - start])
+    parts = Parts()
+    for part in attend_split(q_last, k, v, scaling) if first else ():
+        parts.add(*part)
+    parts.add(*attend_plain(q_last, k_last, v_last, scaling, causal=True))
+    parts.write(output[:, :, first - start :], sink_logit)
+    return output

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..operators.block_attend import laid_out
-from ..operators.select_blocks import BLOCK
+from ..operators.select_blocks import BLOCK, blocks_of
 from ..partial import join_parts
 from .loader import NativeUnavailable, check_enabled
 
@@ -39,17 +39,20 @@ def block_attend(
     attend = getattr(torch.ops.aten, OPERATOR, None)
     if attend is None:
         raise NativeUnavailable(f"this version of PyTorch has no {OPERATOR}")
-    given, heads, tokens = query, *keys.shape[1:3]
-    fill = -tokens % BLOCK
+    given, (heads, tokens) = query, keys.shape[1:3]
+    number, start, before = blocks_of(query, keys)
+    fill = number * BLOCK - tokens
+    if before or fill:
+        query = pad(query, (0, 0, before, fill))
     if fill:
-        query, keys, values = (pad(x, (0, 0, 0, fill)) for x in (query, keys, values))
+        keys, values = (pad(x, (0, 0, 0, fill)) for x in (keys, values))
     query, keys, values = (x.unflatten(2, (-1, BLOCK)) for x in (query, keys, values))
     grouped = query.unflatten(1, (heads, -1))  # [B, H, G, n, BLOCK, d]
     own = torch.empty_like(grouped), grouped.new_empty(grouped.shape[:5], dtype=torch.float32)
     # The queries' own blocks, the only ones with a mask: all of them at once for each head of a group.
     for b, row in enumerate(grouped):
         for g, q in enumerate(row.unbind(1)):
-            part = attend(q, keys[b], values[b], is_causal=True, scale=scaling)
+            part = attend(q, keys[b, :, start:], values[b, :, start:], is_causal=True, scale=scaling)
             own[0][b, :, g], own[1][b, :, g] = part[:2]
     others = torch.zeros_like(own[0]), torch.full_like(own[1], -torch.inf)
     # Blocks of queries that read as many others are a batch.
@@ -67,6 +70,6 @@ def block_attend(
             for whole, found in zip(others, part[:2], strict=True):
                 whole[b, h, :, i] = found[:, 0].unflatten(1, (-1, BLOCK))
     output, lse = join_parts(own, others)
-    shape = query.shape[0], query.shape[1], tokens + fill
-    output = output.to(query.dtype).view(*shape, -1)[:, :, :tokens]
-    return laid_out(output, given), lse.view(shape)[:, :, :tokens].contiguous()
+    shape, asked = (query.shape[0], query.shape[1], -1), slice(before, before + given.shape[2])
+    output = output.to(query.dtype).view(*shape, given.shape[3])[:, :, asked]
+    return laid_out(output, given), lse.view(shape)[:, :, asked].contiguous()

@@ -1,7 +1,8 @@
 """`block_attend` on a GPU: PyTorch's FlexAttention, which skips the blocks that a mask leaves out.
 
 The mask is made of the selection itself, a KV head of a row being a batch of its own, whose query heads
-share what is selected. Lengths are dynamic: one compilation serves all of a model's prompts.
+share what is selected. Lengths are dynamic: one compilation serves all of a model's prompts, another one its
+later chunks, which have fewer queries than keys.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch.nn.attention.flex_attention import (
 from torch.nn.functional import pad
 
 from ..operators.block_attend import laid_out
-from ..operators.select_blocks import BLOCK
+from ..operators.select_blocks import BLOCK, blocks_of
 from .launch import KernelsUnavailable
 
 OPTIONS: FlexKernelOptions = {"ROWS_GUARANTEED_SAFE": True}
@@ -57,9 +58,13 @@ def block_attend(
     # every model: queries take it over instead.
     if scaling != dim**-0.5:
         query = query * (scaling * dim**0.5)
-    fill = -tokens % BLOCK
-    if fill:  # with whole blocks the kernel checks no bounds
-        query, keys, values = (pad(x, (0, 0, 0, fill)) for x in (query, keys, values))
+    number, _, before = blocks_of(query, keys)
+    fill = number * BLOCK - tokens
+    # With whole blocks the kernel checks no bounds.
+    if before or fill:
+        query = pad(query, (0, 0, before, fill))
+    if fill:
+        keys, values = (pad(x, (0, 0, 0, fill)) for x in (keys, values))
     q = query.unflatten(1, (heads, -1)).flatten(0, 1)  # [B H, G, n BLOCK, d]
     k, v = (x.flatten(0, 1)[:, None] for x in (keys, values))
     inputs = [x.unflatten(2, (-1, BLOCK)) for x in (q, k, v)]
@@ -75,9 +80,9 @@ def block_attend(
         first = next((line for line in str(error).splitlines() if line), type(error).__name__)
         _refused[kind] = f"torch.compile cannot compile FlexAttention for {kind[0]}, head_dim {dim}: {first}"
         raise KernelsUnavailable(_refused[kind]) from error
-    shape = batch, -1, tokens + fill
-    output = output.reshape(*shape, dim)[:, :, :tokens]
-    return laid_out(output, given), lse.view(shape)[:, :, :tokens].contiguous()
+    shape, asked = (batch, -1, query.shape[2]), slice(before, before + given.shape[2])
+    output = output.reshape(*shape, dim)[:, :, asked]
+    return laid_out(output, given), lse.view(shape)[:, :, asked].contiguous()
 
 
 def attend(
@@ -86,14 +91,16 @@ def attend(
     """`block_attend` of R batches with a KV head each, to be compiled; log-sum-exp is [R, G, n BLOCK].
 
     Args:
-        query: [R, G, n, BLOCK, d]; keys, values: [R, 1, n, BLOCK, d]: sizes say that blocks are whole.
+        query: [R, G, n, BLOCK, d], in the last n blocks of keys; keys, values: [R, 1, m, BLOCK, d]: sizes
+            say that blocks are whole.
         blocks: int32 [R, 1, n, W]; counts: int32 [R, 1, n].
     """
     q, k, v = (x.flatten(2, 3) for x in (query, keys, values))
     # The last block kept is the queries' own: the only one that needs a mask. Both lists have the same
     # strides, which PyTorch 2.11 takes for granted.
     own = torch.zeros_like(blocks)
-    own[..., 0] = torch.arange(blocks.shape[2], dtype=torch.int32, device=blocks.device)
+    last = keys.shape[2]
+    own[..., 0] = torch.arange(last - blocks.shape[2], last, dtype=torch.int32, device=blocks.device)
     mask = BlockMask.from_kv_blocks(
         torch.ones_like(counts),
         own,
@@ -118,7 +125,8 @@ def attend(
 
 
 def _causal(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-    return query >= key
+    # Of the queries' own block of keys, wherever it is: both begin at the same place.
+    return query % BLOCK >= key % BLOCK
 
 
 @cache

@@ -1,4 +1,4 @@
-"""`block_attend`: causal attention of a prompt to selected blocks of its keys."""
+"""`block_attend`: causal attention of the last tokens of a row to selected blocks of its keys."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..partial import softmax_part
 from .define import define
-from .select_blocks import BLOCK
+from .select_blocks import BLOCK, blocks_of
 
 
 def _fake(query: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
@@ -29,7 +29,8 @@ def block_attend(
     """Attend causally, every block of queries to the blocks of keys that were selected for it.
 
     Args:
-        query: [B, Hq, T, d]; keys, values: [B, H, T, d]; a prompt without padding, T > 0.
+        query: [B, Hq, T, d], those of the last T tokens; keys, values: [B, H, S, d]; without padding,
+            0 < T <= S.
         blocks: int32 [B, H, n, W]; counts: int32 [B, H, n], from 1 to W; as `select_blocks` returns them.
         scaling: factor on q.k.
     Returns:
@@ -40,8 +41,11 @@ def block_attend(
     whole = torch.empty_like(query)
     output, lse = whole.unflatten(1, (heads, -1)), grouped.new_empty(grouped.shape[:4], dtype=torch.float32)
     inside = torch.arange(BLOCK, device=query.device)
+    _, start, _ = blocks_of(query, keys)
+    before = tokens - query.shape[2]
     for block, most in enumerate(counts.amax((0, 1)).tolist()):
-        rows = slice(block * BLOCK, min(tokens, (block + 1) * BLOCK))
+        own = (start + block) * BLOCK
+        rows = slice(max(0, own - before), min(tokens, own + BLOCK) - before)
         q = grouped[:, :, :, rows].float()
         at = (blocks[:, :, block, :most, None] * BLOCK + inside).flatten(2).long()  # [B, H, K]
         there = (torch.arange(most, device=query.device) < counts[:, :, block, None]).repeat_interleave(
@@ -49,7 +53,7 @@ def block_attend(
         )
         picked = at.clamp(max=tokens - 1)[..., None].expand(-1, -1, -1, query.shape[3])
         k, v = (x.gather(2, picked).float()[:, :, None] for x in (keys, values))
-        time = torch.arange(rows.start, rows.stop, device=query.device)
+        time = torch.arange(before + rows.start, before + rows.stop, device=query.device)
         visible = there[:, :, None] & (at[:, :, None] <= time[:, None])
         logits = (q @ k.mT * scaling).masked_fill_(~visible[:, :, None], -torch.inf)
         part = softmax_part(logits, v)

@@ -1,4 +1,4 @@
-"""`select_blocks`: the blocks of a prompt's keys that its queries, a block at a time, attend to."""
+"""`select_blocks`: the blocks of keys that the last tokens of a row, a block at a time, attend to."""
 
 from __future__ import annotations
 
@@ -21,13 +21,24 @@ LOGITS = 1 << 26
 
 
 def most_blocks(tokens: int, density: float) -> int:
-    """Most blocks that a block of queries keeps in a prompt of so many tokens, W below."""
+    """Most blocks that a block of queries keeps of so many tokens, W below."""
     blocks = -(-tokens // BLOCK)
     return min(blocks, max(ALWAYS, math.ceil(density * blocks)))
 
 
+def blocks_of(query: Tensor, keys: Tensor) -> tuple[int, int, int]:
+    """Where queries are among keys, being the last of their tokens.
+
+    Returns:
+        (blocks of keys; first of these that has a query; tokens in it before its first query).
+    """
+    tokens = keys.shape[2]
+    return -(-tokens // BLOCK), *divmod(tokens - query.shape[2], BLOCK)
+
+
 def _fake(query: Tensor, keys: Tensor, scaling: float, mass: float, density: float) -> tuple[Tensor, Tensor]:
-    shape = (*keys.shape[:2], -(-keys.shape[2] // BLOCK))
+    number, first, _ = blocks_of(query, keys)
+    shape = (*keys.shape[:2], number - first)
     blocks = keys.new_empty((*shape, most_blocks(keys.shape[2], density)), dtype=torch.int32)
     return blocks, keys.new_empty(shape, dtype=torch.int32)
 
@@ -37,44 +48,71 @@ def select_blocks(
 ) -> tuple[Tensor, Tensor]:
     """Select blocks of keys for every block of queries of the heads of a KV head.
 
-    A block of keys is judged by log E exp(q.k), as it would be if its channels were normal and independent:
+    Blocks are those of the keys: the first of the queries may be in the middle of one. A block of keys is
+    judged by log E exp(q.k), as it would be if its channels were normal and independent:
     q.mean + q^2.variance / 2, q being the mean of a block of queries. The softmax of that over the blocks
     which are seen, averaged over the heads, is a block's share. Kept are, best first, as many as it takes for
     the shares to sum up to `mass`, but at most `density` of the blocks there are (and some always, see
     ALWAYS). A last block that is not full is judged as if its last token filled it up.
 
     Args:
-        query: [B, Hq, T, d]; keys: [B, H, T, d]; a prompt without padding, T > 0.
+        query: [B, Hq, T, d], those of the last T tokens; keys: [B, H, S, d]; without padding, 0 < T <= S.
         scaling: factor on q.k.
         mass: share of the softmax to keep, as estimated; from 1 on, everything that density allows.
         density: share of the blocks that a block of queries sees, in (0, 1].
     Returns:
         (kept blocks in ascending order, then zeros, int32 [B, H, n, W]; how many are kept, int32 [B, H, n]),
-        n = ceil(T / BLOCK). The last one kept is the queries' own.
+        n = ceil(S / BLOCK) - floor((S - T) / BLOCK). The last one kept is the queries' own.
     """
+    return select(query, keys, moments(keys), scaling, mass, density)
+
+
+def select(
+    query: Tensor, keys: Tensor, judged: Tensor, scaling: float, mass: float, density: float
+) -> tuple[Tensor, Tensor]:
+    """`select_blocks`, given what `moments` says of the keys, of which only the shape is needed then."""
     heads, tokens = keys.shape[1:3]
-    blocks = -(-tokens // BLOCK)
+    blocks, start, before = blocks_of(query, keys)
     width = most_blocks(tokens, density)
-    fill = blocks * BLOCK - tokens
-    pages = _filled(keys, fill).unflatten(2, (blocks, BLOCK))
-    variance, mean = torch.var_mean(pages.float(), 3, correction=0)
-    judged = torch.cat((mean, variance / 2), 3)
-    asking = _filled(query, fill).unflatten(2, (blocks, BLOCK)).mean(3, dtype=torch.float32) * scaling
+    asking = _asking(query, before, blocks * BLOCK - tokens) * scaling
     asking = asking.unflatten(1, (heads, -1))  # [B, H, G, n, d]
     asking = torch.cat((asking, asking.square()), 4)
-    at = torch.arange(blocks, device=keys.device)
+    at = torch.arange(start, blocks, device=keys.device)
     step = max(1, LOGITS // (query.shape[0] * query.shape[1] * blocks))
     found = []
-    for first in range(0, blocks, step):
+    for first in range(0, blocks - start, step):
         rows = at[first : first + step]
-        last = first + len(rows)  # no row sees more blocks
-        unseen = at[:last] > rows[:, None]
-        logits = asking[:, :, :, first:last] @ judged[:, :, None, :last].mT
+        last = start + first + len(rows)  # no row sees more blocks
+        unseen = torch.arange(last, device=keys.device) > rows[:, None]
+        logits = asking[:, :, :, first : first + len(rows)] @ judged[:, :, None, :last].mT
         logits = logits.masked_fill_(unseen, -torch.inf)
         shares = logits.softmax(-1).mean(2)  # [B, H, rows, last]
         found.append(_keep(shares, rows, mass, density, width))
     kept, counts = zip(*found, strict=True)
     return torch.cat(kept, 2), torch.cat(counts, 2)
+
+
+def moments(keys: Tensor) -> Tensor:
+    """Mean and half the variance of blocks of keys, float32 [B, H, blocks, 2 d]."""
+    whole = keys.shape[2] // BLOCK * BLOCK
+    parts = []
+    for own in keys.tensor_split([whole], 2):  # whole blocks are not copied
+        if own.shape[2]:
+            pages = _filled(own, -own.shape[2] % BLOCK).unflatten(2, (-1, BLOCK))
+            variance, mean = torch.var_mean(pages.float(), 3, correction=0)
+            parts.append(torch.cat((mean, variance / 2), 3))
+    return torch.cat(parts, 2) if len(parts) > 1 else parts[0]
+
+
+def _asking(query: Tensor, before: int, fill: int) -> Tensor:
+    """Means of blocks of queries, float32 [B, Hq, n, d], of which the first one lacks `before` queries."""
+    query = _filled(query, fill)
+    parts = []
+    if before:
+        first, query = query.tensor_split([BLOCK - before], 2)
+        parts.append(first.mean(2, keepdim=True, dtype=torch.float32))
+    parts.append(query.unflatten(2, (-1, BLOCK)).mean(3, dtype=torch.float32))
+    return torch.cat(parts, 2) if before else parts[0]
 
 
 def _filled(tokens: Tensor, fill: int) -> Tensor:
@@ -89,10 +127,12 @@ def _keep(shares: Tensor, rows: Tensor, mass: float, density: float, width: int)
     order = ranked.sort(dim=-1, descending=True, stable=True).indices
     before = shares.gather(-1, order).cumsum(-1).roll(1, -1)
     before[..., 0] = 0.0
-    enough = shares.shape[-1] if mass >= 1 else (before < mass).sum(-1)
+    # Made where it is used: a number that is copied there would have a GPU waited for.
+    everything = torch.full((), shares.shape[-1], device=rows.device)
+    enough = everything if mass >= 1 else (before < mass).sum(-1)
     # In float64, as Python's numbers that made `width`.
     most = (seen.double() * density).ceil().long().clamp(min=ALWAYS).minimum(seen)
-    counts = torch.minimum(torch.as_tensor(enough, device=rows.device).clamp(min=ALWAYS), most)
+    counts = torch.minimum(enough.clamp(min=ALWAYS), most)
     counts = counts.expand(shares.shape[:-1])
     order = order[..., :width]
     slots = torch.arange(order.shape[-1], device=rows.device)
