@@ -32,15 +32,9 @@ def estimated(query, keys, scaling):
         for h in range(heads):
             for at, i in enumerate(own):
                 first, last = max(0, i * BLOCK - start), (i + 1) * BLOCK - start
-                for q in query[b, h * groups : (h + 1) * groups, first:last].float():
-                    missing = last - first - len(q)
-                    q = torch.cat((q, q[-1:].expand(missing, -1))).mean(0) * scaling
-                    logits = []
-                    for j in range(i + 1):
-                        k = keys[b, h, j * BLOCK : (j + 1) * BLOCK].float()
-                        k = torch.cat((k, k[-1:].expand(BLOCK - len(k), -1)))
-                        logits.append(q @ k.mean(0) + q.square() @ k.var(0, correction=0) / 2)
-                    shares[b, h, at, : i + 1] += torch.stack(logits).softmax(0) / groups
+                for q in query[b, h * groups : (h + 1) * groups, first:last].float().mean(1) * scaling:
+                    means = [keys[b, h, j * BLOCK : (j + 1) * BLOCK].float().mean(0) for j in range(i + 1)]
+                    shares[b, h, at, : i + 1] += (torch.stack(means) @ q).softmax(0) / groups
     return shares
 
 

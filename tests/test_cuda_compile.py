@@ -46,7 +46,6 @@ KERNELS = {
     "window": 4,
     "balance": 2,
     "statistics": 1,
-    "moments": 1,
     "pages": 1,
     "join": 1,
 }
@@ -59,7 +58,6 @@ SHAPES = {
     "window": WINDOW,
     "balance": ENCODE,
     "statistics": ENCODE,
-    "moments": ENCODE,
     "pages": ENCODE,
     "join": ENCODE,
 }

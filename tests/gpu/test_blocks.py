@@ -6,8 +6,6 @@ from prompts import random_prompt
 
 from selfindex.backends import fallback, ops, reference
 from selfindex.backends.cuda import blocks as module
-from selfindex.backends.cuda import moments
-from selfindex.backends.operators.select_blocks import moments as plain_moments
 
 pytestmark = pytest.mark.gpu
 
@@ -74,28 +72,6 @@ def test_chunks_share_a_compilation():
             check(random_prompt(tokens, dtype=torch.bfloat16, device="cuda"), 0.125, 0.8, 0.5, last)
     # Queries and keys that lie as they were given, and those that were filled up to whole blocks.
     assert counters["unique_graphs"] - before <= 3
-
-
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("dim", [64, 96, 128, 256])
-@pytest.mark.parametrize("tokens", [1, 127, 128, 129, 1500])
-@pytest.mark.parametrize("apart", [False, True])
-def test_moments_of_blocks_are_the_references(dtype, dim, tokens, apart):
-    keys = random_prompt(tokens, 2, 3, 1, dim, dtype, "cuda")[1] + 3
-    keys = keys.contiguous() if apart else keys
-    assert moments.supported(keys, keys)
-    got, wanted = moments.moments(keys), plain_moments(keys)
-    torch.testing.assert_close(got, wanted, atol=2e-5, rtol=2e-5)
-    assert torch.equal(moments.moments(keys), got)
-
-
-def test_keys_that_begin_anywhere_are_left_to_pytorch():
-    keys = random_prompt(500, dim=65, dtype=torch.bfloat16, device="cuda")[1][..., 1:]
-    assert not moments.supported(keys, keys)
-    served = []
-    with fallback.observed(lambda name, fast, arguments: served.append((name, fast))):
-        ops.select_blocks(keys, keys, 0.125, 1.0, 0.5)
-    assert served == [("select_blocks", False)]
 
 
 @pytest.mark.parametrize("last", [20 * 128 + 60, 900])

@@ -41,7 +41,6 @@ MODULES = {
     "paper_pages": ("paper", "common", "places", "pages", "pages_paper"),
     "join": ("common", "join"),
     "statistics": ("common", "statistics"),
-    "moments": ("common", "moments"),
     "window": ("common", "window"),
     "balance": ("common", "balance"),
 }

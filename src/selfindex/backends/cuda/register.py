@@ -14,7 +14,7 @@ from typing import Any
 from ...codec import PageFormat
 from .. import reference
 from ..fallback import with_fallback
-from . import balance, blocks, decode, dense, encode, join, moments, offloaded, pages, statistics, window
+from . import balance, blocks, decode, dense, encode, join, offloaded, pages, statistics, window
 from .launch import KernelsUnavailable
 
 
@@ -65,7 +65,6 @@ def register(serve: Callable[[str, str, Callable[..., Any]], None]) -> None:
                 query, new_keys, new_values, keys, values
             ),
         ),
-        "select_blocks": (moments.select_blocks, moments.supported),
         "block_attend": (blocks.block_attend, blocks.supported),
         "measure_balance": (
             balance.measure_balance,

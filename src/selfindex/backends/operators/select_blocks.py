@@ -49,11 +49,10 @@ def select_blocks(
     """Select blocks of keys for every block of queries of the heads of a KV head.
 
     Blocks are those of the keys: the first of the queries may be in the middle of one. A block of keys is
-    judged by log E exp(q.k), as it would be if its channels were normal and independent:
-    q.mean + q^2.variance / 2, q being the mean of a block of queries. The softmax of that over the blocks
+    judged by the mean of its keys, for the mean of a block of queries. The softmax of that over the blocks
     which are seen, averaged over the heads, is a block's share. Kept are, best first, as many as it takes for
     the shares to sum up to `mass`, but at most `density` of the blocks there are (and some always, see
-    ALWAYS). A last block that is not full is judged as if its last token filled it up.
+    ALWAYS). A block that is not full is judged by the tokens that it has.
 
     Args:
         query: [B, Hq, T, d], those of the last T tokens; keys: [B, H, S, d]; without padding, 0 < T <= S.
@@ -64,19 +63,11 @@ def select_blocks(
         (kept blocks in ascending order, then zeros, int32 [B, H, n, W]; how many are kept, int32 [B, H, n]),
         n = ceil(S / BLOCK) - floor((S - T) / BLOCK). The last one kept is the queries' own.
     """
-    return select(query, keys, moments(keys), scaling, mass, density)
-
-
-def select(
-    query: Tensor, keys: Tensor, judged: Tensor, scaling: float, mass: float, density: float
-) -> tuple[Tensor, Tensor]:
-    """`select_blocks`, given what `moments` says of the keys, of which only the shape is needed then."""
     heads, tokens = keys.shape[1:3]
     blocks, start, before = blocks_of(query, keys)
     width = most_blocks(tokens, density)
-    asking = _asking(query, before, blocks * BLOCK - tokens) * scaling
-    asking = asking.unflatten(1, (heads, -1))  # [B, H, G, n, d]
-    asking = torch.cat((asking, asking.square()), 4)
+    judged = _means(keys)
+    asking = _means(query, before).unflatten(1, (heads, -1)) * scaling  # [B, H, G, n, d]
     at = torch.arange(start, blocks, device=keys.device)
     step = max(1, LOGITS // (query.shape[0] * query.shape[1] * blocks))
     found = []
@@ -92,31 +83,14 @@ def select(
     return torch.cat(kept, 2), torch.cat(counts, 2)
 
 
-def moments(keys: Tensor) -> Tensor:
-    """Mean and half the variance of blocks of keys, float32 [B, H, blocks, 2 d]."""
-    whole = keys.shape[2] // BLOCK * BLOCK
-    parts = []
-    for own in keys.tensor_split([whole], 2):  # whole blocks are not copied
-        if own.shape[2]:
-            pages = _filled(own, -own.shape[2] % BLOCK).unflatten(2, (-1, BLOCK))
-            variance, mean = torch.var_mean(pages.float(), 3, correction=0)
-            parts.append(torch.cat((mean, variance / 2), 3))
-    return torch.cat(parts, 2) if len(parts) > 1 else parts[0]
-
-
-def _asking(query: Tensor, before: int, fill: int) -> Tensor:
-    """Means of blocks of queries, float32 [B, Hq, n, d], of which the first one lacks `before` queries."""
-    query = _filled(query, fill)
-    parts = []
-    if before:
-        first, query = query.tensor_split([BLOCK - before], 2)
-        parts.append(first.mean(2, keepdim=True, dtype=torch.float32))
-    parts.append(query.unflatten(2, (-1, BLOCK)).mean(3, dtype=torch.float32))
-    return torch.cat(parts, 2) if before else parts[0]
-
-
-def _filled(tokens: Tensor, fill: int) -> Tensor:
-    return torch.cat((tokens, tokens[:, :, -1:].expand(-1, -1, fill, -1)), 2) if fill else tokens
+def _means(tokens: Tensor, before: int = 0) -> Tensor:
+    """Means of blocks of tokens, float32 [B, H, blocks, d]; the first block lacks so many tokens."""
+    first = min(-before % BLOCK, tokens.shape[2])
+    end = first + (tokens.shape[2] - first) // BLOCK * BLOCK
+    begun, whole, rest = tokens.tensor_split([first, end], 2)
+    parts = [part.mean(2, keepdim=True, dtype=torch.float32) for part in (begun, rest) if part.shape[2]]
+    parts.insert(int(first > 0), whole.unflatten(2, (-1, BLOCK)).mean(3, dtype=torch.float32))
+    return torch.cat(parts, 2)
 
 
 def _keep(shares: Tensor, rows: Tensor, mass: float, density: float, width: int) -> tuple[Tensor, Tensor]:
