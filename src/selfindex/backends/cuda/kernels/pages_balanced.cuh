@@ -11,7 +11,7 @@ struct Balanced {
     float key[D], value[D];   // factors of a channel: sign of the rotation, balance, gain
     int mean[D];              // rotated back
 #if D == 96
-    int line[PAGES_WARPS][2 * D];
+    int line[PAGES_WARPS][LINE];
 #endif
   };
   static __device__ __forceinline__ void begin(const Place& place, const float* constants, Memory& m);
@@ -24,34 +24,9 @@ __device__ __forceinline__ u32 upper(u32 x, int i) { return prmt(x, 0, 0x8044 + 
 __device__ __forceinline__ int key_of(int p) { return (int)(short)p; }
 __device__ __forceinline__ int value_of(int p) { return (p - (int)(short)p) >> 16; }
 
-#if D == 96
-// Sylvester(8) x Paley(12), transposed, of one vector a warp; channel = 32 r + lane.
-__device__ __forceinline__ void rotate_back_whole(int* x, int lane, int* line) {
-  __syncwarp();
-#pragma unroll
-  for (int r = 0; r < 3; r++) line[r * 32 + lane] = x[r];
-  __syncwarp();
-#pragma unroll
-  for (int r = 0; r < 3; r++) {
-    const int c = r * 32 + lane, hi = c / 12, lo = c - hi * 12;
-    int sum = 0;
-#pragma unroll
-    for (int j = 0; j < 12; j++) sum += PALEY[j] >> lo & 1 ? -line[hi * 12 + j] : line[hi * 12 + j];
-    line[D + c] = sum;
-  }
-  __syncwarp();
-#pragma unroll
-  for (int r = 0; r < 3; r++) {
-    const int c = r * 32 + lane, hi = c / 12, lo = c - hi * 12;
-    int sum = 0;
-#pragma unroll
-    for (int j = 0; j < 8; j++) sum += __popc(hi & j) & 1 ? -line[D + j * 12 + lo] : line[D + j * 12 + lo];
-    x[r] = sum;
-  }
-}
-#else
-// Sylvester's, of AT_ONCE vectors a warp; channels as `channel_of` has them.
-__device__ __forceinline__ void rotate_back_whole(int* x, int lane) {
+#if D != 96
+// H^T, of AT_ONCE vectors a warp; channels as `channel_of` has them.
+__device__ __forceinline__ void rotate_back_slices(int* x, int lane) {
 #pragma unroll
   for (int m = 1; m < 16; m <<= 1)
 #pragma unroll
@@ -84,7 +59,7 @@ __device__ __forceinline__ void Balanced::begin(const Place& place, const float*
     int x[3];
 #pragma unroll
     for (int r = 0; r < 3; r++) x[r] = (signed char)place.index[MEAN + r * 32 + lane];
-    rotate_back_whole(x, lane, m.line[PAGES_WARPS - 1]);
+    rotate_back(x, lane, m.line[PAGES_WARPS - 1]);
 #pragma unroll
     for (int r = 0; r < 3; r++) m.mean[r * 32 + lane] = x[r];
 #else
@@ -92,7 +67,7 @@ __device__ __forceinline__ void Balanced::begin(const Place& place, const float*
     int x[16];
 #pragma unroll
     for (int i = 0; i < 16; i++) x[i] = (signed char)place.index[MEAN + channel_of(slice, i)];
-    rotate_back_whole(x, lane);
+    rotate_back_slices(x, lane);
 #pragma unroll
     for (int i = 0; i < 16; i++) if (lane < LANES) m.mean[channel_of(slice, i)] = x[i];
 #endif
@@ -120,7 +95,7 @@ __device__ __forceinline__ void Balanced::decode(const PagesParams& p, const Pla
 #endif
       x[r] = lower(prmt(NEGATIVE, POSITIVE, key), 0) + (int)upper(level, 0);
     }
-    rotate_back_whole(x, lane, m.line[w]);
+    rotate_back(x, lane, m.line[w]);
     if (!fits(p, place, token)) continue;
     const float key_scale = scale_of(place.index[KEY_SCALES + token]) * key_base, value_scale = scale_of(place.payload[VALUE_SCALES + token]) * value_base;
     const i64 to = place.first + token;
@@ -180,7 +155,7 @@ __device__ __forceinline__ void Balanced::decode(const PagesParams& p, const Pla
 #pragma unroll
           for (int i = 0; i < 4; i++) x[8 * half + 2 * i + odd] = lower(keys, i) + (int)upper(levels, i);
         }
-      rotate_back_whole(x, lane);
+      rotate_back_slices(x, lane);
       if (!fits(p, place, token)) continue;
       const float key_scale = scale_of(scales[n] & 0xff) * key_base, value_scale = scale_of(scales[n] >> 8) * value_base;
       const i64 to = place.first + token, key_to = place.head * p.key_head + to * p.key_token, value_to = place.head * p.value_head + to * p.value_token;

@@ -1,9 +1,9 @@
-// Randomised Hadamard rotation of one vector a warp (codec/rotation.py), unnormalised:
+// Randomised Hadamard rotation of one vector a warp (codec/rotation.py), of floats or whole numbers, unnormalised:
 //   rotate:  y = H x      rotate_back:  y = H^T x
 // H = Sylvester for powers of two, Sylvester(8) x Paley(12) for 96. Signs come from SplitMix64.
 #if PAPER   // channels stay as they are
 __device__ __forceinline__ float sign_of(int, u64) { return 1.f; }
-template <bool BACK> __device__ __forceinline__ void rotate_any(float*, int, float*) {}
+template <bool BACK, class T> __device__ __forceinline__ void rotate_any(T*, int, T*) {}
 constexpr int LINE = 1;
 #else
 __device__ __forceinline__ float sign_of(int channel, u64 seed) {
@@ -17,8 +17,12 @@ __device__ __forceinline__ float sign_of(int channel, u64 seed) {
 // Bit j of row i set: entry (i, j) of the Paley matrix of order 12 is -1.
 __device__ const u16 PALEY[12] = {PALEY_ROWS};
 
-template <bool BACK> __device__ __forceinline__ void rotate_any(float* x, int lane, float* line) {
-  // line: 2 x 96 floats of this warp's own shared memory
+// -x if `negative` is 1, x if it is 0.
+__device__ __forceinline__ float negated(float x, u32 negative) { return __uint_as_float(__float_as_uint(x) ^ negative << 31); }
+__device__ __forceinline__ int negated(int x, u32 negative) { return negative ? -x : x; }
+
+template <bool BACK, class T> __device__ __forceinline__ void rotate_any(T* x, int lane, T* line) {
+  // line: 2 x 96 numbers of this warp's own shared memory
   __syncwarp();
 #pragma unroll
   for (int r = 0; r < 3; r++) line[r * 32 + lane] = x[r];
@@ -26,11 +30,11 @@ template <bool BACK> __device__ __forceinline__ void rotate_any(float* x, int la
 #pragma unroll
   for (int r = 0; r < 3; r++) {
     const int c = r * 32 + lane, hi = c / 12, lo = c - hi * 12;
-    float sum = 0.f;
+    T sum = 0;
 #pragma unroll
     for (int j = 0; j < 12; j++) {
       const u32 negative = BACK ? PALEY[j] >> lo & 1 : PALEY[lo] >> j & 1;
-      sum += __uint_as_float(__float_as_uint(line[hi * 12 + j]) ^ negative << 31);
+      sum += negated(line[hi * 12 + j], negative);
     }
     line[96 + c] = sum;
   }
@@ -38,21 +42,20 @@ template <bool BACK> __device__ __forceinline__ void rotate_any(float* x, int la
 #pragma unroll
   for (int r = 0; r < 3; r++) {
     const int c = r * 32 + lane, hi = c / 12, lo = c - hi * 12;
-    float sum = 0.f;
+    T sum = 0;
 #pragma unroll
-    for (int j = 0; j < 8; j++)
-      sum += __uint_as_float(__float_as_uint(line[96 + j * 12 + lo]) ^ (u32)(__popc(hi & j) & 1) << 31);
+    for (int j = 0; j < 8; j++) sum += negated(line[96 + j * 12 + lo], __popc(hi & j) & 1);
     x[r] = sum;
   }
 }
 constexpr int LINE = 192;
 #else
-template <bool BACK> __device__ __forceinline__ void rotate_any(float* x, int lane, float*) {
+template <bool BACK, class T> __device__ __forceinline__ void rotate_any(T* x, int lane, T*) {
 #pragma unroll
   for (int m = 1; m < 32; m <<= 1)
 #pragma unroll
     for (int r = 0; r < R; r++) {
-      const float other = __shfl_xor_sync(~0u, x[r], m);
+      const T other = __shfl_xor_sync(~0u, x[r], m);
       x[r] = lane & m ? other - x[r] : x[r] + other;
     }
 #pragma unroll
@@ -60,7 +63,7 @@ template <bool BACK> __device__ __forceinline__ void rotate_any(float* x, int la
 #pragma unroll
     for (int r = 0; r < R; r++)
       if (!(r & m)) {
-        const float a = x[r], b = x[r | m];
+        const T a = x[r], b = x[r | m];
         x[r] = a + b;
         x[r | m] = a - b;
       }
@@ -68,6 +71,6 @@ template <bool BACK> __device__ __forceinline__ void rotate_any(float* x, int la
 constexpr int LINE = 1;
 #endif
 #endif
-__device__ __forceinline__ void rotate(float* x, int lane, float* line) { rotate_any<false>(x, lane, line); }
-__device__ __forceinline__ void rotate_back(float* x, int lane, float* line) { rotate_any<true>(x, lane, line); }
+template <class T> __device__ __forceinline__ void rotate(T* x, int lane, T* line) { rotate_any<false>(x, lane, line); }
+template <class T> __device__ __forceinline__ void rotate_back(T* x, int lane, T* line) { rotate_any<true>(x, lane, line); }
 __device__ __forceinline__ float rotation_gain() { return PAPER ? 1.f : rsqrtf((float)D); }
