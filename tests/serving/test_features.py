@@ -53,6 +53,8 @@ def test_adapters_beside_requests_without(tmp_path):
     greedy = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True, detokenize=False)
     # Of two places for adapters one stays empty: on a CPU vLLM 0.32 takes the last for requests without.
     lora = {"enable_lora": True, "max_loras": 2, "max_lora_rank": RANK}
+    # Its kernels for adapters on a GPU take no float32.
+    lora, enough = (lora, ENOUGH) if DEVICE == "cpu" else (lora | {"dtype": "float16"}, 0.9)
     with serving(tmp_path / "model", OPTIONS, enable_prefix_caching=True, **lora) as recorded:
         batch = [{"prompt_token_ids": ids} for ids in asked]
         outputs = recorded.engine.generate(batch, greedy, lora_request=chosen, use_tqdm=False)
@@ -65,7 +67,7 @@ def test_adapters_beside_requests_without(tmp_path):
         tokens = {n: by_prompt[tuple(ids)] for n, ids in names.items()}
         same, total = agreement(used, SelfIndexConfig(**OPTIONS), constants, names, steps, tokens)
         assert total == 48
-        assert same >= ENOUGH * total
+        assert same >= enough * total
         other = model if own else merged
         assert agreement(other, SelfIndexConfig(**OPTIONS), constants, names, steps, tokens)[0] < 0.5 * total
 
