@@ -178,7 +178,7 @@ def study(
         if seen.layer.layer_idx % layers:
             return
         for tokens in sorted({tokens for tokens, _ in found}):
-            x = case(seen.query[0, :, :tokens], seen.keys[0, :, :tokens], seen.scaling)
+            x = case(seen.query[0, :, :tokens].cpu(), seen.keys[0, :, :tokens].cpu(), seen.scaling)
             for (own, budget), results in found.items():
                 if own == tokens:
                     limit = SelfIndexConfig(budget=check_budget(parse(budget)))
@@ -221,11 +221,12 @@ def main() -> None:
     parser.add_argument("--budgets", nargs="+", default=["0.05", "0.02", "1024"], help="shares, or tokens")
     parser.add_argument("--layers", type=int, default=3, help="look at every so many layers")
     parser.add_argument("--depth", type=int, help="run only so many layers of the model, for long texts")
+    parser.add_argument("--device", default="cpu", help="of the model; everything else is on the CPU")
     parser.add_argument("--dtype", default="float32", help="of the model; everything else is float32")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     args = parser.parse_args()
     source = str(assembled(args.model)) if args.model in PARTS else args.model
-    loaded = load(source, "cpu", args.dtype)
+    loaded = load(source, args.device, args.dtype)
     if args.depth:
         shortened(loaded.model, args.depth)
     result: dict[str, Any] = {
@@ -247,7 +248,7 @@ def main() -> None:
         ids = loaded.tokenizer(part, return_tensors="pt").input_ids[:, :longest]
         if ids.shape[1] < longest:
             raise ValueError(f"the text {text} gives {ids.shape[1]} tokens, {longest} are needed")
-        study(loaded.model, ids, args.layers, found, keep)
+        study(loaded.model, ids.to(loaded.model.device), args.layers, found, keep)
     for (tokens, budget), own in found.items():
         show(f"{result['model']}, {tokens} tokens, budget {budget}", own.summary())
 
