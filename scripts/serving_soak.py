@@ -296,7 +296,7 @@ def main() -> int:
     found = {"device": DEVICE, "seconds": seconds, **counts, "errors": errors}
     found |= {"memory": three, "growth": growth}
     if args.output is not None:
-        command = command_line("python", "scripts/serving_soak.py", *sys.argv[1:])
+        command = f"python scripts/serving_soak.py {command_line(*sys.argv[1:])}"
         args.output.write_text(json.dumps({"environment": describe(command), **found}, indent=1) + "\n")
     print(json.dumps(found))
     return int(bool(errors))

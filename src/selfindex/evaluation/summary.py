@@ -142,6 +142,8 @@ def _tasks(rows: list[dict[str, Any]], methods: list[str]) -> dict[str, Any]:
                 continue
             scored = {m: [mine[i] for i in common] for m, mine in known.items()}
             able = np.mean([row["score"] for row in scored["dense"]]) >= FLOOR
+            if able and len(methods) > 1 and len(known) == 1 and not failed:
+                continue  # interrupted before others were asked
             tasks[task] = {m: _scored(own) for m, own in scored.items() if able or m == "dense"}
             tasks[task] |= {m: {"samples": 0, "failed": why} for m, why in failed.items() if able}
         found[str(length)] = tasks
