@@ -281,6 +281,15 @@ def test_samples_that_not_all_have_answered_do_not_count(finished):
     assert {own["samples"] for own in table["qa_1"].values()} == {0, 3}
 
 
+def test_a_task_of_which_only_the_dense_model_was_asked_is_left_out(finished):
+    run, records = finished
+    fewer = copy.copy(records)
+    fewer.rows = [row for row in records.rows if row["method"] == "dense" or row["name"] != "lcc"]
+    methods = list(run.quiz.candidates)
+    assert set(summary(fewer, methods)["tasks"][str(LENGTH)]) == {"niah_single_1", "qa_1"}
+    assert "lcc" in summary(fewer, ["dense"])["tasks"][str(LENGTH)]
+
+
 def test_no_memory_for_a_teacher_forced_row(model, tmp_path):
     suite = replace(SUITES["quick"], methods=("KIVI-2", "transformers HQQ"), fidelity=(900,), layers=(900,))
     records = Records(tmp_path / "records.jsonl", {})
