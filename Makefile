@@ -12,8 +12,9 @@ BIN := $(VENV)/bin
 # Python compiles what it imports; pip would compile all of PyTorch and transformers.
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-compile
 
-# The benchmark's test takes minutes: make test-serving SERVING=tests/serving/test_benchmark.py
-SERVING ?= $(filter-out %/test_benchmark.py,$(sort $(wildcard tests/serving/test_*.py)))
+# Of the scripts that ask a server these take minutes: make test-serving SERVING=tests/serving/test_served.py
+SCRIPTS := tests/serving/test_benchmark.py tests/serving/test_served.py
+SERVING ?= $(filter-out $(SCRIPTS),$(sort $(wildcard tests/serving/test_*.py)))
 
 .PHONY: demo test test-wide test-oldest test-serving sanitize wheel lint format clean
 
@@ -47,7 +48,7 @@ test-wide: $(VENV)/.dev  ## every feature over every model family
 test-oldest:  ## integration tests against the oldest supported transformers
 	@$(MAKE) --no-print-directory $(VENV)-oldest/.dev VENV=$(VENV)-oldest \
 		TRANSFORMERS=transformers==5.17.0 EXTRAS=demo,dev
-	@$(VENV)-oldest/bin/python -m pytest tests/integration
+	@$(VENV)-oldest/bin/python -m pytest tests/integration -m "not wide and not slow"
 
 test-serving:  ## tests inside vLLM, with an environment of their own
 	@$(MAKE) --no-print-directory $(VENV)-serving/.dev VENV=$(VENV)-serving TORCH="$(VLLM)" EXTRAS=demo,test

@@ -49,7 +49,7 @@ KERNELS = {
     "pages": 1,
     "join": 1,
 }
-# Everything for the architecture the kernels are tuned for.
+# Everything for the architecture the kernels are tuned for, what differs most for the others.
 SHAPES = {
     "decode": DECODE,
     "offloaded": DECODE,
@@ -65,13 +65,9 @@ for name in ("decode", "offloaded", "encode", "dense", "pages"):
     SHAPES[f"paper_{name}"] = tuple((*case[:2], 2, case[3]) for case in SHAPES[name])
     KERNELS[f"paper_{name}"] = KERNELS[name]
 CASES = [(90, module, case) for module, cases in SHAPES.items() for case in cases]
-# For another one: what needs most registers; and several cases of a source that is another one there, for
-# want of clusters and bulk copies, or of instructions of warp groups.
-OTHERS = {80: ("decode", "dense"), 100: ("dense",)}
-for other, differ in OTHERS.items():
+for other in (80, 100):
     for module, cases in SHAPES.items():
-        chosen = cases[:3] if module.endswith(differ) else [case for case in cases if case[0] == 256]
-        CASES += [(other, module, case) for case in chosen]
+        CASES += [(other, module, case) for case in cases[: 2 if module.endswith(("decode", "dense")) else 1]]
 
 
 @pytest.mark.slow
