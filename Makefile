@@ -14,7 +14,9 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-compile
 
 # Of the scripts that ask a server these take minutes: make test-serving SERVING=tests/serving/test_served.py
 SCRIPTS := tests/serving/test_benchmark.py tests/serving/test_served.py
-SERVING ?= $(filter-out $(SCRIPTS),$(sort $(wildcard tests/serving/test_*.py)))
+# Two files run at a time: the longest first.
+LONGEST := tests/serving/test_policy.py tests/serving/test_processes.py tests/serving/test_server.py
+SERVING ?= $(LONGEST) $(filter-out $(LONGEST) $(SCRIPTS),$(sort $(wildcard tests/serving/test_*.py)))
 
 .PHONY: demo test test-wide test-oldest test-serving sanitize wheel lint format clean
 
