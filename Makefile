@@ -61,7 +61,8 @@ test-serving:  ## tests inside vLLM, with an environment of their own
 	@$(MAKE) --no-print-directory -j 2 --keep-going --output-sync \
 		$(patsubst %,inside-vllm/%,$(filter-out $(ALONE),$(SERVING))) serving-tested
 
-serving-tested: ;  # where SERVING names no other file
+# Where SERVING names no other file.
+serving-tested: ; @:
 
 # A process a file: after drafts (numba) vLLM starts no second kind of engine in the same one. It needs one core.
 inside-vllm/%:
