@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from ..operators.block_attend import laid_out
+from ..operators.block_attend import laid_out, whole_blocks
 from ..operators.select_blocks import BLOCK, blocks_of
 from ..partial import join_parts
 from .loader import NativeUnavailable, check_enabled
@@ -39,14 +38,9 @@ def block_attend(
     attend = getattr(torch.ops.aten, OPERATOR, None)
     if attend is None:
         raise NativeUnavailable(f"this version of PyTorch has no {OPERATOR}")
-    given, (heads, tokens) = query, keys.shape[1:3]
-    number, start, before = blocks_of(query, keys)
-    fill = number * BLOCK - tokens
-    if before or fill:
-        query = pad(query, (0, 0, before, fill))
-    if fill:
-        keys, values = (pad(x, (0, 0, 0, fill)) for x in (keys, values))
-    query, keys, values = (x.unflatten(2, (-1, BLOCK)) for x in (query, keys, values))
+    given, heads = query, keys.shape[1]
+    _, start, before = blocks_of(query, keys)
+    query, keys, values = (x.unflatten(2, (-1, BLOCK)) for x in whole_blocks(query, keys, values))
     grouped = query.unflatten(1, (heads, -1))  # [B, H, G, n, BLOCK, d]
     own = torch.empty_like(grouped), grouped.new_empty(grouped.shape[:5], dtype=torch.float32)
     # The queries' own blocks, the only ones with a mask: all of them at once for each head of a group.

@@ -21,9 +21,8 @@ from torch.nn.attention.flex_attention import (
     FlexKernelOptions,
     flex_attention,
 )
-from torch.nn.functional import pad
 
-from ..operators.block_attend import laid_out
+from ..operators.block_attend import laid_out, whole_blocks
 from ..operators.select_blocks import BLOCK, blocks_of
 from .launch import KernelsUnavailable
 
@@ -53,18 +52,14 @@ def block_attend(
     given, kind = query, (query.dtype, query.shape[3])
     if kind in _refused:
         raise KernelsUnavailable(_refused[kind])
-    (batch, heads, tokens), dim = keys.shape[:3], query.shape[3]
+    (batch, heads), dim = keys.shape[:2], query.shape[3]
     # The scale is a constant of the kernel. Another one than the usual would make another compilation for
     # every model: queries take it over instead.
     if scaling != dim**-0.5:
         query = query * (scaling * dim**0.5)
-    number, _, before = blocks_of(query, keys)
-    fill = number * BLOCK - tokens
+    _, _, before = blocks_of(query, keys)
     # With whole blocks the kernel checks no bounds.
-    if before or fill:
-        query = pad(query, (0, 0, before, fill))
-    if fill:
-        keys, values = (pad(x, (0, 0, 0, fill)) for x in (keys, values))
+    query, keys, values = whole_blocks(query, keys, values)
     q = query.unflatten(1, (heads, -1)).flatten(0, 1)  # [B H, G, n BLOCK, d]
     k, v = (x.flatten(0, 1)[:, None] for x in (keys, values))
     inputs = [x.unflatten(2, (-1, BLOCK)) for x in (q, k, v)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..partial import softmax_part
 from .define import define
@@ -12,6 +13,17 @@ from .select_blocks import BLOCK, blocks_of
 
 def _fake(query: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
     return torch.empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
+
+
+def whole_blocks(query: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The arguments of `block_attend` with tokens of zeros that fill up the first and last block."""
+    number, _, before = blocks_of(query, keys)
+    fill = number * BLOCK - keys.shape[2]
+    if before or fill:
+        query = pad(query, (0, 0, before, fill))
+    if fill:
+        keys, values = (pad(x, (0, 0, 0, fill)) for x in (keys, values))
+    return query, keys, values
 
 
 def laid_out(output: Tensor, query: Tensor) -> Tensor:
