@@ -113,8 +113,7 @@ def batches(evaluations: list[dict[str, Any]]) -> list[str]:
     """Whether replies depend on the batch."""
     lines = ["## One prompt at a time or eight", ""]
     lines += paragraph(
-        "The same samples answered alone and in a batch. Products of other shapes round differently, and the",
-        "rows of a batch share the balance that their first pages fix (with a profile there is one for all).",
+        "The same samples answered alone and in a batch, whose products of other shapes round differently.",
     )
     for result in evaluations:
         lines += [f"### {name_of(result)}", "", *batch_table(result["batches"]), *setting(result)]

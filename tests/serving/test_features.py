@@ -17,7 +17,7 @@ from selfindex.config import SelfIndexConfig
 
 OPTIONS = {"budget": 48, "dense_below": 128}
 RANK, ALPHA = 8, 16
-LOGPROB = 2e-3 if DEVICE == "cpu" else 2e-2
+LOGPROB = 2e-3 if DEVICE == "cpu" else 1e-2
 """Largest difference of log-probabilities; a GPU multiplies matrices in an order of its own."""
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
