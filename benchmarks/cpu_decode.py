@@ -2,7 +2,7 @@
 
     python benchmarks/cpu_decode.py --output cpu_decode.json
 
-One row, 8 KV heads and 4 query heads each, 5 % budget (at least 128 tokens), the compiled operators.
+One row, 8 KV heads and 4 query heads each, the default budget, the compiled operators.
 Ways to attend take turns in random order, so that what else the machine does meets all of them; medians.
 The inputs of one size go round through several sets, so that small ones do not stay in the cache of the
 processor.
@@ -29,9 +29,11 @@ import torch.nn.functional as F
 from selfindex.backends import ops
 from selfindex.backends.cpu.loader import instruction_set
 from selfindex.codec import PageFormat
-from selfindex.config import PRESETS
+from selfindex.config import PRESETS, SelfIndexConfig
 
-HEADS, GROUPS, PAGE, BUDGET = 8, 4, 128, 0.05
+HEADS, GROUPS, PAGE = 8, 4, 128
+DEFAULT = SelfIndexConfig()
+"""Whose budget is read."""
 FLUSH = 256 << 20
 """Bytes that one round through the sets reads at least."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -65,7 +67,9 @@ def sets_of(size: int) -> int:
     return max(1, min(16, -(-FLUSH // size)))
 
 
-def sparse(preset: str, dim: int, length: int, dtype: torch.dtype) -> Calls:
+def sparse(
+    preset: str, dim: int, length: int, dtype: torch.dtype, config: SelfIndexConfig = DEFAULT
+) -> Calls:
     """`sparse_decode`."""
     fmt = PageFormat(preset, HEADS, dim, PAGE)
     pages = length // PAGE
@@ -76,7 +80,7 @@ def sparse(preset: str, dim: int, length: int, dtype: torch.dtype) -> Calls:
         constants = torch.ones(1, HEADS, dim)
     full = torch.full((64,), PAGE, dtype=torch.int32)
     index, payload = ops.encode(keys, values, full, constants, fmt.name)
-    budget = min(length, max(128, round(BUDGET * length)))
+    budget = config.budget_tokens(length, length)
     counts = torch.full((1, pages), PAGE, dtype=torch.int32)
     wanted = torch.tensor([budget], dtype=torch.int32)
     calls = []
@@ -142,14 +146,16 @@ def main() -> None:
     parser.add_argument("--presets", nargs="+", choices=PRESETS, default=list(PRESETS))
     parser.add_argument("--dims", type=int, nargs="+", default=[64, 128])
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--min-tokens", type=int, default=DEFAULT.min_tokens, help="floor under the budget")
     parser.add_argument("--seconds", type=float, default=2.8, help="per size, for all ways together")
     options = parser.parse_args()
+    config = SelfIndexConfig(min_tokens=options.min_tokens)
     torch.manual_seed(0)
     torch.set_num_threads(options.threads)
     rows = []
     print(f"{'d':>4} {'dtype':>9} {'tokens':>7} {'preset':>9} {'SDPA us':>9} {'sparse us':>9}  ratio")
     for dim, (name, dtype), length in itertools.product(options.dims, DTYPES.items(), options.lengths):
-        ways = {preset: sparse(preset, dim, length, dtype) for preset in options.presets}
+        ways = {preset: sparse(preset, dim, length, dtype, config) for preset in options.presets}
         times = timed(ways | dense(dim, length, dtype), options.seconds)
         best = min(times["grouped"], times["rows"])
         for preset in options.presets:
@@ -161,7 +167,12 @@ def main() -> None:
     if options.output:
         result = {
             "environment": environment(options.threads),
-            "shape": {"query_heads": HEADS * GROUPS, "kv_heads": HEADS, "budget": BUDGET},
+            "shape": {
+                "query_heads": HEADS * GROUPS,
+                "kv_heads": HEADS,
+                "budget": config.budget,
+                "min_tokens": config.min_tokens,
+            },
             "results": rows,
         }
         options.output.write_text(json.dumps(result, indent=1) + "\n")

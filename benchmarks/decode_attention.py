@@ -25,10 +25,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from selfindex.backends import ops
 from selfindex.backends.cuda.decode import Decode
 from selfindex.codec import PageFormat
-from selfindex.config import PRESETS
+from selfindex.config import PRESETS, SelfIndexConfig
 
 HEADS, GROUPS, DIM, PAGE = 8, 4, 128, 128
-BUDGET = 0.05
+DEFAULT = SelfIndexConfig()
+"""Whose budget is read."""
 FLUSH = 256 << 20
 """Bytes of input that one replay goes through at least (several times the L2 cache), sets permitting."""
 MOST_SETS = 8
@@ -74,11 +75,13 @@ def encoded_pages(fmt: PageFormat, count: int) -> tuple[torch.Tensor, torch.Tens
     return *ops.encode(keys.bfloat16(), values.bfloat16(), counts, constants, fmt.name), constants
 
 
-def arguments(batch: int, length: int, fmt: PageFormat, sets: int) -> list[tuple[Any, ...]]:
+def arguments(
+    batch: int, length: int, fmt: PageFormat, sets: int, config: SelfIndexConfig
+) -> list[tuple[Any, ...]]:
     """Arguments of `sparse_decode` on `sets` independent caches."""
     index, payload, constants = encoded_pages(fmt, 256)
     pages = length // PAGE
-    budget = max(128, round(BUDGET * length))
+    budget = config.budget_tokens(length, length)
     found: list[tuple[Any, ...]] = []
     for _ in range(sets):
         source = torch.randint(index.shape[0], (batch * pages,), device="cuda")
@@ -92,11 +95,15 @@ def arguments(batch: int, length: int, fmt: PageFormat, sets: int) -> list[tuple
     return found
 
 
-def time_sparse(batch: int, length: int, fmt: PageFormat) -> dict[str, float]:
+def time_sparse(
+    batch: int, length: int, fmt: PageFormat, config: SelfIndexConfig = DEFAULT
+) -> dict[str, float]:
     """Microseconds of a call, and of each of its stages alone."""
     size = batch * (length // PAGE) * (fmt.index_bytes + fmt.payload_bytes)
     read = batch * length // PAGE * fmt.index_bytes
-    sets = arguments(batch, length, fmt, max(1, min(MOST_SETS, -(-FLUSH // read), (24 << 30) // size)))
+    sets = arguments(
+        batch, length, fmt, max(1, min(MOST_SETS, -(-FLUSH // read), (24 << 30) // size)), config
+    )
     # As in a model, the calls of a graph take turns in the same workspace.
     found = {"call": graph_time(lambda: [ops.sparse_decode(*given) for given in sets])}
     found["decode"] = graph_time(lambda: [Decode(*given).run(("decode",)) for given in sets])
@@ -189,8 +196,11 @@ def main() -> None:
     parser.add_argument("--preset", choices=PRESETS, default="balanced")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 8, 16])
     parser.add_argument("--lengths", type=int, nargs="+", default=[8 << (10 + i) for i in range(7)])
+    parser.add_argument("--budget", type=float, default=DEFAULT.budget, help="share of the tokens")
+    parser.add_argument("--min-tokens", type=int, default=DEFAULT.min_tokens, help="floor under it")
     parser.add_argument("--memory", type=float, default=60.0, help="GB that a size may take")
     options = parser.parse_args()
+    config = SelfIndexConfig(budget=options.budget, min_tokens=options.min_tokens)
     torch.manual_seed(0)
     fmt = PageFormat(options.preset, HEADS, DIM, PAGE)
     bandwidth = copy_bandwidth()
@@ -200,7 +210,7 @@ def main() -> None:
             if 4e-9 * batch * HEADS * length * DIM > options.memory:
                 continue
             torch.cuda.empty_cache()
-            sparse = time_sparse(batch, length, fmt)
+            sparse = time_sparse(batch, length, fmt, config)
             torch.cuda.empty_cache()
             dense = time_dense(batch, length)
             kernel = min(dense, key=dense.__getitem__)
@@ -219,7 +229,13 @@ def main() -> None:
     batches = sorted({row["batch"] for row in rows})
     result = {
         "environment": environment(),
-        "shape": {"query_heads": HEADS * GROUPS, "kv_heads": HEADS, "head_dim": DIM, "budget": BUDGET},
+        "shape": {
+            "query_heads": HEADS * GROUPS,
+            "kv_heads": HEADS,
+            "head_dim": DIM,
+            "budget": config.budget,
+            "min_tokens": config.min_tokens,
+        },
         "format": fmt.name,
         "copy_tb_per_s": bandwidth,
         "crossover": {str(batch): crossover(rows, batch) for batch in batches},

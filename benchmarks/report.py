@@ -17,7 +17,7 @@ from report_models import (
     end_section,
     generate_section,
 )
-from report_operators import decode_section, draw, encode_section
+from report_operators import budget_section, decode_section, draw, encode_section
 from report_paper import paper_section
 from report_serving import draw_serving, serving_section
 
@@ -85,8 +85,9 @@ def cpu_section(result: dict[str, Any]) -> list[str]:
     lines += paragraph(
         f"`python benchmarks/cpu_decode.py --output FILE`, {found['date']}, {found['processor']},",
         f"{found['threads']} threads, {found['instruction_set']}, torch {found['torch']}.",
-        "One row, 32 query heads, 8 KV heads, 5 % budget (at least 128 tokens). Microseconds; SDPA is the",
-        "better of grouped heads and of query heads as rows of their KV head.",
+        "One row, 32 query heads, 8 KV heads, 5 % budget (at least",
+        f"{result['shape']['min_tokens']:,} tokens).",
+        "Microseconds; SDPA is the better of grouped heads and of query heads as rows of their KV head.",
     )
     lines += head("head_dim", "dtype", "tokens", "preset", "SDPA", "sparse", "times as fast")
     for each in result["results"]:
@@ -147,6 +148,7 @@ def main() -> None:
         "Every section ran in one go on the machine it names.",
     )
     lines += decode_section(decode)
+    lines += budget_section(load_all("decode_budget"))
     lines += paper_section(load_all("paper"))
     lines += generate_section(load_all("generate"))
     serving = load_all("serving")

@@ -61,6 +61,29 @@ def decode_section(results: list[Result]) -> list[str]:
     return [*lines, f"![Decode attention, times as fast as dense]({FIGURE})", ""]
 
 
+def budget_section(results: list[Result]) -> list[str]:
+    """What it costs to read more tokens."""
+    lines = ["## Decode attention by the tokens that it reads"]
+    lines += paragraph(
+        "As above, in one process after the other. By default a step reads 5 % of the tokens, at least",
+        "1,024. Tables of steps on a GPU, here and below, were measured when that was at least 128, which",
+        "makes a difference up to 20k tokens: at most what the second column of times is slower than the",
+        "first.",
+    )
+    options = [
+        f"--budget {own['shape']['budget']} --min-tokens {own['shape']['min_tokens']}" for own in results
+    ]
+    command = f"python benchmarks/decode_attention.py --batches 1 8 --lengths {lengths(results[0])}"
+    lines += paragraph(where(results[0], f"{command} {options[0]} --output FILE"), "Microseconds.")
+    names = (f"{own['shape']['budget']:.0%}, at least {own['shape']['min_tokens']:,}" for own in results)
+    lines += head("batch x length", "dense", *names)
+    for rows in zip(*(own["results"] for own in results), strict=True):
+        dense = min(each["dense_best"] for each in rows)
+        times = (f"{each['sparse']['call']:.1f}" for each in rows)
+        lines.append(row(f"{rows[0]['batch']} x {size(rows[0]['length'])}", f"{dense:.1f}", *times))
+    return [*lines, ""]
+
+
 def stage_table(machine: list[Result]) -> list[str]:
     """What the stages have to read, and the time that would take at the bandwidth of dense attention."""
     lines = paragraph(

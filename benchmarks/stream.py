@@ -82,7 +82,7 @@ class Stream:
     def __init__(self, model: PreTrainedModel, device: str, budget: float | int) -> None:
         self.model, self.device, self._argument = model, device, cache_argument(model)
         self._before = live(device)
-        self.cache = selfindex.SelfIndexCache(model, budget=budget, dense_below=0)
+        self.cache = selfindex.SelfIndexCache(model, budget=budget, dense_below=0, min_tokens=1)
         self.rows: list[dict[str, Any]] = []
         self._generator = torch.Generator().manual_seed(1)
 

@@ -44,7 +44,9 @@ def answer(model: Any, cache: Any, ids: torch.Tensor, most: int) -> list[int]:
 def chat(model: Any, tokenizer: Any, text: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Per turn: cached tokens at its end, and the metrics of its reply's tokens."""
     dense = DynamicCache(config=model.config)
-    ours = selfindex.SelfIndexCache(model, budget=args.budget, dense_below=0, sparse_queries=args.reply)
+    ours = selfindex.SelfIndexCache(
+        model, budget=args.budget, dense_below=0, min_tokens=1, sparse_queries=args.reply
+    )
     messages: list[dict[str, str]] = []
     before, closing, turns = "", "", []
     left: list[int] = []  # the last token of a reply, which no cache has seen yet

@@ -47,7 +47,7 @@ def run_text(
     dense = continue_from(model, recording.dense_copy(), ids)
     results: dict[str, dict[str, Any]] = {"dense": compare(dense, dense, targets)}
     for name, options in chosen.items():
-        options = {"sparse_queries": EVERY_QUERY, "dense_below": 0} | options
+        options = {"sparse_queries": EVERY_QUERY, "dense_below": 0, "min_tokens": 1} | options
         cache = recording.fill(selfindex.SelfIndexCache(model, **options))
         memory, first = cache.report(missed=False).memory, cache.compressed_layers[0].store
         pairs = len(cache.compressed_layers) * first.format.kv_heads * first.encoded(0)

@@ -49,7 +49,7 @@ class Truth:
 
 def compare(model: Any, ids: Tensor, prompt: int, **options: Any) -> tuple[np.ndarray, np.ndarray]:
     """True and reported shares [steps, layers] of steps after a prompt, of token ids [1, N]."""
-    cache = selfindex.SelfIndexCache(model, **{"dense_below": 0} | options)
+    cache = selfindex.SelfIndexCache(model, **{"dense_below": 0, "min_tokens": 1} | options)
     truth = Truth(cache)
     true, reported = [], []
     with torch.inference_mode():

@@ -56,7 +56,7 @@ def main() -> None:
             caches = {"dense": recording.dense_copy()}
             for preset in args.presets:
                 for budget in args.budgets:
-                    options = {"preset": preset, "budget": budget, "dense_below": 0}
+                    options = {"preset": preset, "budget": budget, "dense_below": 0, "min_tokens": 1}
                     caches[f"{preset} {100 * budget:g} %"] = recording.fill(
                         selfindex.SelfIndexCache(model, **options, sparse_queries=EVERY_QUERY)
                     )

@@ -79,7 +79,7 @@ def main() -> None:
         ids = tokenizer(load_text(text)[: 12 * args.length], return_tensors="pt").input_ids
         ids = ids[:, : args.length + args.steps].to(args.device)
         for budget in args.budgets:
-            cache = selfindex.SelfIndexCache(model, budget=budget, dense_below=0)
+            cache = selfindex.SelfIndexCache(model, budget=budget, dense_below=0, min_tokens=1)
             found: list[np.ndarray] = []
             with torch.inference_mode():
                 continue_from(model, cache, ids[:, : args.length], logits_to_keep=1)

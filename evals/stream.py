@@ -64,7 +64,9 @@ def main() -> None:
         if args.generated:
             ids = sample(model, ids[:, : args.prompt], args.tokens)
         dense = stream(model, DynamicCache(config=model.config), ids, args.prompt, args.step)
-        cache = selfindex.SelfIndexCache(model, budget=args.budget, dense_below=0, sparse_queries=args.step)
+        cache = selfindex.SelfIndexCache(
+            model, budget=args.budget, dense_below=0, min_tokens=1, sparse_queries=args.step
+        )
         ours = stream(model, cache, ids, args.prompt, args.step)
         targets = torch.cat((ids[0, args.prompt + 1 :], ids[0, -1:])).cpu()
         parts = [

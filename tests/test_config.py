@@ -197,6 +197,13 @@ def test_budget_in_tokens(budget, min_tokens, dense_below, encoded, full):
         assert got <= max(min_tokens, budget * (encoded + full) + 1)
 
 
+def test_by_default_a_longer_row_never_reads_less():
+    config = SelfIndexConfig()
+    read = [config.budget_tokens(encoded + 80, encoded) for encoded in range(0, 40_000, 64)]
+    assert read == sorted(read)
+    assert read[-1] < 2100
+
+
 def test_the_config_is_immutable():
     with pytest.raises(AttributeError):
         SelfIndexConfig().budget = 3

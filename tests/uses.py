@@ -33,7 +33,9 @@ class Uses:
         return forward(self.model, prompt(tokens, batch).to(self.device), cache)
 
     def cache(self, **options):
-        cache = selfindex.SelfIndexCache(self.model, **({"budget": 0.3, "dense_below": 0} | options))
+        cache = selfindex.SelfIndexCache(
+            self.model, **({"budget": 0.3, "dense_below": 0, "min_tokens": 1} | options)
+        )
         self.say(cache, TOKENS)
         return cache
 

@@ -43,9 +43,10 @@ class SelfIndexConfig:
     Args:
         preset: "balanced" (default) or "paper" (the faithful published system).
         budget: encoded tokens that each KV head attends to per query. A float in (0, 1] is a
-            fraction of the tokens cached so far; an int >= 1 is a number of tokens.
-            Sinks and the recent window are attended in addition.
-        min_tokens: floor under a fractional budget, in tokens.
+            fraction of the tokens cached so far, at least `min_tokens`; an int >= 1 is a number of
+            tokens. Sinks and the recent window are attended in addition.
+        min_tokens: floor under a fractional budget, in tokens. Below it more reading costs little and
+            finds more; as many as `dense_below`, so that a longer row never reads less.
         sinks: full-precision tokens kept from the start of a sequence ("balanced"), or chosen by
             the prompt's last queries ("paper").
         recent: full-precision tokens kept at the end. Between `recent` and
@@ -79,7 +80,7 @@ class SelfIndexConfig:
 
     preset: Preset = "balanced"
     budget: float | int = 0.05
-    min_tokens: int = 128
+    min_tokens: int = 1024
     sinks: int = AUTO
     recent: int = AUTO
     page_size: int = 128

@@ -30,7 +30,11 @@ def test_replayed_steps_agree_with_single_steps(family, length, dtype, budget, t
     model, ids = model_on_gpu(family, dtype), prompt(length, batch=2).cuda()
     caches = []
     for cuda_graphs in (False, True):
-        caches.append(selfindex.SelfIndexCache(model, budget=budget, dense_below=0, cuda_graphs=cuda_graphs))
+        caches.append(
+            selfindex.SelfIndexCache(
+                model, budget=budget, dense_below=0, min_tokens=1, cuda_graphs=cuda_graphs
+            )
+        )
         forward(model, ids, caches[-1])
     single, replayed = caches
     for i, tokens in enumerate(prompt(300, batch=2, seed=1).cuda().split(1, 1)):

@@ -15,7 +15,7 @@ def test_graphs_give_the_tokens_of_steps_without(tmp_path):
         options = {"compilation_config": GRAPHS, "enforce_eager": False} if graphs else {}
         with serving(
             tmp_path,
-            {"budget": 0.05, "dense_below": 128},
+            {"budget": 0.05, "dense_below": 128, "min_tokens": 128},
             dtype="bfloat16",
             max_model_len=4096,
             max_num_batched_tokens=1024,

@@ -86,7 +86,8 @@ def budget_text(budget: float | int) -> str:
 
 
 BUDGET = typer.Option(
-    "0.05", help="Encoded tokens read per query: a fraction (0.05), a percentage (5%) or a number (2048)."
+    "0.05",
+    help="Encoded tokens read per query: a share (0.05 or 5%; at least 1,024 of them) or a number (2048).",
 )
 PRESET = typer.Option("balanced", help="How the cache is encoded: balanced or paper.")
 PREFILL = typer.Option(

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..config import check_budget, parse_prefill
 from ..evaluation.models import SMOLLM2, Loaded, load
-from .console import BUDGET, DEVICE, CommandError, err, errors_in_one_line, out, parse_budget
+from .console import DEVICE, CommandError, err, errors_in_one_line, out, parse_budget
 
 if TYPE_CHECKING:
     from ..evaluation.suites import Suite
@@ -35,7 +35,9 @@ def evaluate(
         [], help="Text to read: a UTF-8 file, or manual, stdlib. Repeatable; without it, these two."
     ),
     output: Path = typer.Option(Path("selfindex-eval"), help="Folder of the results."),
-    budget: str = BUDGET,
+    budget: str = typer.Option(
+        "0.05", help="Share of the tokens that sparse methods read, with no least number."
+    ),
     method: list[str] = typer.Option(
         [], "--method", "--methods", help="Only methods whose name starts so (and dense). Repeatable, or a,b."
     ),

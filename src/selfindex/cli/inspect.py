@@ -13,7 +13,6 @@ from rich.table import Table
 from ..config import EVERY_QUERY, SelfIndexConfig
 from ..evaluation.models import encode_start, load, read_text
 from .console import (
-    BUDGET,
     DEVICE,
     PRESET,
     CommandError,
@@ -36,7 +35,9 @@ def inspect(
     output: Path = typer.Option(Path("inspect.png"), "--output", "-o", help="Figure to write."),
     queries: int = typer.Option(16, min=1, help="Tokens at the end of the text that ask."),
     tokens: int = typer.Option(4096, min=64, help="Tokens of the text to use at most."),
-    budget: str = BUDGET,
+    budget: str = typer.Option(
+        "0.05", help="Encoded tokens read per query: a share, with no least number, or a number."
+    ),
     preset: str = PRESET,
     device: str = DEVICE,
     dtype: str = typer.Option("auto", help="auto, float32, bfloat16 or float16."),
@@ -46,7 +47,11 @@ def inspect(
         if importlib.util.find_spec("matplotlib") is None:
             raise CommandError('figures need matplotlib: pip install "selfindex[eval]"')
         config = SelfIndexConfig.make(
-            preset=preset, budget=parse_budget(budget), dense_below=0, sparse_queries=EVERY_QUERY
+            preset=preset,
+            budget=parse_budget(budget),
+            dense_below=0,
+            min_tokens=1,
+            sparse_queries=EVERY_QUERY,
         )
         check_output(output)
         text = read_text(file)
