@@ -12,7 +12,7 @@ from torch import Tensor
 from ..config import SelfIndexConfig
 from ..store import LayerStore
 from .decoded import STAGED_PAGES, decode, even, pages_at_a_time
-from .prompt import EXACT, attend_last
+from .prompt import EXACT, attend_last, by_row
 
 FEWEST_QUERIES = 2 * EXACT
 """New tokens of a row up to which they read everything: most of them would as the last ones."""
@@ -38,17 +38,11 @@ def attend_chunk(
 
     Rows of which `is_sparse_chunk` does not hold read everything. Arguments and result as of `attend`.
     """
-    output = torch.zeros_like(query)
-    for b in range(store.batch):
-        q, k, v = query[b : b + 1], keys[b : b + 1], values[b : b + 1]
-        if valid is None:
-            output[b] = _attend(store, b, q, k, v, scaling, sink_logit)[0]
-            continue
-        real = valid[b].nonzero().flatten()
-        if len(real):
-            q, k, v = (x.index_select(2, real) for x in (q, k, v))
-            output[b].index_copy_(1, real, _attend(store, b, q, k, v, scaling, sink_logit)[0])
-    return output
+
+    def attend(b: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return _attend(store, b, q, k, v, scaling, sink_logit)
+
+    return by_row(query, keys, values, valid, attend)
 
 
 def _attend(

@@ -6,6 +6,8 @@ the mean of a block would hide. They read everything, which costs little where t
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -46,16 +48,40 @@ def attend_prompt(
     Returns:
         [B, Hq, T, d] in the query's dtype; 0 for padding.
     """
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attend_last(config, q, k, v, scaling, sink_logit, is_sparse(config, q.shape[2]))
+
     if valid is None:
-        sparse = is_sparse(config, query.shape[2])
-        return attend_last(config, query, keys, values, scaling, sink_logit, sparse)
+        return attend(query, keys, values)
+    return by_row(query, keys, values, valid, lambda b, q, k, v: attend(q, k, v))
+
+
+def by_row(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    valid: Tensor | None,
+    attend: Callable[[int, Tensor, Tensor, Tensor], Tensor],
+) -> Tensor:
+    """Attention computed row by row, without padding.
+
+    Args:
+        query, keys, values, valid: as of `attend_prompt`.
+        attend: (number of a row, its query, keys and values, each [1, heads, t, d]) -> [1, Hq, t, d].
+    Returns:
+        [B, Hq, T, d]; 0 for padding.
+    """
     output = torch.zeros_like(query)
-    for b, row in enumerate(valid):
-        real = row.nonzero().flatten()
+    for b in range(query.shape[0]):
+        q, k, v = query[b : b + 1], keys[b : b + 1], values[b : b + 1]
+        if valid is None:
+            output[b] = attend(b, q, k, v)[0]
+            continue
+        real = valid[b].nonzero().flatten()
         if len(real):
-            q, k, v = (x[b : b + 1].index_select(2, real) for x in (query, keys, values))
-            found = attend_last(config, q, k, v, scaling, sink_logit, is_sparse(config, len(real)))
-            output[b].index_copy_(1, real, found[0])
+            q, k, v = (x.index_select(2, real) for x in (q, k, v))
+            output[b].index_copy_(1, real, attend(b, q, k, v)[0])
     return output
 
 
