@@ -149,6 +149,10 @@ def open_choices() -> dict[str, dict[str, object]]:
     }
 
 
+def _trellis(states: int) -> Variant:
+    return _value(_key(DEFAULT, states=states), states=states)
+
+
 def variants() -> dict[str, Variant]:
     """The default, and it with one thing else, most of them at its bytes."""
     return {
@@ -166,14 +170,27 @@ def variants() -> dict[str, Variant]:
         "64 sinks": replace(DEFAULT, sinks=64),
         "256 recent tokens": replace(DEFAULT, recent=256),
         "votes of plain softmax": replace(DEFAULT, sharpness=1.0),
+        "drawn": replace(DEFAULT, sharpness=1.0, sampled=True),
         "7.5 %": replace(DEFAULT, budget=0.075),
         "rerank 2x": replace(DEFAULT, rerank=2),
         "10 %": replace(DEFAULT, budget=0.1),
+        "25 %": replace(DEFAULT, budget=0.25),
+        "10 %, drawn": replace(DEFAULT, budget=0.1, sharpness=1.0, sampled=True),
         "rerank 3x": replace(DEFAULT, rerank=3),
         "3-bit values": _value(DEFAULT, bits=3),
+        "trellis, 8 states": _trellis(8),
+        "trellis, 64 states": _trellis(64),
         "oracle's tokens": replace(DEFAULT, aggregate="oracle"),
         "all tokens": replace(DEFAULT, budget=1.0),
         "all tokens, 3-bit values": replace(_value(DEFAULT, bits=3), budget=1.0),
+        "all tokens, exact keys": replace(_key(DEFAULT, exact=True), budget=1.0),
+        "all tokens, exact values": replace(DEFAULT, value=EXACT_VALUE, budget=1.0),
+        "all tokens, trellis, 8 states": replace(_trellis(8), budget=1.0),
+        "all tokens, trellis, 64 states": replace(_trellis(64), budget=1.0),
+        "exact keys and values, drawn": replace(
+            _key(DEFAULT, exact=True), value=EXACT_VALUE, sharpness=1.0, sampled=True
+        ),
+        "exact keys and values": replace(_key(DEFAULT, exact=True), value=EXACT_VALUE),
     }
 
 

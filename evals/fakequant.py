@@ -16,6 +16,8 @@ from selfindex.codec.balance import LIMIT, measure_balance
 from selfindex.codec.scales import decode_scales, encode_scales
 from selfindex.evaluation.baselines.quantised import LEVELS, minmax, random_rotation
 
+from .trellis import trellis_levels
+
 MEAN_ABS = 0.7978845608  # E|x| of a unit Gaussian
 SEARCHED = (0.88, 1.12)  # multiples of the root mean square
 
@@ -38,6 +40,7 @@ class KeySpec:
     own_scale: bool = False  # the index has a scale of its own, the mean magnitude of the token
     rotary: bool = False  # besides the page's, subtract a mean before RoPE, turned to the token's place
     shaped: bool = False  # round so that errors are small where queries are large (GPTQ)
+    states: int = 0  # magnitudes by a trellis of so many states (trellis.py); 0: each by itself
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ class ValueSpec:
     rotate: bool = True
     centre: bool = False  # store against the page's int8 mean
     page: int = 256
+    states: int = 0  # levels by a trellis of so many states (trellis.py); 0: each by itself
 
 
 def to_pages(x: Tensor, page: int) -> tuple[Tensor, Tensor]:
@@ -98,32 +102,38 @@ def nearest(size: Tensor, bits: int) -> Tensor:
 
 
 def lloyd(
-    x: Tensor, bits: int, group: int, fit: str, page: int, search: bool = False
+    x: Tensor, bits: int, group: int, fit: str, page: int, search: bool = False, states: int = 0
 ) -> tuple[Tensor, Tensor]:
     """Symmetric Lloyd-Max codes of [H, n, d]: (level per element, scale per group).
 
     Levels c are the nearest ones in units of the root mean square, or with `search` of the multiple
     of it that gives the least angle between x and c. The scale makes the error least ("mse"), the
-    product with x right ("unbiased": <x, x> / <x, c>) or the norm ("norm": |x| / |c|).
+    product with x right ("unbiased": <x, x> / <x, c>) or the norm ("norm": |x| / |c|). With `states`
+    levels depend on those before them: of 2-bit codes all, of 3-bit ones the magnitudes.
     """
     heads, n, d = x.shape
     y = x.reshape(heads, n, d // group, group)
     size = y.abs()
     rms = size.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-30)
-    code = nearest(size / rms, bits)
+    if states:
+        half = bits == 3  # signs are the index: only magnitudes may depend on others
+        code = trellis_levels((size if half else y) / rms, states, half)
+        code = torch.copysign(code, y) if half else code
+    else:
+        code = torch.copysign(nearest(size / rms, bits), y)
     if search:
-        best = (size * code).sum(-1, keepdim=True) / code.norm(dim=-1, keepdim=True)
+        best = (y * code).sum(-1, keepdim=True) / code.norm(dim=-1, keepdim=True)
         for factor in SEARCHED:
-            other = nearest(size / (factor * rms), bits)
-            cosine = (size * other).sum(-1, keepdim=True) / other.norm(dim=-1, keepdim=True)
+            other = torch.copysign(nearest(size / (factor * rms), bits), y)
+            cosine = (y * other).sum(-1, keepdim=True) / other.norm(dim=-1, keepdim=True)
             code, best = torch.where(cosine > best, other, code), torch.maximum(cosine, best)
-    inner, square, own = (size * code).sum(-1), size.square().sum(-1), code.square().sum(-1)
+    inner, square, own = (y * code).sum(-1), size.square().sum(-1), code.square().sum(-1)
     scale = {
         "mse": inner / own,
         "unbiased": square / inner.clamp_min(1e-30),
         "norm": (square / own).sqrt(),
     }[fit]
-    return torch.copysign(code, y), round_e4m4(scale, page)
+    return code, round_e4m4(scale, page)
 
 
 def shaped_codes(x: Tensor, scale: Tensor, bits: int, weight: Tensor, rotation: Tensor) -> Tensor:
@@ -182,7 +192,7 @@ def encode_keys(
     x = (k * s[:, None]) @ rotation.T - known
     mean = page_means(x, spec.page, spec.int8_mean) if spec.centre else torch.zeros_like(x)
     residual = x - mean
-    code, scale = lloyd(residual, spec.bits, d, spec.fit, page, spec.search)
+    code, scale = lloyd(residual, spec.bits, d, spec.fit, page, spec.search, spec.states)
     code = code.flatten(2)
     if spec.shaped:
         assert square is not None
@@ -216,7 +226,7 @@ def encode_values(v: Tensor, spec: ValueSpec) -> Tensor:
     group = spec.group or d
     if spec.kind == "lloyd":
         mean = page_means(x, spec.page, int8=True) if spec.centre else torch.zeros_like(x)
-        code, scale = lloyd(x - mean, spec.bits, group, spec.fit, spec.page, spec.search)
+        code, scale = lloyd(x - mean, spec.bits, group, spec.fit, spec.page, spec.search, spec.states)
         out = mean + (code * scale[..., None]).flatten(2)
     else:
         y = x.reshape(heads, n, d // group, group)

@@ -41,6 +41,7 @@ class Variant:
     comp_page: int | None = 256
     spread: str = "uniform"  # how the budget is spread over heads: a rule of budgets.py
     dense_layers: int = 0  # first layers that attend to everything
+    sampled: bool = False  # draw what is read by its estimated mass, and weigh it, see `draw`
     sinks: int = SINKS  # first and last tokens of the prefix in full precision
     recent: int = RECENT
 
@@ -146,6 +147,20 @@ def choose(score: Tensor, count: int, prefix: Prefix) -> Tensor:
     return torch.zeros_like(score, dtype=torch.bool).scatter_(-1, order, taken.expand_as(order))
 
 
+def draw(score: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Priority sampling (Duffield, Lund, Thorup 2007) by scores [..., n]: (what is read, log of its weights).
+
+    The `count` tokens with the largest score / u are read, u uniform in (0, 1]. One whose score is above the
+    last of those counts once; the others are there with the probability score / last, and count for its
+    inverse: on average sums over what is read are those over everything, but for one part in `count`.
+    """
+    priority = score / (1 - torch.rand_like(score))
+    chosen = priority.topk(min(count, score.shape[-1]), -1)
+    taken = torch.zeros_like(score, dtype=torch.bool).scatter_(-1, chosen.indices, True)
+    last = chosen.values[..., -1:]
+    return taken, (last / score.clamp(min=1e-30)).clamp(min=1).log()
+
+
 def attend(
     q: Tensor,
     prefix: Prefix,
@@ -182,7 +197,13 @@ def attend(
         fine = torch.einsum("hgtd,hnd->hgtn", q, prefix.k_hat)
         score = aggregate(fine, exact_logits, "sum_full").masked_fill(~candidates, -1.0)
     own_budget = prefix.threshold is not None or prefix.counts is not None
-    if not own_budget and count < estimate.shape[-1] // 4:  # gather the selected tokens
+    if variant.sampled and count < estimate.shape[-1]:
+        selected, weight = draw(score, count)
+        v = prefix.v_hat
+        logits = torch.einsum("hgtd,hnd->hgtn", q, prefix.k_hat) + weight[:, None]
+        logits.masked_fill_(~selected[:, None], -torch.inf)
+        combine = "hgtn,hnd->hgtd"
+    elif not own_budget and count < estimate.shape[-1] // 4:  # gather the selected tokens
         chosen = score.topk(count, -1, sorted=False).indices
         selected = torch.zeros_like(score, dtype=torch.bool).scatter_(-1, chosen, True)
         k, v = (

@@ -117,6 +117,7 @@ def main() -> None:
     parser.add_argument("--layer-step", type=int, default=2, help="layer by layer: every n-th layer")
     parser.add_argument("--only", nargs="+", help="names of variants, besides the default")
     args = parser.parse_args()
+    torch.manual_seed(0)  # of what is drawn
     todo = {n: v for n, v in variants().items() if not args.only or n == "default" or n in args.only}
     with torch.device("cpu"):
         model, tokenizer = load_model(args.model)
