@@ -70,11 +70,10 @@ def budget_section(results: list[Result]) -> list[str]:
         "makes a difference up to 20k tokens: at most what the second column of times is slower than the",
         "first.",
     )
-    options = [
-        f"--budget {own['shape']['budget']} --min-tokens {own['shape']['min_tokens']}" for own in results
-    ]
+    shape = results[0]["shape"]
     command = f"python benchmarks/decode_attention.py --batches 1 8 --lengths {lengths(results[0])}"
-    lines += paragraph(where(results[0], f"{command} {options[0]} --output FILE"), "Microseconds.")
+    options = f"--budget {shape['budget']} --min-tokens {shape['min_tokens']} --output FILE"
+    lines += paragraph(where(results[0], f"{command} {options}"), "Microseconds.")
     names = (f"{own['shape']['budget']:.0%}, at least {own['shape']['min_tokens']:,}" for own in results)
     lines += head("batch x length", "dense", *names)
     for rows in zip(*(own["results"] for own in results), strict=True):
