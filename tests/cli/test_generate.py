@@ -146,6 +146,8 @@ def test_budget_as_typed(text, budget, shown):
     assert parsed == pytest.approx(budget)
     assert type(parsed) is type(budget)
     assert console.budget_text(parsed) == shown
+    least = ", at least 1,024 tokens" if isinstance(parsed, float) else ""
+    assert console.budget_text(parsed, 1024) == shown + least
 
 
 def test_budget_that_is_no_number():

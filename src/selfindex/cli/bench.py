@@ -175,7 +175,8 @@ def _verdicts(rows: list[Row]) -> list[str]:
 
 
 def _show(rows: list[Row], settings: dict[str, Any], config: SelfIndexConfig) -> None:
-    title = f"{{model}}, {{dtype}} on {{device}}; {{preset}}, budget {budget_text(config.budget)}"
+    budget = budget_text(config.budget, config.min_tokens)
+    title = f"{{model}}, {{dtype}} on {{device}}; {{preset}}, budget {budget}"
     out.print(_table(rows, settings["device"].startswith("cuda"), title.format(**settings)))
     for sentence in _verdicts(rows):
         out.print(sentence, soft_wrap=True)

@@ -80,9 +80,11 @@ def parse_budget(text: str) -> float | int:
         ) from None
 
 
-def budget_text(budget: float | int) -> str:
-    """A budget for people: "5 %" or "2,048 tokens"."""
-    return f"{budget:,} tokens" if isinstance(budget, int) else f"{100 * budget:g} %"
+def budget_text(budget: float | int, least: int = 1) -> str:
+    """A budget for people: "5 %", "5 %, at least 1,024 tokens" or "2,048 tokens"."""
+    if isinstance(budget, int):
+        return f"{budget:,} tokens"
+    return f"{100 * budget:g} %" + (f", at least {least:,} tokens" if least > 1 else "")
 
 
 BUDGET = typer.Option(

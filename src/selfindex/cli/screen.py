@@ -42,7 +42,8 @@ def _table(result: Result) -> Table:
     table = Table(box=box.SIMPLE_HEAD, expand=True)
     table.add_column("", style="dim", no_wrap=True)
     table.add_column("dense cache", ratio=1)
-    table.add_column(f"self-indexing ({config.preset}, {budget_text(config.budget)})", ratio=1)
+    budget = budget_text(config.budget, config.min_tokens)
+    table.add_column(f"self-indexing ({config.preset}, {budget})", ratio=1)
     table.add_row("answer", escape(result.dense.text), escape(result.ours.text))
     table.add_row("", _verdict(result, result.dense), _verdict(result, result.ours))
     table.add_row(
