@@ -64,6 +64,10 @@ def test_table_results_and_figure(invoke, folder, tmp_path):
     for sentence, batch in zip(found["verdicts"], (1, 2), strict=True):
         assert sentence in result.stdout
         assert f"(batch {batch})" in sentence
+    for number, row in enumerate(rows, 1):  # each as soon as it is measured
+        batch, length, dense = row["batch"], row["length"], row["dense"]["ms"]
+        said = f"{number} of 4: batch {batch}, {length} tokens: dense {dense:.2f} ms a token, ours"
+        assert said in result.stderr
     assert found["settings"]["model"] in result.stdout
     assert found["settings"]["new"] == 4
     assert plot.read_bytes().startswith(b"\x89PNG")

@@ -145,7 +145,7 @@ def _plan(ready: Bench, lengths: list[int] | None, batches: list[int]) -> list[t
 def _run(
     ready: Bench, plan: list[tuple[int, int]], settings: dict[str, Any], output: Path | None, quiet: bool
 ) -> list[Row]:
-    """Measure all rows; what is measured is in the output file at once."""
+    """Measure all rows; what is measured is said, and in the output file, at once."""
     rows: list[Row] = []
     bars = progress(live=False)
     bars.disable = quiet
@@ -154,6 +154,8 @@ def _run(
         for batch, length in plan:
             bars.update(bar, description=f"{length:,} tokens, batch {batch}", refresh=True)
             rows.append(ready.row(batch, length))
+            if not quiet:
+                bars.console.print(_line(rows[-1], len(rows), len(plan)), soft_wrap=True, highlight=False)
             bars.advance(bar)
             if output is not None:
                 _write(rows, settings, output)
@@ -180,6 +182,12 @@ def _show(rows: list[Row], settings: dict[str, Any], config: SelfIndexConfig) ->
     out.print(_table(rows, settings["device"].startswith("cuda"), title.format(**settings)))
     for sentence in _verdicts(rows):
         out.print(sentence, soft_wrap=True)
+
+
+def _line(row: Row, number: int, of: int) -> str:
+    """One row, as soon as it is measured: a run on a CPU takes minutes, and its table comes at the end."""
+    dense, ours = (f"{x.ms:.2f} ms a token" if x else NO_MEMORY for x in (row.dense, row.ours))
+    return f"{number} of {of}: batch {row.batch}, {row.length:,} tokens: dense {dense}, ours {ours}"
 
 
 def _table(rows: list[Row], cuda: bool, title: str) -> Table:
