@@ -93,7 +93,8 @@ def bytes_read(variant: Variant, head_dim: int, share: float) -> float:
     """Bytes a step reads per encoded token and KV head of the `balanced` format, `share` selected."""
     page = variant.key.page or 128
     index = head_dim / 8 + 1 + variant.key.own_scale + (head_dim + 12) / page
-    payload = head_dim / 4 + head_dim * variant.value.bits / 8 + 1
-    candidates = (variant.rerank - 1) * share * head_dim / 4
+    magnitudes = head_dim * (variant.key.bits - 1) / 8
+    payload = magnitudes + head_dim * variant.value.bits / 8 + 1
+    candidates = (variant.rerank - 1) * share * magnitudes
     means = 0.0 if variant.comp == "off" else head_dim / page
     return index + share * payload + candidates + means

@@ -6,6 +6,7 @@ is the variant's; the continuation's own tokens stay exact.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -37,25 +38,42 @@ def encode_record(
     return spread(record, out, variant, other)
 
 
-class _Simulated:
-    """A layer's attention under a variant; `read` is the share of the encoded tokens per query, [T]."""
+class Simulated:
+    """A layer's attention under a variant.
 
-    def __init__(self, prefix: Prefix, variant: Variant) -> None:
-        self.prefix, self.variant, self.read = prefix, variant, torch.empty(0)
+    Args:
+        question: the first so many tokens of the continuation read everything.
+
+    Attributes:
+        read: the share of the encoded tokens that every query of the last call read, [T].
+    """
+
+    def __init__(self, prefix: Prefix, variant: Variant, question: int = 0) -> None:
+        self.prefix, self.variant, self.question, self.read = prefix, variant, question, torch.empty(0)
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
         """The whole continuation [1, Hq, T, d]; returns [1, T, Hq, d]."""
-        got = attend(query[0], self.prefix, keys[0], values[0], scaling, self.variant)
-        self.read = got.selected.float().mean((0, 2))
-        return got.out.flatten(0, 1).transpose(0, 1)[None].contiguous()
+        positions = torch.arange(query.shape[2])
+        parts = []
+        for at, budget in ((positions[: self.question], 1.0), (positions[self.question :], None)):
+            if len(at):
+                variant = self.variant if budget is None else replace(self.variant, budget=budget)
+                of = query[0, :, at], self.prefix, keys[0], values[0], scaling, variant
+                parts.append(attend(*of, positions=at))
+        self.read = torch.cat([part.selected.float().mean((0, 2)) for part in parts])
+        return torch.cat([part.out for part in parts], 2).flatten(0, 1).transpose(0, 1)[None].contiguous()
 
 
-@torch.no_grad()
 def compare(model: Any, record: Record, variant: Variant, prefixes: dict[int, Prefix]) -> dict[str, Array]:
     """Per token of the continuation: KL(dense || variant), top-1 agreement, loss difference, and
     the share of encoded tokens that it read, over all layers and heads.
     """
-    attentions = {i: _Simulated(prefix, variant) for i, prefix in prefixes.items()}
+    return run(model, record, {i: Simulated(prefix, variant) for i, prefix in prefixes.items()})
+
+
+@torch.no_grad()
+def run(model: Any, record: Record, attentions: dict[int, Simulated]) -> dict[str, Array]:
+    """The metrics of `compare`, of layers that may differ."""
     cache = ReplacedCache(model, attentions, record.cache)
     ids = record.ids[None, record.prefix :]
     logits = model(ids, use_cache=True, **{cache_argument(model): cache}).logits[0]

@@ -277,6 +277,30 @@ def changes(found: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def depths(found: list[dict[str, Any]]) -> list[str]:
+    """Designs whose layers differ."""
+    lines = ["## At which depth errors matter", ""]
+    lines += paragraph(
+        "Simulated by evals/depth.py: a document, a question that reads everything, and the tokens of the",
+        "right answer, each of which selects; 5 % where nothing else is said. Thirds are of the layers.",
+        "Ratios are of the KL between the answer's tokens to that of the default, paired by sample,",
+        "geometric means; then the KL of every task, and the share of answers all of whose tokens are the",
+        "dense model's.",
+    )
+    for result in found:
+        settings, rows = result["settings"], result["designs"]
+        title = f"{settings['model']}, {settings['length']:,} tokens, {settings['samples']} samples a task"
+        lines += [f"### {title}", ""]
+        names = (f"KL of {task}" for task in settings["tasks"])
+        lines += head("design", "stored", "read", "KL by the default's", *names, "same answers")
+        for name, own in rows.items():
+            cells = [f"{own['bytes']:.1f}", f"{own['bytes_read']:.1f}", interval(own["ratio"], 2)]
+            cells += [number(own["tasks"][task], 4) for task in settings["tasks"]]
+            lines.append(row(name, *cells, interval(own["same"], 2)))
+        lines += ["", *setting(result)]
+    return lines
+
+
 def honesty(found: list[dict[str, Any]]) -> list[str]:
     """What a cache says of itself, against the truth."""
     lines = ["## What `cache.report()` says it missed", ""]
@@ -329,6 +353,8 @@ def main() -> None:
     lines += choices(ablations, profiles) if ablations or profiles else []
     studies = results("variants-*.json")
     lines += changes(studies) if studies else []
+    layered = results("depth-*.json")
+    lines += depths(layered) if layered else []
     missed = results("missed-*.json")
     lines += honesty(missed) if missed else []
     lines += (ROOT / "evals" / "notes.md").read_text().splitlines()

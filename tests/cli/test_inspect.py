@@ -27,9 +27,9 @@ def test_inspect_draws_and_shows_every_layer(invoke, folder, text, tmp_path):
     assert [row[0] for row in rows] == ["0", "1"]
     for row in rows:
         mass, worst, error, overlap = (float(cell.rstrip("%")) for cell in row[1:])
-        assert 0 < worst <= mass <= 100
+        assert 0 < worst <= mass < 60  # of 80 tokens in full precision and 50 that are selected, of 1000
         assert 0 < error < 100
-        assert 13 < overlap <= 100  # 128 of 1000 tokens: more than by chance
+        assert 13 < overlap <= 100  # more than by chance
     # Of the last query, and of the compressed model: near the mean of all of them.
     share = float(reported[reported.index("mean") + 1])
     assert share == pytest.approx(sum(100 - float(row[1].rstrip("%")) for row in rows) / 2, abs=15)

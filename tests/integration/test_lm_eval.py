@@ -82,6 +82,15 @@ def test_the_continuation_attends_through_the_cache(lm, tokenizer):
     assert abs(score - dense) > 1e-3
 
 
+def test_a_share_is_read_as_it_is(tokenizer):
+    """No least number of tokens, and nothing dense, unless it is asked for."""
+    made = [
+        SelfIndexLM(pretrained=pair("llama")[1], tokenizer=tokenizer, device="cpu", budget=0.05, **options)
+        for options in ({}, {"min_tokens": 300})
+    ]
+    assert [model.cache_config.budget_tokens(1000, 900) for model in made] == [50, 300]
+
+
 def test_a_context_that_is_too_long_is_cut_from_the_left(lm, tokenizer):
     context, continuation = tokenizer(words(120, 1)).input_ids, tokenizer(words(5, 2)).input_ids
     model = lm(recent=200)
