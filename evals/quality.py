@@ -285,7 +285,7 @@ def depths(found: list[dict[str, Any]]) -> list[str]:
         "right answer, each of which selects; 5 % where nothing else is said. Thirds are of the layers.",
         "Ratios are of the KL between the answer's tokens to that of the default, paired by sample,",
         "geometric means; then the KL of every task, and the share of answers all of whose tokens are the",
-        "dense model's.",
+        "dense model's. Bytes of what is exact are those of the default.",
     )
     for result in found:
         settings, rows = result["settings"], result["designs"]
