@@ -55,9 +55,12 @@ class Simulated:
         """The whole continuation [1, Hq, T, d]; returns [1, T, Hq, d]."""
         positions = torch.arange(query.shape[2])
         parts = []
-        for at, budget in ((positions[: self.question], 1.0), (positions[self.question :], None)):
+        everything = replace(self.variant, budget=1.0)
+        for at, variant in (
+            (positions[: self.question], everything),
+            (positions[self.question :], self.variant),
+        ):
             if len(at):
-                variant = self.variant if budget is None else replace(self.variant, budget=budget)
                 of = query[0, :, at], self.prefix, keys[0], values[0], scaling, variant
                 parts.append(attend(*of, positions=at))
         self.read = torch.cat([part.selected.float().mean((0, 2)) for part in parts])

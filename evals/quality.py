@@ -260,21 +260,25 @@ def changes(found: list[dict[str, Any]]) -> list[str]:
         'by token. "Needles" are among other needles (niah_multikey_2), of those that the dense model finds.',
     )
     for result in found:
-        settings, rows = result["settings"], result["variants"]
+        settings, rows = result["settings"], []
         needles = settings["needles"] > 0
-        lines += [f"### {settings['model']}, {settings['prefix']:,} tokens", ""]
         names = ["change", "stored", "read", "missed mass", "error", "KL to dense", "KL less the default's",
                  "top-1 agreement"]  # fmt: skip
-        lines += head(*names, *(["needles found", "KL of their answers"] if needles else []))
-        for name, own in rows.items():
+        names += ["needles found", "KL of their answers"] if needles else []
+        for name, own in result["variants"].items():
             cells = [f"{own['bytes']:.1f}", f"{own['bytes_read']:.1f}", number(1 - own["mass"][0])]
             cells += [number(own["err"][0]), *(interval(own[m], 4) for m in ("kl", "kl_diff"))]
             cells.append(interval(own["top1"]))
             if needles:
                 cells += [interval(own["needles"], 2), interval(own["needle_kl"])]
-            lines.append(row(name, *cells))
-        lines += ["", *setting(result)]
+            rows.append(row(name, *cells))
+        lines += study(f"{settings['model']}, {settings['prefix']:,} tokens", names, rows, result)
     return lines
+
+
+def study(title: str, names: list[str], rows: list[str], result: dict[str, Any]) -> list[str]:
+    """A table of one model, and how it was measured."""
+    return [f"### {title}", "", *head(*names), *rows, "", *setting(result)]
 
 
 def depths(found: list[dict[str, Any]]) -> list[str]:
@@ -285,19 +289,19 @@ def depths(found: list[dict[str, Any]]) -> list[str]:
         "right answer, each of which selects; 5 % where nothing else is said. Thirds are of the layers.",
         "Ratios are of the KL between the answer's tokens to that of the default, paired by sample,",
         "geometric means; then the KL of every task, and the share of answers all of whose tokens are the",
-        "dense model's. Bytes of what is exact are those of the default.",
+        "dense model's. Bytes of what is exact are those of the default. Brackets are from resampling the",
+        "samples of each task: of so few they are too narrow.",
     )
     for result in found:
-        settings, rows = result["settings"], result["designs"]
+        settings, rows = result["settings"], []
         title = f"{settings['model']}, {settings['length']:,} tokens, {settings['samples']} samples a task"
-        lines += [f"### {title}", ""]
-        names = (f"KL of {task}" for task in settings["tasks"])
-        lines += head("design", "stored", "read", "KL by the default's", *names, "same answers")
-        for name, own in rows.items():
+        tasks = [f"KL of {task}" for task in settings["tasks"]]
+        names = ["design", "stored", "read", "KL by the default's", *tasks, "same answers"]
+        for name, own in result["designs"].items():
             cells = [f"{own['bytes']:.1f}", f"{own['bytes_read']:.1f}", interval(own["ratio"], 2)]
             cells += [number(own["tasks"][task], 4) for task in settings["tasks"]]
-            lines.append(row(name, *cells, interval(own["same"], 2)))
-        lines += ["", *setting(result)]
+            rows.append(row(name, *cells, interval(own["same"], 2)))
+        lines += study(title, names, rows, result)
     return lines
 
 
