@@ -25,6 +25,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import selfindex
+from selfindex.config import BARE_SHARE
 from selfindex.evaluation.environment import describe
 from selfindex.evaluation.models import load as load_named
 from selfindex.integrations.transformers.models import cache_argument
@@ -82,7 +83,7 @@ class Stream:
     def __init__(self, model: PreTrainedModel, device: str, budget: float | int) -> None:
         self.model, self.device, self._argument = model, device, cache_argument(model)
         self._before = live(device)
-        self.cache = selfindex.SelfIndexCache(model, budget=budget, dense_below=0, min_tokens=1)
+        self.cache = selfindex.SelfIndexCache(model, budget=budget, **BARE_SHARE)
         self.rows: list[dict[str, Any]] = []
         self._generator = torch.Generator().manual_seed(1)
 

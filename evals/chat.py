@@ -19,6 +19,7 @@ import torch
 from transformers import DynamicCache
 
 import selfindex
+from selfindex.config import BARE_SHARE
 from selfindex.evaluation.fidelity import compare, continue_from
 from selfindex.evaluation.greedy import end_tokens, greedy
 from selfindex.evaluation.stats import Array, bootstrap
@@ -44,9 +45,7 @@ def answer(model: Any, cache: Any, ids: torch.Tensor, most: int) -> list[int]:
 def chat(model: Any, tokenizer: Any, text: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Per turn: cached tokens at its end, and the metrics of its reply's tokens."""
     dense = DynamicCache(config=model.config)
-    ours = selfindex.SelfIndexCache(
-        model, budget=args.budget, dense_below=0, min_tokens=1, sparse_queries=args.reply
-    )
+    ours = selfindex.SelfIndexCache(model, budget=args.budget, sparse_queries=args.reply, **BARE_SHARE)
     messages: list[dict[str, str]] = []
     before, closing, turns = "", "", []
     left: list[int] = []  # the last token of a reply, which no cache has seen yet

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 import selfindex
-from selfindex.config import EVERY_QUERY
+from selfindex.config import BARE_SHARE, EVERY_QUERY
 from selfindex.evaluation.fidelity import compare, continue_from
 from selfindex.evaluation.recording import Recording, record
 from selfindex.evaluation.summary import summarise
@@ -47,7 +47,7 @@ def run_text(
     dense = continue_from(model, recording.dense_copy(), ids)
     results: dict[str, dict[str, Any]] = {"dense": compare(dense, dense, targets)}
     for name, options in chosen.items():
-        options = {"sparse_queries": EVERY_QUERY, "dense_below": 0, "min_tokens": 1} | options
+        options = BARE_SHARE | {"sparse_queries": EVERY_QUERY} | options
         cache = recording.fill(selfindex.SelfIndexCache(model, **options))
         memory, first = cache.report(missed=False).memory, cache.compressed_layers[0].store
         pairs = len(cache.compressed_layers) * first.format.kv_heads * first.encoded(0)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import selfindex
+from selfindex.config import BARE_SHARE
 from selfindex.evaluation.fidelity import continue_from
 from selfindex.evaluation.layers import visible
 from selfindex.evaluation.texts import load_text
@@ -49,7 +50,7 @@ class Truth:
 
 def compare(model: Any, ids: Tensor, prompt: int, **options: Any) -> tuple[np.ndarray, np.ndarray]:
     """True and reported shares [steps, layers] of steps after a prompt, of token ids [1, N]."""
-    cache = selfindex.SelfIndexCache(model, **{"dense_below": 0, "min_tokens": 1} | options)
+    cache = selfindex.SelfIndexCache(model, **BARE_SHARE | options)
     truth = Truth(cache)
     true, reported = [], []
     with torch.inference_mode():

@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 import selfindex
-from selfindex.config import EVERY_QUERY
+from selfindex.config import BARE_SHARE, EVERY_QUERY
 from selfindex.evaluation.greedy import greedy
 from selfindex.evaluation.recording import record
 from selfindex.evaluation.tasks.fact import build_task
@@ -56,7 +56,7 @@ def main() -> None:
             caches = {"dense": recording.dense_copy()}
             for preset in args.presets:
                 for budget in args.budgets:
-                    options = {"preset": preset, "budget": budget, "dense_below": 0, "min_tokens": 1}
+                    options = BARE_SHARE | {"preset": preset, "budget": budget}
                     caches[f"{preset} {100 * budget:g} %"] = recording.fill(
                         selfindex.SelfIndexCache(model, **options, sparse_queries=EVERY_QUERY)
                     )

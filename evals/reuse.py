@@ -16,6 +16,7 @@ import torch
 
 import selfindex
 from selfindex.backends import ops
+from selfindex.config import BARE_SHARE
 from selfindex.evaluation.fidelity import continue_from
 from selfindex.evaluation.texts import load_text
 from selfindex.index.select import sum_of_softmax
@@ -79,7 +80,7 @@ def main() -> None:
         ids = tokenizer(load_text(text)[: 12 * args.length], return_tensors="pt").input_ids
         ids = ids[:, : args.length + args.steps].to(args.device)
         for budget in args.budgets:
-            cache = selfindex.SelfIndexCache(model, budget=budget, dense_below=0, min_tokens=1)
+            cache = selfindex.SelfIndexCache(model, budget=budget, **BARE_SHARE)
             found: list[np.ndarray] = []
             with torch.inference_mode():
                 continue_from(model, cache, ids[:, : args.length], logits_to_keep=1)

@@ -32,6 +32,7 @@ from typing import Any
 
 import numpy as np
 
+from selfindex.config import BARE_SHARE
 from selfindex.evaluation.records import Records
 from selfindex.evaluation.stats import bootstrap, mean, mean_of_means, wilson
 from selfindex.evaluation.tasks import GROUPS, TASKS, Sample, Source
@@ -166,7 +167,7 @@ def served(cache: str, args: argparse.Namespace) -> dict[str, Any]:
     """Options of the server of a cache."""
     chosen = dict(CACHES[cache])
     if "additional_config" in chosen:
-        fair = {"budget": args.budget, "preset": args.preset, "min_tokens": 1, "dense_below": 0}
+        fair = BARE_SHARE | {"budget": args.budget, "preset": args.preset}
         chosen["additional_config"] = {"selfindex": fair}
     plain = {"enforce_eager": True} if args.eager else {}
     graphs = {"mode": 0} if args.eager else {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import selfindex
+from selfindex.config import BARE_SHARE
 from selfindex.evaluation.fidelity import compare, continue_from
 from selfindex.evaluation.stats import bootstrap
 from selfindex.evaluation.texts import load_text
@@ -64,9 +65,7 @@ def main() -> None:
         if args.generated:
             ids = sample(model, ids[:, : args.prompt], args.tokens)
         dense = stream(model, DynamicCache(config=model.config), ids, args.prompt, args.step)
-        cache = selfindex.SelfIndexCache(
-            model, budget=args.budget, dense_below=0, min_tokens=1, sparse_queries=args.step
-        )
+        cache = selfindex.SelfIndexCache(model, budget=args.budget, sparse_queries=args.step, **BARE_SHARE)
         ours = stream(model, cache, ids, args.prompt, args.step)
         targets = torch.cat((ids[0, args.prompt + 1 :], ids[0, -1:])).cpu()
         parts = [

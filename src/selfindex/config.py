@@ -22,6 +22,9 @@ AUTO = -1
 EVERY_QUERY = 1 << 30
 """Value of `sparse_queries` that makes every query of a chunk select for itself."""
 
+BARE_SHARE: dict[str, Any] = {"dense_below": 0, "min_tokens": 1}
+"""Options under which a share is read as it is, however short a row: for measurements."""
+
 MOST = 1 << 30
 """Largest number of tokens an option may name: sums of two still fit the operators' 32-bit integers."""
 

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from ..config import SelfIndexConfig
 from ..errors import ConfigError, SelfIndexError
 
 # Results go to stdout, everything else to stderr, so that output can be piped.
@@ -89,7 +90,8 @@ def budget_text(budget: float | int, least: int = 1) -> str:
 
 BUDGET = typer.Option(
     "0.05",
-    help="Encoded tokens read per query: a share (0.05 or 5%; at least 1,024 of them) or a number (2048).",
+    help="Encoded tokens read per query: a share (0.05 or 5%; at least "
+    f"{SelfIndexConfig.min_tokens:,} of them) or a number (2048).",
 )
 PRESET = typer.Option("balanced", help="How the cache is encoded: balanced or paper.")
 PREFILL = typer.Option(

@@ -10,7 +10,7 @@ import typer
 from rich import box
 from rich.table import Table
 
-from ..config import EVERY_QUERY, SelfIndexConfig
+from ..config import BARE_SHARE, EVERY_QUERY, SelfIndexConfig
 from ..evaluation.models import encode_start, load, read_text
 from .console import (
     DEVICE,
@@ -49,9 +49,8 @@ def inspect(
         config = SelfIndexConfig.make(
             preset=preset,
             budget=parse_budget(budget),
-            dense_below=0,
-            min_tokens=1,
             sparse_queries=EVERY_QUERY,
+            **BARE_SHARE,
         )
         check_output(output)
         text = read_text(file)

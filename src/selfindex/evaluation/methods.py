@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-from ..config import EVERY_QUERY, SelfIndexConfig, parse_prefill
+from ..config import BARE_SHARE, EVERY_QUERY, SelfIndexConfig, parse_prefill
 from ..errors import InputError
 from ..integrations.transformers import SelfIndexCache
 from .baselines import LIBRARY, LibraryCache, baseline_cache, baselines
@@ -129,7 +129,7 @@ def _library(cache: LibraryCache, head_dim: int) -> Candidate:
 def _ours(options: dict[str, Any], sparse_queries: int) -> Callable[[Any, Recording], SelfIndexCache]:
     def make(model: Any, recording: Recording) -> SelfIndexCache:
         # Without the floor under the budget, so that all methods read the same share.
-        fair: dict[str, Any] = {"min_tokens": 1, "dense_below": 0, "sparse_queries": sparse_queries}
+        fair: dict[str, Any] = BARE_SHARE | {"sparse_queries": sparse_queries}
         return recording.fill(SelfIndexCache(model, **fair, **options))
 
     return make

@@ -21,7 +21,7 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 from tqdm import tqdm
 
-from ..config import EVERY_QUERY, SelfIndexConfig
+from ..config import BARE_SHARE, EVERY_QUERY, SelfIndexConfig
 from ..errors import ConfigError
 from .transformers import SelfIndexCache
 from .transformers.models import cache_argument
@@ -44,7 +44,7 @@ class SelfIndexLM(HFLM):
     def __init__(self, pretrained: Any, **kwargs: Any) -> None:
         options = {name: kwargs.pop(name) for name in list(kwargs) if name in SelfIndexConfig.__annotations__}
         # A score is about what the cache keeps: every query selects, however short the context.
-        always: dict[str, Any] = {"dense_below": 0, "min_tokens": 1, "sparse_queries": EVERY_QUERY}
+        always = BARE_SHARE | {"sparse_queries": EVERY_QUERY}
         self.cache_config = SelfIndexConfig.make(**(always | options))
         super().__init__(pretrained=pretrained, **kwargs)
         if self.backend != "causal":
