@@ -40,9 +40,9 @@ from torch.nn.attention import sdpa_kernel
 
 from selfindex.backends import ops
 from selfindex.codec import PageFormat
-from selfindex.codec.paper import choose_pinned
+from selfindex.codec.votes import choose_pinned
 from selfindex.config import PRESETS, SelfIndexConfig
-from selfindex.store.rows import OBSERVED_QUERIES
+from selfindex.store.pinned import OBSERVED_QUERIES
 
 TARGET = 0.02
 """Most of a prompt's dense attention that encoding it may take."""

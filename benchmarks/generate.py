@@ -3,7 +3,8 @@
     python benchmarks/generate.py --output generate.json --models qwen2.5-1.5b --lengths 2048 32768
 
 Random bfloat16 weights (their values do not change the time), random prompts, greedy, one GPU:
-  - selfindex: `model.generate` with a SelfIndexCache, 5 % budget, defaults.
+  - selfindex: `model.generate` with a SelfIndexCache, 5 % budget, defaults; pinned (with --pinned N): with
+    pinned_tokens=N besides.
   - dynamic: the same with transformers' DynamicCache, its default.
   - static (at the lengths after --static): with `cache_implementation="static"`, which transformers
     compiles; and compiled: SelfIndexCache with `compile=True`.
@@ -30,12 +31,12 @@ from selfindex.evaluation.timing import measure
 
 
 def run(
-    model: Any, ids: torch.Tensor, steps: int, way: str, chunk: int = 0, preset: str = "balanced"
+    model: Any, ids: torch.Tensor, steps: int, way: str, chunk: int = 0, **config: Any
 ) -> dict[str, float]:
     """Seconds to the first token, milliseconds a token, memory."""
     cache = None
-    if way in ("selfindex", "compiled"):
-        cache = selfindex.SelfIndexCache(model, budget=0.05, preset=preset, compile=way == "compiled")
+    if way in ("selfindex", "pinned", "compiled"):
+        cache = selfindex.SelfIndexCache(model, budget=0.05, compile=way == "compiled", **config)
     options: dict[str, Any] = {"cache_implementation": "static"} if way == "static" else {}
     if chunk:
         options["prefill_chunk_size"] = chunk
@@ -59,6 +60,7 @@ def main() -> None:
         "--static", type=int, nargs="*", default=[], help="lengths to run the static cache at"
     )
     parser.add_argument("--chunk", type=int, default=0, help="tokens of a prompt that are read at a time")
+    parser.add_argument("--pinned", type=int, default=0, help="pinned_tokens of a further row")
     args = parser.parse_args()
     torch.manual_seed(0)
     rows: list[dict[str, Any]] = []
@@ -78,11 +80,11 @@ def main() -> None:
                     row["chunk"] = args.chunk
                 ids = torch.randint(3, model.config.vocab_size, (batch, length), device="cuda")
                 # Twice: libraries prepare their kernels for every length that they have not seen.
-                for way in ["dynamic", "selfindex"] * 2 + ["static", "compiled"] * (
-                    2 * (length in args.static)
-                ):
+                ways = ["dynamic", "selfindex"] + ["pinned"] * bool(args.pinned)
+                for way in ways * 2 + ["static", "compiled"] * (2 * (length in args.static)):
+                    pinned = {"pinned_tokens": args.pinned} if way == "pinned" else {}
                     try:
-                        row[way] = run(model, ids, args.steps, way, args.chunk)
+                        row[way] = run(model, ids, args.steps, way, args.chunk, **pinned)
                     except torch.OutOfMemoryError:
                         row[way] = None
                     if row[way] is None:

@@ -56,7 +56,7 @@ def check_tokens(cache, model, sequence, row=0):
     forward(model, sequence[None], dense)
     store = cache.layers[0].store
     wanted = dense.layers[0].keys[0].cpu(), dense.layers[0].values[0].cpu()
-    held, sinks = store.window.lengths[row], store.config.sinks
+    held, sinks = store.window.lengths[row], store.config.front
     assert store.length(row) == len(sequence)
     places = [*range(min(sinks, held)), *range(min(sinks, held) + store.encoded(row), len(sequence))]
     for got, exact in zip(held_tokens(store, row), wanted, strict=True):

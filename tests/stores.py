@@ -80,12 +80,12 @@ def decoded_pages(store, row):
 
 
 def held_tokens(store, row):
-    """All tokens of a row as float32 keys and values [H, n, d], on the CPU: sinks, pages, recent ones."""
-    raw, sinks = store.window, min(store.config.sinks, store.window.lengths[row])
+    """All tokens of a row as float32 keys and values [H, n, d], on the CPU: front, pages, recent ones."""
+    raw, front = store.window, min(store.config.front, store.window.lengths[row])
     tokens = []
     for pages, full in zip(decoded_pages(store, row), (raw.keys, raw.values), strict=True):
         full = full[row, :, : raw.lengths[row]].float().cpu()
-        tokens.append(torch.cat((full[:, :sinks], pages, full[:, sinks:]), 1))
+        tokens.append(torch.cat((full[:, :front], pages, full[:, front:]), 1))
     return tokens
 
 

@@ -54,6 +54,10 @@ class SelfIndexConfig:
             the prompt's last queries ("paper").
         recent: full-precision tokens kept at the end. Between `recent` and
             `recent + page_size - 1` tokens are held; "paper" compresses the whole prompt at once.
+        pinned_tokens: further full-precision tokens of a prompt, which each KV head chooses: those that the
+            prompt's last 32 queries attend to most. For prompts that end with their question. They are
+            chosen when a row begins with a chunk that fills a page; other rows keep as many more from their
+            start. "balanced" only: those of "paper" are its `sinks`.
         page_size: tokens per encoded page; a multiple of 8.
         value_bits: bits per value channel of the "balanced" preset, 2 or 3.
         dense_below: while a row has at most this many encoded tokens, all of them are attended.
@@ -86,6 +90,7 @@ class SelfIndexConfig:
     min_tokens: int = 1024
     sinks: int = AUTO
     recent: int = AUTO
+    pinned_tokens: int = 0
     page_size: int = 128
     value_bits: int = 2
     dense_below: int = 1024
@@ -109,7 +114,7 @@ class SelfIndexConfig:
             value = getattr(self, name)
             automatic = isinstance(value, _Chosen) or (_is_integer(value) and value == AUTO)
             self._set(name, _Chosen(chosen) if automatic else _integer(name, value, 0))
-        for name in ("min_tokens", "dense_below", "sparse_queries"):
+        for name in ("pinned_tokens", "min_tokens", "dense_below", "sparse_queries"):
             self._set(name, _integer(name, getattr(self, name), 0))
         self._set("page_size", _integer("page_size", self.page_size, 8, MOST_PAGE))
         if self.page_size % 8:
@@ -126,6 +131,8 @@ class SelfIndexConfig:
             raise ConfigError(f"profile must be the path of a file, got {self.profile!r}")
         if paper and self.value_bits != 2:
             raise ConfigError("the paper preset stores values in 2 bits; use preset='balanced' for 3")
+        if paper and self.pinned_tokens:
+            raise ConfigError("the paper preset's pinned tokens are its sinks: set those")
         if paper and self.profile is not None:
             raise ConfigError("the paper preset takes its statistics from the prompt, not a profile")
 
@@ -154,6 +161,11 @@ class SelfIndexConfig:
             known = ", ".join(cls.__dataclass_fields__)
             raise ConfigError(f"unknown option {', '.join(unknown)}; options are: {known}")
         return cls(**options) if config is None else replace(config, **options)
+
+    @property
+    def front(self) -> int:
+        """Full-precision tokens before a row's encoded ones."""
+        return self.sinks + self.pinned_tokens
 
     def budget_tokens(self, length: int, encoded: int) -> int:
         """Encoded tokens to attend for a row of `length` cached tokens, `encoded` of them encoded.

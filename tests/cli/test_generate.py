@@ -1,3 +1,4 @@
+import re
 import shutil
 
 import pytest
@@ -31,6 +32,13 @@ def test_offloading_gives_the_same_text(invoke, folder):
     resident, offloaded = (generate(invoke, folder, LONG, *more) for more in ((), ("--offloading",)))
     assert resident.output.splitlines()[0] == offloaded.output.splitlines()[0]
     assert "in host memory" in offloaded.output
+
+
+def test_pinned_tokens_stay_in_full_precision(invoke, folder, fails):
+    found = [generate(invoke, folder, LONG, *more).output for more in ((), ("--pinned", "128"))]
+    smaller = [float(re.search(r"([0-9.]+)x smaller", output)[1]) for output in found]
+    assert smaller[1] < smaller[0]
+    assert "its sinks" in fails("generate", folder, LONG, "--pinned", "128", "--preset", "paper")
 
 
 def test_all_blocks_of_a_prompt_give_the_same_text(invoke, folder):

@@ -2,8 +2,8 @@ import pytest
 import torch
 from pages import gaussian
 
-from selfindex.codec import PageFormat, codec_for, packing, paper
-from selfindex.codec.paper import choose_pinned, prompt_statistics
+from selfindex.codec import PageFormat, codec_for, packing
+from selfindex.codec.paper import prompt_statistics
 
 
 def statistics(keys):
@@ -42,40 +42,6 @@ def test_one_token_has_statistics():
     assert torch.equal(mean, gaussian(2, 1, 64)[:, 0])
     assert not alpha.any()
     assert not codebook.any()
-
-
-def test_pinned_tokens_are_those_the_last_queries_attend_to():
-    keys = 0.1 * gaussian(2, 50, 64)
-    queries = gaussian(2, 3, 4, 64, seed=1)
-    keys[0, 7], keys[1, 30] = queries[0].sum((0, 1)), queries[1].sum((0, 1))
-    pinned = choose_pinned(keys[None], queries[None], 5, 0.125)[0]
-    assert pinned.shape == (2, 5)
-    assert 7 in pinned[0]
-    assert 30 in pinned[1]
-    assert (pinned.diff() > 0).all()
-
-
-@pytest.mark.parametrize("heads_at_a_time", [1, 2, 3, 7])
-def test_pinned_tokens_do_not_depend_on_how_much_is_counted_at_once(monkeypatch, heads_at_a_time):
-    keys, queries = gaussian(3, 2, 50, 64), gaussian(3, 2, 3, 4, 64, seed=1)
-    alone = [choose_pinned(k[None], q[None], 5, 0.125) for k, q in zip(keys, queries, strict=True)]
-    monkeypatch.setattr(paper, "_VOTES_BYTES", heads_at_a_time * 4 * 3 * 4 * 50)
-    assert torch.equal(choose_pinned(keys, queries, 5, 0.125), torch.cat(alone))
-
-
-@pytest.mark.parametrize("tokens", [4, 9])
-def test_votes_are_causal(tokens):
-    # The last token is loud, but only the last query may see it.
-    keys, queries = torch.zeros(1, tokens, 64), torch.ones(1, 1, 4, 64)
-    keys[0, -1] = 100
-    keys[0, 0] = 1
-    pinned = choose_pinned(keys[None], queries[None], 1, 1.0)
-    votes = torch.zeros(tokens)
-    for i in range(4):
-        seen = tokens - 4 + i + 1
-        votes[:seen] += (keys[0, :seen] @ queries[0, 0, i]).softmax(-1)
-    assert pinned.item() == votes.argmax().item()
-    assert pinned.item() == 0
 
 
 @pytest.mark.parametrize("ends", [(-1e5, 1e5), (1e5, 2.5e5), (-2.5e5, -1e5), (-2.5e5, 1.0), (-7e4, -6.6e4)])

@@ -59,9 +59,9 @@ def test_replayed_steps_agree_with_single_steps(family, length, dtype, budget, t
         {"eos_token_id": list(range(2, 12))},
     ],
 )
-@pytest.mark.parametrize("preset", ["balanced", "paper"])
+@pytest.mark.parametrize("kept", [{}, {"preset": "paper"}, {"pinned_tokens": 100}], ids=str)
 @pytest.mark.parametrize("padded", [False, True])
-def test_generation_gives_the_tokens_of_eager_steps(options, preset, padded):
+def test_generation_gives_the_tokens_of_eager_steps(options, kept, padded):
     model, ids = (
         model_on_gpu(dtype=torch.float32),
         prompt(400, batch=1 if "prompt_lookup_num_tokens" in options else 2),
@@ -71,7 +71,7 @@ def test_generation_gives_the_tokens_of_eager_steps(options, preset, padded):
         mask[0, :37] = 0
     found = []
     for cuda_graphs in (False, True):
-        cache = selfindex.SelfIndexCache(model, budget=1.0, preset=preset, cuda_graphs=cuda_graphs)
+        cache = selfindex.SelfIndexCache(model, budget=1.0, cuda_graphs=cuda_graphs, **kept)
         torch.manual_seed(1)
         found.append(
             generate(model, ids.cuda(), cache, attention_mask=mask.cuda(), max_new_tokens=60, **options)

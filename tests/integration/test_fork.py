@@ -30,7 +30,9 @@ def check_same(got, wanted):
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "phi3"])
-@pytest.mark.parametrize("options", [{}, {"preset": "paper"}, {"offloading": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"preset": "paper"}, {"offloading": True}, {"pinned_tokens": 5}], ids=str
+)
 def test_forks_go_on_like_copies(backend, family, options):
     ours, cache = prefix(family, batch=2, **options)
     copies = [copy.deepcopy(cache) for _ in range(3)]
@@ -41,7 +43,9 @@ def test_forks_go_on_like_copies(backend, family, options):
             ids = prompt(new if new < 5 else scaled(12 + new), batch=2, seed=10 * turn + i)
             check_same(forward(ours, ids, mine), forward(ours, ids, other))
     if "preset" not in options:
-        backend.check_ran("encode" if options else "encode_into", "sparse_decode", "window_attend")
+        backend.check_ran(
+            "encode" if "offloading" in options else "encode_into", "sparse_decode", "window_attend"
+        )
 
 
 def test_forks_share_pages_and_release_them():

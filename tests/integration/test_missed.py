@@ -84,11 +84,11 @@ TOLERANCE = 0.2
 
 @backends.every
 @pytest.mark.parametrize("new", [1, 3])
-@pytest.mark.parametrize("preset", ["balanced", "paper"])
+@pytest.mark.parametrize("options", [{}, {"preset": "paper"}, {"pinned_tokens": 5}], ids=str)
 @pytest.mark.parametrize("fixed", [False, True])
-def test_the_report_says_what_attention_was_missed(backend, preset, new, fixed):
+def test_the_report_says_what_attention_was_missed(backend, options, new, fixed):
     _, ours = pair("llama")
-    cache, true = stepped(ours, new, fixed, preset=preset)
+    cache, true = stepped(ours, new, fixed, **options)
     found, report = estimated(cache), cache.report()
     assert 0.1 < true.mean() < 0.9
     assert error(found, true) < TOLERANCE

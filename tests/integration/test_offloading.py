@@ -25,10 +25,10 @@ def check_same(model, caches, new=(1, 3, 20, 1), batch=1):
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
-@pytest.mark.parametrize("preset", ["balanced", "paper"])
-def test_steps_chunks_and_crops(family, preset):
+@pytest.mark.parametrize("options", [{}, {"preset": "paper"}, {"pinned_tokens": 5}], ids=str)
+def test_steps_chunks_and_crops(family, options):
     _, ours = pair(family)
-    caches = both(ours, preset=preset)
+    caches = both(ours, **options)
     for cache in caches:
         forward(ours, prompt(61), cache)
     check_same(ours, caches)

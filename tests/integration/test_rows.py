@@ -26,16 +26,16 @@ def step_of(mask, new=1):
 
 
 @backends.on_cpu
-@pytest.mark.parametrize("preset", ["balanced", "paper"])
+@pytest.mark.parametrize("options", [{}, {"preset": "paper"}, {"pinned_tokens": 5}], ids=str)
 @pytest.mark.parametrize("fixed", [False, True])
-def test_a_reply_is_the_same_in_any_company(backend, preset, fixed):
+def test_a_reply_is_the_same_in_any_company(backend, options, fixed):
     _, ours = pair("llama")
     rows, ids, mask = padded(LENGTHS)
-    cache = small_cache(ours, budget=12, preset=preset)
+    cache = small_cache(ours, budget=12, **options)
     cache.replay.emulate = fixed
     together = generate(ours, ids, cache, attention_mask=mask, max_new_tokens=24)
     for b, row in enumerate(rows):
-        alone = small_cache(ours, budget=12, preset=preset)
+        alone = small_cache(ours, budget=12, **options)
         alone.replay.emulate = fixed
         reply = generate(ours, row[None], alone, max_new_tokens=24)
         assert torch.equal(together[b, -24:], reply[0, -24:]), b

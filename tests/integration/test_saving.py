@@ -17,11 +17,11 @@ def filled(model, tokens=61, batch=1, **options):
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3", "qwen3"])
-@pytest.mark.parametrize("preset", ["balanced", "paper"])
+@pytest.mark.parametrize("options", [{}, {"preset": "paper"}, {"pinned_tokens": 5}], ids=str)
 @pytest.mark.parametrize("tokens", [61, 7])
-def test_a_loaded_prefix_goes_on_like_the_original(family, preset, tokens, tmp_path):
+def test_a_loaded_prefix_goes_on_like_the_original(family, options, tokens, tmp_path):
     _, ours = pair(family)
-    cache = filled(ours, tokens, batch=2, preset=preset)
+    cache = filled(ours, tokens, batch=2, **options)
     cache.save(ours, tmp_path / "prefix")
     loaded = SelfIndexCache.load(ours, tmp_path / "prefix")
     assert loaded.config == cache.config

@@ -28,6 +28,7 @@ def folder(tmp_path_factory):
         ({"sparse_queries": 100}, {}, "sparse_queries may be at most 8"),
         ({"page_size": 40}, {}, "multiple of 16"),
         ({"sinks": 100}, {}, "sinks may be at most"),
+        ({"pinned_tokens": 64}, {}, "pinned_tokens is not supported in vLLM"),
         ({}, {"kv_cache_dtype": "fp8"}, "--kv-cache-dtype fp8"),
         ({}, {"block_size": 64}, "--block-size 64"),
         ({}, {"disable_hybrid_kv_cache_manager": True}, "hybrid KV cache manager"),

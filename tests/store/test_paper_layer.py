@@ -7,7 +7,7 @@ from stores import decoded_pages, fill, new_store, paper_config, random_tokens
 
 from selfindex import StateError
 from selfindex.codec.paper import prompt_statistics
-from selfindex.store.rows import LONGEST_DRAFT
+from selfindex.store.pinned import LONGEST_DRAFT
 
 
 def prompt_of(store, tokens, seed=0):

@@ -57,17 +57,17 @@ def _attend(
     """`attend_chunk` of row b: query [1, Hq, T, d]; keys, values [1, H, T, d]."""
     config, window, held = store.config, store.window, store.window.lengths[b]
     encoded, (kv_heads, new, dim) = store.encoded(b), keys.shape[1:]
-    sinks, tokens = min(config.sinks, held), held + encoded + new
+    front, tokens = min(config.front, held), held + encoded + new
     sparse = is_sparse_chunk(config, tokens, new)
     step = even(kv_heads, MOST_SCRATCH // (2 * tokens * dim * query.element_size()))
     groups, output = query.shape[1] // kv_heads, torch.empty_like(query)
     for first in range(0, kv_heads, step):
         heads = slice(first, min(kv_heads, first + step))
         room = query.new_empty(2, heads.stop - first, tokens, dim)
-        _decode(store, b, heads, room[:, :, sinks : sinks + encoded])
+        _decode(store, b, heads, room[:, :, front : front + encoded])
         for to, old, fresh in zip(room, (window.keys, window.values), (keys, values), strict=True):
-            to[:, :sinks] = old[b, heads, :sinks]
-            to[:, sinks + encoded : -new] = old[b, heads, sinks:held]
+            to[:, :front] = old[b, heads, :front]
+            to[:, front + encoded : -new] = old[b, heads, front:held]
             to[:, -new:] = fresh[0, heads]
         asking = slice(first * groups, heads.stop * groups)
         sink = None if sink_logit is None else sink_logit[asking]

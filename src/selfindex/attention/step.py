@@ -58,7 +58,7 @@ def budgets_of(store: LayerStore, new: int) -> list[int]:
 def most_of_a_budget(config: SelfIndexConfig, pages: int) -> int:
     """Most encoded tokens that a row of up to `pages` pages reads."""
     room = pages * config.page_size
-    longest = room + config.sinks + config.recent + config.page_size
+    longest = room + config.front + config.recent + config.page_size
     return max(1, config.budget_tokens(longest, room), min(config.dense_below, room))
 
 

@@ -34,6 +34,9 @@ def generate(
     offloading: bool = typer.Option(
         False, "--offloading", help="Keep most of the cache in host memory, for contexts beyond the GPU's."
     ),
+    pinned: int = typer.Option(
+        0, min=0, help="Prompt tokens that each head keeps exactly, those its end looks at; 128 is good."
+    ),
     max_new_tokens: int = typer.Option(256, min=1, help="Tokens to generate at most."),
     dense: bool = typer.Option(False, "--dense", help="Use the model's ordinary cache, to compare."),
     raw: bool = typer.Option(False, "--raw", help="Do not wrap the prompt in the model's chat template."),
@@ -42,8 +45,8 @@ def generate(
 ) -> None:
     """Generate text; the text goes to stdout, a report on the cache to stderr."""
     with errors_in_one_line():
-        given = {"budget": parse_budget(budget), "offloading": offloading} | parse_prefill(prefill)
-        config = SelfIndexConfig.make(preset=preset, **given)
+        given = {"budget": parse_budget(budget), "offloading": offloading, "pinned_tokens": pinned}
+        config = SelfIndexConfig.make(preset=preset, **given, **parse_prefill(prefill))
         text = _read_prompt(prompt, file)
         with err.status(f"loading {model}"):
             loaded = load(model, device, dtype)

@@ -57,7 +57,7 @@ def inspect(
         with err.status(f"loading {model}"):
             loaded = load(model, device, dtype)
         ids = encode_start(loaded, text, tokens)
-        if ids.shape[1] <= queries + config.sinks + config.recent + config.page_size:
+        if ids.shape[1] <= queries + config.front + config.recent + config.page_size:
             raise CommandError(f"{file} gives {ids.shape[1]} tokens: too few for a page to be encoded")
         with err.status(f"reading {ids.shape[1]:,} tokens"):
             found, drawn, report = _look(loaded.model, ids, queries, config)

@@ -16,8 +16,6 @@ from .format import PAPER_GROUP, PageFormat
 _LARGEST_HALF = torch.finfo(torch.float16).max
 _STATISTICS_TOKENS = 8192
 """Tokens at a time of the prompt's statistics: bounds float32 temporaries."""
-_VOTES_BYTES = 64 << 20
-"""Logits at a time when tokens are pinned, at least those of one head."""
 
 
 class PaperCodec:
@@ -136,32 +134,6 @@ def statistics_from_sums(mean: Tensor, alpha: Tensor, sums: Tensor, tokens: int)
     size = (totals * signs).sum(-2, keepdim=True) / tokens
     codebook = torch.where(members > 0, totals / members.clamp(min=1), signs * size)
     return torch.cat((mean, alpha, codebook.flatten(-3)), dim=-1)
-
-
-def choose_pinned(
-    keys: Tensor, queries: Tensor, count: int, scaling: float, prompt: int | None = None
-) -> Tensor:
-    """Tokens the prompt's last queries attend to most, as SnapKV (arXiv 2404.14469) votes.
-
-    Args:
-        keys: [B, H, N, d]; queries: [B, H, G, T, d], the last T queries, T <= N.
-        prompt: only tokens before this one are chosen.
-    Returns:
-        int64 [B, H, count], ascending; count <= prompt <= N.
-    """
-    heads, tokens = keys.shape[1:3]
-    groups, last = queries.shape[2:4]
-    later = torch.ones(last, last, dtype=torch.bool, device=keys.device).triu(1)
-    most = max(1, _VOTES_BYTES // (4 * groups * last * tokens))  # heads at a time
-    votes = []
-    for rows, asking_rows in zip(*(x.split(max(1, most // heads)) for x in (keys, queries)), strict=True):
-        for own, asking in zip(*(x.split(most, 1) for x in (rows, asking_rows)), strict=True):
-            own, asking = own.flatten(0, 1).float(), asking.flatten(0, 1).flatten(1, 2).float()
-            logits = torch.bmm(asking, own.transpose(1, 2)).mul_(scaling).unflatten(1, (groups, last))
-            logits[..., -last:].masked_fill_(later, float("-inf"))
-            votes.append(logits.softmax(-1).sum((1, 2)))
-    chosen = torch.cat(votes).unflatten(0, (-1, heads))[..., :prompt]
-    return chosen.topk(count).indices.sort(-1).values
 
 
 def _quantise(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

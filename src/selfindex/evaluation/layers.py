@@ -13,11 +13,11 @@ from torch import Tensor
 
 from ..attention.attend import attend
 from ..backends import reference
-from ..codec.paper import choose_pinned
+from ..codec.votes import choose_pinned
 from ..index.select import sum_of_softmax, top_k
 from ..integrations.transformers.models import cache_argument
 from ..integrations.transformers.observer import Observation
-from ..store.rows import OBSERVED_QUERIES
+from ..store.pinned import OBSERVED_QUERIES, pinned_order
 from .baselines import baseline_cache
 from .baselines.base import Baseline
 from .baselines.quantised import Dense
@@ -102,12 +102,14 @@ def visible(layer: Any, prefix: tuple[Tensor, Tensor, Tensor, float], query: Ten
     slots = top_k(votes, torch.tensor([budget]), budget)[0].long()  # [H, T, budget]
     if store.config.preset == "paper":
         queries = prompt[0, :, -OBSERVED_QUERIES:].unflatten(0, (heads, -1))
-        pinned = choose_pinned(keys, queries[None], store.config.sinks, scaling)[0]
-        held = torch.zeros(heads, n, dtype=torch.bool, device=query.device).scatter(1, pinned, True)
+        exact = choose_pinned(keys, queries[None], store.config.sinks, scaling)[0]
     else:
-        at = torch.arange(n, device=query.device)
-        first = store.config.sinks
-        held = ((at < first) | (at >= first + encoded)).expand(heads, -1)
+        order = torch.arange(n, device=query.device).expand(heads, -1)
+        if store.config.pinned_tokens:
+            order = pinned_order(store.config, keys, prompt, scaling)[0]
+        first = store.config.front
+        exact = torch.cat((order[:, :first], order[:, first + encoded :]), 1)
+    held = torch.zeros(heads, n, dtype=torch.bool, device=query.device).scatter(1, exact, True)
     # Encoded tokens keep their order, so slot i is the i-th token that is not held.
     places = (~held).nonzero()[:, 1].view(heads, 1, -1).expand(-1, query.shape[2], -1)
     mask = torch.zeros_like(everything).scatter(2, places.gather(2, slots), True)

@@ -15,6 +15,7 @@ from .recording import Recording
 OURS: dict[str, dict[str, Any]] = {
     "selfindex balanced": {},
     "selfindex balanced, 3-bit values": {"value_bits": 3},
+    "selfindex balanced, 128 pinned": {"pinned_tokens": 128},
     "selfindex paper": {"preset": "paper"},
     "selfindex balanced, all tokens": {"budget": 1.0},
 }
@@ -136,13 +137,19 @@ def _ours(options: dict[str, Any], sparse_queries: int) -> Callable[[Any, Record
 
 
 def own_bytes(cache: SelfIndexCache) -> tuple[float, float]:
-    """(bytes per encoded token and KV head, bytes a step reads of them) of a filled cache."""
+    """(bytes per encoded token and KV head, bytes a step reads of them) of a filled cache.
+
+    Pinned tokens count, sinks and recent ones do not: these every method has.
+    """
     memory, store = cache.report(missed=False).memory, cache.compressed_layers[0].store
     assert store is not None
     tokens = sum(map(store.encoded, range(store.batch)))
     pairs = len(cache.compressed_layers) * store.format.kv_heads * tokens
+    token = 2 * store.format.head_dim * store.window.keys.element_size()
+    pinned = cache.config.pinned_tokens * token * store.batch / tokens
     share = cache.config.budget_tokens(store.length(0), store.encoded(0)) / store.encoded(0)
-    return (memory.index + memory.payload) / pairs, (memory.index + share * memory.payload) / pairs
+    held, read = memory.index + memory.payload, memory.index + share * memory.payload
+    return held / pairs + pinned, read / pairs + pinned
 
 
 def head_dim(model: Any) -> int:

@@ -17,9 +17,10 @@ from ..codec import PageFormat
 from ..config import SelfIndexConfig
 from ..errors import InputError, StateError
 from .change import Change, RowChange, advanced_by, check_finite
-from .memory import Memory
+from .memory import Memory, memory_of
+from .pinned import LONGEST_DRAFT, keep_pinned, pin
 from .pool import BlockPool, Part
-from .rows import LONGEST_DRAFT, keep_pinned, leave_window
+from .rows import leave_window
 from .statistics import Statistics
 from .table import BlockTable
 from .window import Window
@@ -115,11 +116,13 @@ class LayerStore:
             statistics = self._observed(query)
             self.window.reserve(self.window.width + 1)
             return Change(statistics, step=(keys, values))
+        lengths = [self.length(b) for b in range(self.batch)]
+        keys, values, pinned = pin(config, lengths, keys, values, query, valid, scaling, drafts)
         if valid is None and self._rows_are_equal():
-            return self._plan_equal_rows(keys, values, query, check)
+            return pinned.noted(self._plan_equal_rows(keys, values, query, check))
         prompt = keys.shape[2] - (LONGEST_DRAFT if drafts else 0)
         whole = config.preset == "paper" and valid is None and prompt > config.sinks
-        if whole and not any(map(self.length, range(self.batch))):
+        if whole and not any(lengths):
             rows = keep_pinned(config, keys, values, query, scaling, prompt)
             return self._encode_rows(rows, list(query), check)
         rows, queries = [], []
@@ -137,7 +140,7 @@ class LayerStore:
                 rows.append(RowChange((new_k[:, :0], new_v[:, :0]), (new_k, new_v)))
             else:
                 rows.append(leave_window(config, self.window, b, new_k, new_v))
-        return self._encode_rows(rows, queries, check)
+        return pinned.noted(self._encode_rows(rows, queries, check))
 
     def commit(self, change: Change) -> None:
         """Store what `plan` worked out. Writes in place: nothing here depends on what is written."""
@@ -168,7 +171,7 @@ class LayerStore:
     @property
     def window_limit(self) -> int:
         """Full-precision tokens of a row at which a page of them is encoded."""
-        return self.config.sinks + self.config.recent + self.config.page_size
+        return self.config.front + self.config.recent + self.config.page_size
 
     def plan_step(
         self,
@@ -220,7 +223,7 @@ class LayerStore:
     ) -> Change:
         """All rows at once, as `leave_window` and `_encode_rows` do one by one, and without their copies."""
         config, window, held = self.config, self.window, self.window.lengths[0] + written
-        first, tokens, everyone = config.sinks, held + keys.shape[2], slice(None)
+        first, tokens, everyone = config.front, held + keys.shape[2], slice(None)
         pages = max(0, tokens - first - config.recent) // config.page_size
         if not pages:
             window.reserve(tokens)
@@ -310,7 +313,7 @@ class LayerStore:
         now = self.statistics
         if self.config.preset == "paper" or now.shared or all(now.has_constants):
             return [0] * self.batch
-        room = self.config.sinks + self.config.page_size
+        room = self.config.front + self.config.page_size
         return [0 if now.has_constants[b] else max(0, room - self.length(b)) for b in range(self.batch)]
 
     @_outside_inference_mode
@@ -336,28 +339,29 @@ class LayerStore:
         for b, (keep, prompt) in enumerate(zip(lengths, self.statistics.prompt_tokens, strict=True)):
             if 0 < keep < min(prompt, self.length(b)):
                 raise StateError(
-                    f"the paper preset cannot crop row {b} to {keep} tokens, inside its prompt of {prompt}: "
-                    "each head keeps other prompt tokens in full precision. Use preset='balanced', reset the "
-                    "cache, or call cache.activate_past_recording() before a first chunk that ends in drafts"
+                    f"row {b} cannot be cropped to {keep} tokens, inside its prompt of {prompt}: each head "
+                    "keeps other prompt tokens in full precision. Use preset='balanced' without "
+                    "pinned_tokens, reset the cache, or call cache.activate_past_recording() before a first "
+                    "chunk that ends in drafts"
                 )
 
     def crop(self, lengths: list[int]) -> None:
         """Keep the first `lengths[b]` tokens of every row.
 
         Raises:
-            StateError: the paper preset would have to cut inside its prompt.
+            StateError: it would have to cut inside a prompt some of whose tokens are pinned.
         """
         self.check_crop(lengths)
-        sinks = int(self.config.sinks)  # a number that the preset chose is of a type of its own
+        front = int(self.config.front)  # a number that the preset chose is of a type of its own
         for b, keep in enumerate(lengths):
             encoded, held = self.encoded(b), self.window.lengths[b]
-            recent = held - sinks if encoded else held
+            recent = held - front if encoded else held
             surplus = max(0, encoded + held - keep)
             if surplus <= recent:
                 self.window.lengths[b] = held - surplus
             else:
-                self.table.crop(b, max(0, keep - sinks))
-                self.window.lengths[b] = min(sinks, keep)
+                self.table.crop(b, max(0, keep - front))
+                self.window.lengths[b] = min(front, keep)
             if keep == 0:
                 self.statistics = self.statistics.emptied(b)
 
@@ -382,19 +386,4 @@ class LayerStore:
 
     def memory(self) -> Memory:
         """Bytes this layer holds; pages that it shares with forks count in each of them."""
-        pool, window = self.pool, self.window
-        token = 2 * window.keys.shape[1] * window.keys.shape[3] * window.keys.element_size()
-        tables = sum(t.nbytes for t in self.table.padded())
-        pages, free = len({b for row in self.table.rows for b in row.blocks}), pool.capacity - pool.used
-        index, payload = pages * pool.index.shape[1], pages * pool.payload.shape[1]
-        full = sum(window.lengths) * token
-        unused = free * (pool.index.shape[1] + pool.payload.shape[1])
-        return Memory(
-            index=index,
-            payload=payload,
-            full_precision=full,
-            statistics=self.statistics.nbytes + tables,
-            slack=unused + window.keys.nbytes + window.values.nbytes - full,
-            recent=0 if pool.recent is None else pool.recent.nbytes,
-            host=(pages + free) * pool.payload.shape[1] if pool.offloading else 0,
-        )
+        return memory_of(self.pool, self.table, self.window, self.statistics)

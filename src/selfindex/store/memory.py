@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from dataclasses import astuple, dataclass
 
+from .pool import BlockPool
+from .statistics import Statistics
+from .table import BlockTable
+from .window import Window
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -33,3 +38,22 @@ class Memory:
 
     def __add__(self, other: Memory) -> Memory:
         return Memory(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+
+def memory_of(pool: BlockPool, table: BlockTable, window: Window, statistics: Statistics) -> Memory:
+    """Bytes of a layer's parts."""
+    token = 2 * window.keys.shape[1] * window.keys.shape[3] * window.keys.element_size()
+    tables = sum(t.nbytes for t in table.padded())
+    pages, free = len({b for row in table.rows for b in row.blocks}), pool.capacity - pool.used
+    index, payload = pages * pool.index.shape[1], pages * pool.payload.shape[1]
+    full = sum(window.lengths) * token
+    unused = free * (pool.index.shape[1] + pool.payload.shape[1])
+    return Memory(
+        index=index,
+        payload=payload,
+        full_precision=full,
+        statistics=statistics.nbytes + tables,
+        slack=unused + window.keys.nbytes + window.values.nbytes - full,
+        recent=0 if pool.recent is None else pool.recent.nbytes,
+        host=(pages + free) * pool.payload.shape[1] if pool.offloading else 0,
+    )

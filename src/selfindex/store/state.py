@@ -147,14 +147,14 @@ def _check_numbers(store: LayerStore, tensors: dict[str, Tensor], numbers: dict[
         right = len(set(blocks)) == len(blocks) == len(counts) and all(i < len(most) for i in blocks)
         if not right or not all(1 <= n <= most[i] for i, n in zip(blocks, counts, strict=True)):
             raise FormatError(f"row {b} has blocks {blocks} with {counts} tokens, the pages hold {most}")
-        if held > width or (blocks and held < store.config.sinks):
+        if held > width or (blocks and held < store.config.front):
             raise FormatError(f"row {b} has {held} tokens in full precision, of {width}")
         # A row's own constants come with its first page, the paper preset's mostly from its prompt.
         needed = bool(blocks or prompt) and not shared
         possible = "constants" in tensors and not shared
         if type(fixed) is not bool or (fixed and not possible) or (needed and not fixed):
             raise FormatError(f"row {b} has constants: {fixed}, blocks {blocks} and a prompt of {prompt}")
-        if prompt > held + sum(counts) or (prompt and not paper):
+        if prompt > held + sum(counts) or (prompt and not (paper or store.config.pinned_tokens)):
             raise FormatError(f"row {b} has a prompt of {prompt} tokens, and {held + sum(counts)} in all")
     if everywhere != set(range(len(most))) or max(numbers["lengths"]) != width:
         raise FormatError("the layer has pages or tokens that no row holds")

@@ -22,7 +22,7 @@ class Statistics:
         query_square: sums of squares [B, H, d] of the queries of each row's first page, until its balance is
             fixed; queries_seen: how many of them.
         has_constants: rows whose constants are fixed; if `shared`, those of all rows are.
-        prompt_tokens: paper preset: tokens of every row's prompt.
+        prompt_tokens: of every row's prompt if each head pins some of its tokens, else 0.
         shared: the constants are those of a profile.
     """
 

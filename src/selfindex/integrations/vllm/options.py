@@ -168,6 +168,11 @@ def _option_refusals(config: SelfIndexConfig) -> Iterator[tuple[bool, type[Excep
         f"page_size is a block in vLLM and must be a multiple of 16 from 32 on, got {config.page_size}",
     )
     yield (
+        config.pinned_tokens > 0,
+        ConfigError,
+        "pinned_tokens is not supported in vLLM, where requests share pages: leave it out",
+    )
+    yield (
         config.sinks > config.page_size // 2,
         ConfigError,
         f"sinks may be at most half a page ({config.page_size // 2}) in vLLM, got {config.sinks}",
