@@ -71,6 +71,25 @@ def test_goes_on_where_it_stopped(invoke, folder, finished):
 def test_other_settings_are_refused(fails, folder, finished):
     options = ("--text", "manual", "--budget", "10%", "--output", str(finished), "--device", "cpu")
     assert "another budget" in fails("eval", folder, *options)
+    options = (*options[:2], "--asked", "prompt", *options[4:])
+    assert "another asked" in fails("eval", folder, *options)
+
+
+def test_a_file_that_does_not_say_where_questions_stood_goes_on(invoke, folder, tmp_path):
+    options = ("--part", "tasks", "--task", "niah_single_1")
+    evaluate(invoke, folder, tmp_path, *options)
+    records = tmp_path / "records.jsonl"
+    before = records.read_text()
+    records.write_text(before.replace(', "asked": "later"', "", 1))
+    evaluate(invoke, folder, tmp_path, *options)
+    assert records.read_text() == before.replace(', "asked": "later"', "", 1)
+
+
+def test_questions_in_the_prompt(invoke, folder, tmp_path):
+    options = ("--part", "tasks", "--task", "niah_single_1", "--asked", "prompt")
+    found = evaluate(invoke, folder, tmp_path, *options)
+    assert found["settings"]["asked"] == "prompt"
+    assert "the question in the prompt" in (tmp_path / "report.md").read_text()
 
 
 def test_short_texts(invoke, folder, tmp_path):
@@ -94,6 +113,7 @@ def test_short_texts(invoke, folder, tmp_path):
         ("--budget", "200", "as a share"),
         ("--prefill", "sparse=fast", "prefill must be exact"),
         ("--prefill", "sparse=2", "prefill_mass must be"),
+        ("--asked", "before", "no place for a question before"),
         ("--text", "nowhere.txt", "is neither one of"),
     ],
 )
@@ -104,13 +124,14 @@ def test_bad_options(fails, folder, option, value, message):
 def test_lists_with_commas_and_groups():
     suite, parts = _suite(
         "quick", ["tasks"], ["selfindex balanced, 3-bit values,KIVI", "Quest"], ["code,niah_single_1", "lcc"],
-        ["900,1000"], 3, ["default,every"], ["sparse,sparse=10%"],
+        ["900,1000"], 3, ["default,every"], ["sparse,sparse=10%"], "prompt",
     )  # fmt: skip
     assert suite.methods == ("selfindex balanced, 3-bit values", "KIVI", "Quest")
     assert suite.tasks == ("lcc", "repobench_p", "niah_single_1")
     assert suite.task_lengths == (900, 1000)
     assert suite.policies == ("default", "every")
     assert suite.prefills == ("sparse", "sparse=10%")
+    assert suite.asked == "prompt"
     assert parts == ["tasks"]
 
 

@@ -5,11 +5,12 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from tiny_models import make_model
+from tiny_models import generate, make_model
 from tiny_tokenizer import make_tokenizer
 
 from evals import quality
-from selfindex.config import SelfIndexConfig, parse_prefill
+from selfindex import SelfIndexCache
+from selfindex.config import BARE_SHARE, SelfIndexConfig, parse_prefill
 from selfindex.errors import InputError
 from selfindex.evaluation import quiz as quizzes
 from selfindex.evaluation import run as runs
@@ -64,6 +65,36 @@ def test_batches_and_single_prompts_agree(model, source, task, name):
     assert [one.replies for one in together] == [one.replies for one in alone]
     assert all(len(one.replies) == len(given[0].turns) for one in together)
     assert together[0].sizes["bytes"] > 0
+
+
+@pytest.mark.parametrize("task", ["niah_single_2", "chat"])
+def test_to_the_dense_model_it_is_the_same_where_the_question_stands(model, source, task):
+    quiz, given = Quiz(*model, answering(0.05, 64, ("default",))), samples(source, task, 2)
+    replies = []
+    for asked in (given, {i: sample.in_prompt() for i, sample in given.items()}):
+        ((recording, group),) = quiz.prefilled(asked)
+        replies.append([one.replies for one in quiz.ask("dense", recording, list(group.values()))])
+    assert replies[0] == replies[1]
+    assert not any(sample.question for sample in group.values())
+
+
+@pytest.mark.parametrize("options", [{}, {"pinned_tokens": 128}], ids=str)
+def test_a_question_in_the_prompt_is_answered_as_by_generate(model, source, options):
+    quiz, given = Quiz(*model, answering(0.05, 64, ("default",))), samples(source, "niah_single_2", 2)
+    ((recording, group),) = quiz.prefilled({i: sample.in_prompt() for i, sample in given.items()})
+    name = "selfindex balanced, 128 pinned 5 %" if options else OURS
+    said = quiz.ask(name, recording, list(group.values()))
+    for one, sample in zip(said, group.values(), strict=True):
+        cache = SelfIndexCache(model[0], **BARE_SHARE, **options)
+        ids = torch.tensor([sample.document])
+        out = generate(model[0], ids, cache, max_new_tokens=sample.new_tokens)
+        # The quiz ends at the end token, which `generate` is told to ignore here.
+        assert model[1].decode(out[0, ids.shape[1] :], skip_special_tokens=True).startswith(*one.replies)
+        assert len(one.replies[0]) > 3
+    token = 2 * 64 * 4
+    pages = (len(sample.document) - 80 - (128 if options else 0)) // 128
+    extra = 128 * token / (128 * pages) if options else 0.0
+    assert said[0].sizes["bytes"] == pytest.approx(43.0 + extra, abs=0.5)
 
 
 def test_every_reply_of_a_chat_has_the_length_of_a_number(model, source):

@@ -61,6 +61,11 @@ def evaluate(
         help="Read the documents of tasks in this way as well: sparse, sparse=0.9 (mass) or sparse=10% "
         "(density). Repeatable, or a,b.",
     ),
+    asked: str = typer.Option(
+        "later",
+        help="Where the question of a task stands: later, after a document that is encoded, or prompt, in a "
+        "prompt with the document, as model.generate gets it.",
+    ),
     batch: int = typer.Option(0, help="Prompts at a time; 0 fits the free memory."),
     minutes: float = typer.Option(0.0, help="Stop soon after so many; the next run goes on. 0: no limit."),
     device: str = DEVICE,
@@ -78,7 +83,7 @@ def evaluate(
         check_budget(share)
         if isinstance(share, int):
             raise CommandError("give the budget as a share (0.05 or 5%): all methods get the same")
-        chosen, parts = _suite(suite, part, method, task, length, samples, policy, prefill)
+        chosen, parts = _suite(suite, part, method, task, length, samples, policy, prefill, asked)
         texts = _texts(text)
         with err.status(f"loading {model}"):
             loaded = load(model, device, dtype)
@@ -101,9 +106,10 @@ def _suite(
     samples: int,
     policies: list[str],
     prefills: list[str],
+    asked: str,
 ) -> tuple[Suite, list[str]]:
     from ..evaluation.methods import POLICIES
-    from ..evaluation.suites import PARTS, SUITES
+    from ..evaluation.suites import ASKED, PARTS, SUITES
     from ..evaluation.tasks import GROUPS, TASKS
 
     if name not in SUITES:
@@ -130,7 +136,8 @@ def _suite(
         suite = replace(suite, policies=tuple(_listed(policies)))
     for text in _listed(prefills):
         parse_prefill(text)  # refuse early
-    suite = replace(suite, prefills=tuple(_listed(prefills)))
+    _check_known("place for a question", [asked], ASKED)
+    suite = replace(suite, prefills=tuple(_listed(prefills)), asked=asked)
     return suite, [p for p in PARTS if not parts or p in parts]
 
 
@@ -175,6 +182,7 @@ def _run(
         "continuation": suite.continuation,
         "depths": suite.depths,
         "heat_samples": suite.heat_samples,
+        "asked": suite.asked,
     }
     records = Records(output / "records.jsonl", settings)
     run = Run(loaded.model, loaded.tokenizer, suite, texts, budget, records, batch or None)

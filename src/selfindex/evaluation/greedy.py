@@ -11,11 +11,17 @@ from torch import Tensor
 from ..integrations.transformers.models import cache_argument
 
 
-def greedy(model: Any, cache: Any, ids: Tensor) -> Iterator[Tensor]:
+def greedy(model: Any, cache: Any, ids: Tensor, known: Tensor | None = None) -> Iterator[Tensor]:
     """Most likely tokens after ids [B, T] on top of a cache: int64 [B] on the host, without an end.
 
     Each costs one forward pass, when it is asked for; the cache holds all but the latest.
+
+    Args:
+        known: the first of them, where it is known and T is 0.
     """
+    if known is not None:
+        yield known
+        ids = known[:, None]
     while True:
         with torch.inference_mode():
             given = {cache_argument(model): cache, "logits_to_keep": 1, "use_cache": True}

@@ -108,7 +108,7 @@ class Quiz:
             if stored is None or reads is None:
                 stored, reads = own_bytes(cache)
             sizes = {"bytes": round(stored, 2), "read": round(reads, 2)}
-            texts = replies(self.model, self.tokenizer, cache, samples)
+            texts = replies(self.model, self.tokenizer, cache, samples, recording.following)
             return [Answered(one, sizes) for one in texts]
 
         found = attempt(answer)

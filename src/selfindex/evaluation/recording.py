@@ -40,6 +40,7 @@ class Recording:
         dense: the dense cache of the N tokens.
         layers: indices of the compressed layers.
         ids: [B, N] of the tokens.
+        following: int64 [B] on the host, the most likely next token.
     """
 
     queries: list[Tensor]
@@ -47,6 +48,7 @@ class Recording:
     dense: DynamicCache
     layers: list[int]
     ids: Tensor
+    following: Tensor
 
     @property
     def tensors(self) -> list[tuple[Tensor, Tensor, Tensor, float]]:
@@ -74,7 +76,8 @@ class Recording:
         held: list[Any] = self.dense.layers
         dense.layers = [_with(layer, layer.keys[first:end], layer.values[first:end]) for layer in held]
         queries = [x[first:end] for x in self.queries]
-        return Recording(queries, self.scalings, dense, self.layers, self.ids[first:end])
+        own = self.ids[first:end], self.following[first:end]
+        return Recording(queries, self.scalings, dense, self.layers, *own)
 
     def again(self, model: Any, config: SelfIndexConfig) -> Recording:
         """The same tokens read anew, as `config.prefill` says; of their queries, some."""
@@ -100,8 +103,8 @@ def joined(parts: Sequence[Recording]) -> Recording:
             x.keys = x.values = x.keys.new_empty(0)  # a view would hold on to the memory
     dense.layers = layers
     queries = [torch.cat([part.queries[i] for part in parts]) for i in range(len(parts[0].queries))]
-    ids = torch.cat([part.ids for part in parts])
-    return Recording(queries, parts[0].scalings, dense, parts[0].layers, ids)
+    ids, following = (torch.cat([getattr(part, name) for part in parts]) for name in ("ids", "following"))
+    return Recording(queries, parts[0].scalings, dense, parts[0].layers, ids, following)
 
 
 def copy_other_layers(dense: DynamicCache, cache: SelfIndexCache) -> None:
@@ -139,9 +142,9 @@ def record(
         query = seen.query if all_queries else sampled(seen.query)
         found[seen.layer.layer_idx] = (query, seen.scaling)
 
-    observe_dense(model, dense, ids, keep, config, logits_to_keep=1)
+    following = observe_dense(model, dense, ids, keep, config, logits_to_keep=1).logits[:, -1].argmax(-1)
     queries, scalings = zip(*found.values(), strict=True)
-    return Recording(list(queries), list(scalings), dense, list(found), ids)
+    return Recording(list(queries), list(scalings), dense, list(found), ids, following.cpu())
 
 
 def read(model: Any, ids: Tensor, config: SelfIndexConfig | None = None) -> Recording:

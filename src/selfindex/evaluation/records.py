@@ -42,6 +42,7 @@ class Records:
             before = first["settings"]
         except (ValueError, KeyError) as error:
             raise ConfigError(f"{self._path} is not a file of results ({error}); remove it") from error
+        before = {"asked": "later"} | before  # older files do not say it
         # As JSON gives them back: tuples have become lists.
         now = json.loads(json.dumps(settings))
         other = [name for name in now if before.get(name) != now[name]]

@@ -1,4 +1,4 @@
-"""Greedy replies over caches that were filled before the question was known."""
+"""Greedy replies over caches that hold a document, or a prompt with its question."""
 
 from __future__ import annotations
 
@@ -19,19 +19,23 @@ def read(model: Any, samples: Sequence[Sample]) -> Recording:
     return read_ids(model, torch.tensor([sample.document for sample in samples]))
 
 
-def replies(model: Any, tokenizer: Any, cache: Any, samples: Sequence[Sample]) -> list[list[str]]:
+def replies(
+    model: Any, tokenizer: Any, cache: Any, samples: Sequence[Sample], following: Tensor
+) -> list[list[str]]:
     """The replies of each sample, one a turn, decoded greedily.
 
+    `following` [B] begins the replies of samples whose document holds the question.
     A row stops at its end, its limit, or when its judge has seen enough. In a chat all replies have the
     tokens they may have, so that rows keep in step and their texts stay what the model said.
     """
     if not samples[0].later:
-        return [[text] for text in _until_all_end(model, tokenizer, cache, samples)]
+        return [[text] for text in _until_all_end(model, tokenizer, cache, samples, following)]
     found: list[list[str]] = [[] for _ in samples]
     last = torch.empty(len(samples), 0, dtype=torch.long)
     for turn in range(len(samples[0].turns)):
-        asked = torch.tensor([sample.turns[turn].question for sample in samples])
-        reply = _exactly(greedy(model, cache, torch.cat((last, asked), 1)), samples[0].new_tokens)
+        asked = torch.cat((last, _together([sample.turns[turn].question for sample in samples])), 1)
+        known = None if asked.shape[1] else following
+        reply = _exactly(greedy(model, cache, asked, known), samples[0].new_tokens)
         last = reply[:, -1:]  # which no pass has read yet
         for row, tokens in enumerate(reply.tolist()):
             found[row].append(tokenizer.decode(tokens, skip_special_tokens=True))
@@ -42,14 +46,20 @@ def _exactly(steps: Iterator[Tensor], tokens: int) -> Tensor:
     return torch.stack([next(steps) for _ in range(tokens)], 1)
 
 
-def _until_all_end(model: Any, tokenizer: Any, cache: Any, samples: Sequence[Sample]) -> list[str]:
-    questions, ends = torch.tensor([sample.question for sample in samples]), end_tokens(model)
+def _together(questions: list[list[int]]) -> Tensor:
+    return torch.tensor(questions, dtype=torch.long)
+
+
+def _until_all_end(
+    model: Any, tokenizer: Any, cache: Any, samples: Sequence[Sample], following: Tensor
+) -> list[str]:
+    questions, ends = _together([sample.question for sample in samples]), end_tokens(model)
     produced: list[list[int]] = [[] for _ in samples]
     texts = [""] * len(samples)
     going = set(range(len(samples)))
-    for following in greedy(model, cache, questions):
+    for latest in greedy(model, cache, questions, None if questions.shape[1] else following):
         for row in list(going):
-            token, sample = int(following[row]), samples[row]
+            token, sample = int(latest[row]), samples[row]
             if token in ends:
                 going.discard(row)
                 continue

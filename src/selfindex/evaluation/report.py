@@ -11,6 +11,11 @@ from .tasks import GROUPS
 OURS = "selfindex balanced 5"
 
 
+def where(result: dict[str, Any]) -> str:
+    """Of a heading: where the questions stand, unless after the document."""
+    return ", the question in the prompt" if result["settings"].get("asked") == "prompt" else ""
+
+
 def number(x: float, digits: int = 3) -> str:
     """Without the zero before the point."""
     text = f"{x + 0.0:.{digits}f}"
@@ -160,7 +165,8 @@ def report(result: dict[str, Any], figures: list[str]) -> str:
         for length, found in result[part].items():
             lines += [f"## {title}, {int(length):,} tokens", "", *table(found)]
     for length, found in result["tasks"].items():
-        lines += [f"## Tasks, {int(length):,} tokens", "", *task_tables(found, result["means"][length])]
+        title = f"Tasks, {int(length):,} tokens{where(result)}"
+        lines += [f"## {title}", "", *task_tables(found, result["means"][length])]
     if result["batches"]:
         lines += ["## One prompt at a time or several", "", *batch_table(result["batches"])]
     if result["heatmap"]:

@@ -229,9 +229,12 @@ class Run:
                 self.tick(len(rows) * len(names))
                 continue
             self.tick(len(rows) * (len(names) - len(todo)))
-            for samples in _by_length({i: make(i) for i in rows}):
+            for samples in _by_length({i: self._asked(make(i)) for i in rows}):
                 for recording, group in self.quiz.prefilled(samples):
                     self._group(part, name, length, todo, recording, group)
+
+    def _asked(self, sample: Sample) -> Sample:
+        return sample.in_prompt() if self.suite.asked == "prompt" else sample
 
     def _group(
         self,

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from .tasks import TASKS
 
+ASKED = ("later", "prompt")
+"""Where a question stands: after a document that was encoded before, or in the prompt that is encoded."""
+
 PARTS = ("fidelity", "layers", "tasks", "heatmap", "batches")
 
 
@@ -22,6 +25,7 @@ class Suite:
         batch_tasks: asked at the first of `task_lengths` with one and with several prompts at a time.
         prefills: as `parse_prefill` takes them; how documents of tasks and heatmap are read, besides
             exactly.
+        asked: of ASKED, for tasks and heatmap.
         heat: lengths of the needle heatmap; `heat_samples` needles at each of `depths` depths.
     """
 
@@ -39,6 +43,7 @@ class Suite:
     depths: int
     heat_samples: int
     prefills: tuple[str, ...] = ()
+    asked: str = "later"
 
 
 SUITES = {

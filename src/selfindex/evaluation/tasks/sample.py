@@ -6,7 +6,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from ...config import SelfIndexConfig
@@ -31,7 +31,8 @@ class Sample:
 
     Attributes:
         document: token ids that are read and compressed.
-        question: token ids that follow: the end of the document, the question, the reply's start.
+        question: token ids that follow: the end of the document, the question, the reply's start; none
+            where they are part of the document.
         answers: what `judge` looks for in the reply.
         new_tokens: tokens a reply may have.
         later: further turns of a chat, whose replies all have `new_tokens` tokens; their
@@ -55,6 +56,10 @@ class Sample:
         """Tokens that the model holds when all replies are as long as they may be."""
         asked = sum(len(turn.question) + self.new_tokens for turn in self.turns)
         return len(self.document) + asked
+
+    def in_prompt(self) -> Sample:
+        """The same with its first question in the document: as a prompt to `generate`."""
+        return replace(self, document=self.document + self.question, question=[])
 
     def scores(self, replies: Sequence[str]) -> dict[str, float]:
         """What the judge says of one reply a turn, the mean over the turns."""
