@@ -35,7 +35,8 @@ def generate_section(results: list[dict[str, Any]]) -> list[str]:
     )
     titles = ("model", "batch x length", "dynamic", "selfindex", "ratio", "static", "compiled")
     lines += head(*titles, "first token, dynamic", "first token, selfindex")
-    for each in latest(results):
+    plain = [result for result in results if not any("pinned" in each for each in result["results"])]
+    for each in latest(plain):
         ways = ("dynamic", "selfindex", "static", "compiled")
         ms = {way: each[way]["ms"] for way in ways if each.get(way)}
         times = [f"{ms[way]:.1f}" if way in ms else "" for way in ways]
@@ -43,7 +44,22 @@ def generate_section(results: list[dict[str, Any]]) -> list[str]:
         first = [f"{each[way]['first_s']:.3f}" if each.get(way) else "" for way in ("dynamic", "selfindex")]
         size_of = f"{each['batch']} x {size(each['length'])}"
         lines.append(row(each["model"], size_of, *times[:2], ratio, *times[2:], *first))
-    return [*lines, ""]
+    lines.append("")
+    pinned = [result for result in results if result not in plain]
+    if pinned:
+        lines += paragraph(
+            "With 128 tokens that the prompt's last queries pin (the command with `--pinned`), beside the",
+            "default in the same run:",
+        )
+        lines += head("model", "batch x length", "selfindex", "pinned", "first token, selfindex", "pinned")
+        for each in latest(pinned):
+            ways = ("selfindex", "pinned")
+            cells = [f"{each[way]['ms']:.2f}" for way in ways] + [
+                f"{each[way]['first_s']:.3f}" for way in ways
+            ]
+            lines.append(row(each["model"], f"{each['batch']} x {size(each['length'])}", *cells))
+        lines.append("")
+    return lines
 
 
 def cpu_model_section(result: dict[str, Any]) -> list[str]:

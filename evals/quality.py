@@ -20,6 +20,7 @@ from selfindex.evaluation.report import (
     not_measured,
     number,
     task_tables,
+    where,
 )
 
 from .designs import open_choices
@@ -102,7 +103,7 @@ def tasks(evaluations: list[dict[str, Any]]) -> list[str]:
     for result in evaluations:
         for length, found in result["tasks"].items():
             means = result.get("means", {}).get(length)
-            lines += [heading(result, length), "", *task_tables(found, means)]
+            lines += [heading(result, length) + where(result), "", *task_tables(found, means)]
         if "policies" not in result["suite"]:
             lines += paragraph("Measured with every query selecting; the intervals are the bootstrap's.")
         lines += [*not_measured(result), *setting(result)]
