@@ -98,7 +98,8 @@ def tasks(evaluations: list[dict[str, Any]]) -> list[str]:
         "samples of a task, the bootstrap's for means over tasks and for what they are less than dense's,",
         'sample by sample. Rows "every query" are a stress test: the question itself reads only what it',
         "selects. In the others it reads everything that is stored, as by default, and the steps that decode",
-        "the reply select.",
+        "the reply select. Where it says so the question is in the prompt: it is read with the document, as",
+        "`model.generate` reads a prompt, and steps that select follow. Pinned tokens count as bytes of all.",
     )
     for result in evaluations:
         for length, found in result["tasks"].items():

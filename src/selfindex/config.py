@@ -56,8 +56,8 @@ class SelfIndexConfig:
             `recent + page_size - 1` tokens are held; "paper" compresses the whole prompt at once.
         pinned_tokens: further full-precision tokens of a prompt, which each KV head chooses: those that the
             prompt's last 32 queries attend to most. For prompts that end with their question. They are
-            chosen when a row begins with a chunk that fills a page; other rows keep as many more from their
-            start. "balanced" only: those of "paper" are its `sinks`.
+            chosen when a row begins with a chunk that fills a page, inside which it cannot be cropped then;
+            other rows keep as many more from their start. "balanced" only: those of "paper" are its `sinks`.
         page_size: tokens per encoded page; a multiple of 8.
         value_bits: bits per value channel of the "balanced" preset, 2 or 3.
         dense_below: while a row has at most this many encoded tokens, all of them are attended.

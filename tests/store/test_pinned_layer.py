@@ -89,6 +89,26 @@ def test_rows_are_stored_as_each_of_them_alone(padded, drafts):
         assert torch.equal(together.window.keys[b, :, :length], alone.window.keys[0, :, :length])
 
 
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_row_that_begins_beside_others_pins_as_alone(padded):
+    store, alone = new_store(pinning(), batch=2), new_store(pinning())
+    keys, values, query = random_tokens(store, 50)
+    valid = torch.ones(2, 50, dtype=torch.bool)
+    valid[1] = False
+    store.append(keys, values, query, valid, 0.125)
+    assert store.statistics.prompt_tokens == (50, 0)
+    front = places(store, keys)
+    later, values, query = random_tokens(store, 60, seed=1)
+    valid = torch.ones(2, 60, dtype=torch.bool) if padded else None
+    store.append(later, values, query, valid, 0.125)
+    alone.append(later[1:], values[1:], query[1:], None, 0.125)
+    assert store.statistics.prompt_tokens == (50, 60)
+    assert places(store, keys) == front
+    assert places(store, later, 1, 1) == places(alone, later[1:])
+    for got, wanted in zip(held_tokens(store, 1), held_tokens(alone, 0), strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
 def test_other_rows_keep_as_many_from_their_start():
     short, steps = new_store(pinning()), new_store(pinning())
     keys, _ = fill(short, LEAST - 1, 30, 1)

@@ -54,7 +54,7 @@ def pinned_order(config: SelfIndexConfig, keys: Tensor, query: Tensor, scaling: 
 
 @dataclass(frozen=True)
 class Pinned:
-    """Tokens of every row's prompt of which each head pins some, or 0."""
+    """Tokens of every row's prompt of which each head pins some in this chunk, or 0."""
 
     prompts: tuple[int, ...]
 
@@ -62,7 +62,9 @@ class Pinned:
         """A change that remembers them, since nothing inside such a prompt can be taken back."""
         if change.statistics is None or not any(self.prompts):
             return change
-        return replace(change, statistics=replace(change.statistics, prompt_tokens=self.prompts))
+        before = change.statistics.prompt_tokens
+        prompts = tuple(new or old for new, old in zip(self.prompts, before, strict=True))
+        return replace(change, statistics=replace(change.statistics, prompt_tokens=prompts))
 
 
 def pin(
@@ -77,35 +79,39 @@ def pin(
 ) -> tuple[Tensor, Tensor, Pinned]:
     """Keys and values [B, H, T, d] with those that are pinned in front: in the order of `pinned_order`.
 
-    That is where the chunk begins its rows and is long enough for a page to be encoded.
+    That is in rows which the chunk begins, if it is long enough for a page to be encoded.
 
     Args:
         held: tokens of the rows before.
-        query: [B, Hq, T, d]; without padding the last of them are enough.
+        query: [B, Hq, T, d]; the last of them are enough where all rows begin, without padding.
         valid: bool [B, T], False for padding; None if there is none.
         drafts: the last new tokens may be drafts.
     """
-    none = Pinned((0,) * len(held))
-    if not config.pinned_tokens or any(held):
+    tokens, none = keys.shape[2], Pinned((0,) * len(held))
+    if not config.pinned_tokens or all(held):
         return keys, values, none
-    new = [keys.shape[2]] * len(held) if valid is None else valid.sum(1).tolist()
+    new = [tokens] * len(held) if valid is None else valid.sum(1).tolist()
     after = LONGEST_DRAFT if drafts else 0
     least = config.front + config.recent + config.page_size
-    prompts = [n - after if n - after >= least else 0 for n in new]
+    prompts = [
+        n - after if n - after >= least and not before else 0 for n, before in zip(new, held, strict=True)
+    ]
     if not any(prompts):
         return keys, values, none
-    if valid is None:
+    if valid is None and all(prompts):
         prompt, asking = prompts[0], query[:, :, : query.shape[2] - after]
         order = pinned_order(config, keys[:, :, :prompt], asking, scaling)
         if after:  # what comes after the prompt stays where it is
-            rest = torch.arange(prompt, new[0], device=keys.device).expand(*order.shape[:2], -1)
+            rest = torch.arange(prompt, tokens, device=keys.device).expand(*order.shape[:2], -1)
             order = torch.cat((order, rest), 2)
         at = order[..., None].expand_as(keys)
         return keys.gather(2, at), values.gather(2, at), Pinned(tuple(prompts))
     keys, values = keys.clone(), values.clone()
+    everything = torch.ones(tokens, dtype=torch.bool, device=keys.device)
     for b, prompt in enumerate(prompts):
         if prompt:
-            at = valid[b].nonzero()[:prompt, 0]  # of this row's prompt, without padding
+            real = everything if valid is None else valid[b]
+            at = real.nonzero()[:prompt, 0]  # of this row's prompt, without padding
             asking = query[b : b + 1, :, at[-OBSERVED_QUERIES:]]
             own = keys[b : b + 1, :, at], values[b : b + 1, :, at]
             order = pinned_order(config, own[0], asking, scaling)[0, :, :, None].expand_as(own[0][0])
