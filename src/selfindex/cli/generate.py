@@ -45,8 +45,8 @@ def generate(
 ) -> None:
     """Generate text; the text goes to stdout, a report on the cache to stderr."""
     with errors_in_one_line():
-        given = {"budget": parse_budget(budget), "offloading": offloading, "pinned_tokens": pinned}
-        config = SelfIndexConfig.make(preset=preset, **given, **parse_prefill(prefill))
+        given = {"budget": parse_budget(budget), "offloading": offloading} | parse_prefill(prefill)
+        config = SelfIndexConfig.make(preset=preset, pinned_tokens=pinned, **given)
         text = _read_prompt(prompt, file)
         with err.status(f"loading {model}"):
             loaded = load(model, device, dtype)
