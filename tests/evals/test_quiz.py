@@ -97,6 +97,19 @@ def test_a_question_in_the_prompt_is_answered_as_by_generate(model, source, opti
     assert said[0].sizes["bytes"] == pytest.approx(43.0 + extra, abs=0.5)
 
 
+@pytest.mark.parametrize("asked", ["later", "prompt"])
+def test_a_suite_says_where_questions_stand(model, tmp_path, monkeypatch, asked):
+    suite = replace(SUITES["quick"], methods=(OURS,), tasks=("niah_single_2",), task_lengths=(LENGTH,))
+    suite = replace(suite, samples=1, policies=("default",), asked=asked)
+    run = Run(*model, suite, {"manual": load_text("manual")}, 0.05, Records(tmp_path / "records.jsonl", {}))
+    read, real = [], run.quiz.prefilled
+    monkeypatch.setattr(run.quiz, "prefilled", lambda given: real(read.append(given[0]) or given))
+    run.run("tasks")
+    (sample,) = read
+    assert bool(sample.question) == (asked == "later")
+    assert len(sample.document) + len(sample.question) + sample.new_tokens == LENGTH
+
+
 def test_every_reply_of_a_chat_has_the_length_of_a_number(model, source):
     quiz, given = Quiz(*model, answering(0.05, 64, ("default",))), samples(source, "chat", 2)
     (recording, _), *_ = quiz.prefilled(given)
