@@ -13,6 +13,7 @@ from selfindex.evaluation.models import Loaded
 from selfindex.evaluation.turns import Turns
 
 TEXT = "\n".join(f"Shelf {i} of the archive holds {i * i} letters." for i in range(30))  # 1,200 bytes
+SIZES = {"vocab_size": len(make_tokenizer()), "max_position_embeddings": 2048, "initializer_range": 0.2}
 OPTIONS = ("--max-new-tokens", "6", "--device", "cpu", "--budget", "64")
 
 
@@ -20,8 +21,7 @@ OPTIONS = ("--max-new-tokens", "6", "--device", "cpu", "--budget", "64")
 def tiny():
     """A model whose answers depend on the document, and do not end by themselves."""
     tokenizer = make_tokenizer()
-    options = {"vocab_size": len(tokenizer), "max_position_embeddings": 2048, "initializer_range": 0.2}
-    model = make_model("llama", eos_token_id=None, bos_token_id=None, **options)
+    model = make_model("llama", eos_token_id=None, bos_token_id=None, **SIZES)
     return Loaded(model, tokenizer, "tiny")
 
 
@@ -88,6 +88,27 @@ def test_saved_conversation_goes_on(talk, document, tmp_path):
     # Back to the document, of which only the end of the first turn's cache is known.
     again = talk("--load", str(tmp_path / "kept"), text="/reset\none?\n")[0]
     assert again == first
+
+
+def test_saved_conversation_with_sliding_windows(tiny, document, tmp_path, invoke):
+    model = make_model("gemma3", eos_token_id=None, bos_token_id=None, **SIZES)
+    for part in (model, tiny.tokenizer):
+        part.save_pretrained(tmp_path / "model")
+
+    def talk(*arguments, text):
+        return invoke("chat", str(tmp_path / "model"), *arguments, *OPTIONS, text=text)
+
+    whole = talk("--file", str(document), text="one?\ntwo?\n/reset\none?\n").stdout
+    kept = tmp_path / "kept"
+    first = talk("--file", str(document), text=f"one?\n/save {kept}\n").stdout
+    second = talk("--load", str(kept), text="two?\n").stdout
+    assert first + second + first == whole
+    result = talk("--load", str(kept), text="/reset\n")
+    assert result.exit_code == 1
+    assert "cannot go back to the document; read it again with --file" in result.stderr
+    # Saved before anything was said, the document is what a reset returns to.
+    talk("--file", str(document), "--save", str(kept), text="")
+    assert talk("--load", str(kept), text="one?\ntwo?\n/reset\none?\n").stdout == whole
 
 
 def test_document_and_question_are_what_generate_reads(tiny, invoke, folder, tmp_path):

@@ -45,7 +45,7 @@ def refused(model, path, match):
         (lambda path: path.write_bytes(path.read_bytes() + b"0"), "cannot read"),
         (lambda path: path.write_bytes(b"not a cache"), "cannot read"),
         (lambda path: path.unlink(), "cannot read"),
-        (lambda path: rewrite(path, version="1"), r"version 1, this release reads versions 2 and 3"),
+        (lambda path: rewrite(path, version="1"), r"version 1, this release reads versions 2, 3, 4"),
         (lambda path: rewrite(path, format="selfindex-profile"), "is not a file of"),
         (lambda path: rewrite(path, header="{"), "header of"),
         (lambda path: rewrite(path, checksum="0"), "header of"),

@@ -4,7 +4,7 @@ import pytest
 import torch
 from decoded_cache import small_cache
 from safetensors.torch import load_file
-from saved_files import as_version_2
+from saved_files import as_version_2, forge
 from tiny_models import forward, make_model, pair, prompt
 
 from selfindex import FormatError, SelfIndexCache, StateError
@@ -56,6 +56,15 @@ def test_a_file_of_version_2_is_read(preset, tokens, tmp_path):
     again = SelfIndexCache.load(ours, tmp_path / "again")
     ids = prompt(1, batch=2)
     assert torch.equal(forward(ours, ids, again), forward(ours, ids, loaded))
+
+
+def test_a_file_of_version_3_is_read(tmp_path):
+    _, ours = pair("llama")
+    cache = filled(ours, batch=2)
+    cache.save(ours, tmp_path / "prefix")
+    forge(tmp_path / "prefix", lambda header, tensors: header.pop("others"), "3")
+    loaded = SelfIndexCache.load(ours, tmp_path / "prefix")
+    assert torch.equal(forward(ours, prompt(1, 2), loaded), forward(ours, prompt(1, 2), cache))
 
 
 def test_padding_is_remembered(tmp_path):
@@ -129,6 +138,3 @@ def test_what_cannot_be_saved(tmp_path):
         stopped.save(ours, tmp_path / "prefix")
     with pytest.raises(StateError, match="another model"):
         filled(ours).save(pair("qwen3")[1], tmp_path / "prefix")
-    hybrid = pair("gemma3")[1]
-    with pytest.raises(StateError, match="sliding-window"):
-        filled(hybrid).save(hybrid, tmp_path / "prefix")

@@ -120,16 +120,6 @@ def test_a_step_that_skipped_a_layer_is_noticed(family):
         forward(ours, prompt(1), cache)
 
 
-@pytest.mark.parametrize("family", [*RECURRENT, "lfm2"])
-def test_a_cache_with_states_is_not_saved_without_them(family, tmp_path):
-    _, ours = families.pair(family)
-    cache = small_cache(ours)
-    forward(ours, prompt(40), cache)
-    with pytest.raises(StateError, match="linear-attention layers cannot be saved"):
-        cache.save(ours, tmp_path / "prefix")
-    assert not list(tmp_path.iterdir())
-
-
 @pytest.mark.parametrize("family", ["qwen3_5_text", "falcon_h1"])
 def test_selfindex_generate_runs_them_step_by_step(family):
     _, ours = families.pair(family)

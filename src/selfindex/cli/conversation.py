@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from transformers import StoppingCriteria
 
 from ..config import SelfIndexConfig
+from ..errors import StateError
 from ..evaluation.models import Loaded, check_length
 from ..evaluation.turns import Turns
 from ..integrations.transformers import SelfIndexCache
@@ -52,15 +54,17 @@ class Conversation:
     document: int = 0
 
     def __post_init__(self) -> None:
-        self._start = self.cache
+        self._start: SelfIndexCache | None = None
         self._keep_start()
 
     def _keep_start(self) -> None:
-        """Remember the cache as it is after the document."""
-        self._start = self.cache.fork()
-        said = self._start.get_seq_length() - self.document
-        if said > 0:
-            self._start.crop(-said)
+        """Remember the cache as it is after the document, where what was said since can be taken back."""
+        start = self.cache.fork()
+        said = start.get_seq_length() - self.document
+        with suppress(StateError):  # a loaded window or state has nothing of before
+            if said > 0:
+                start.crop(-said)
+            self._start = start
 
     @torch.inference_mode()
     def read(self, text: str, room: int, tick: Callable[[float], None]) -> None:
@@ -128,13 +132,23 @@ class Conversation:
         return self.turns.around(question)[1] if self.document else self.turns.alone(question)
 
     def reset(self) -> None:
-        """Forget what was said after the document."""
+        """Forget what was said after the document.
+
+        Raises:
+            CommandError: it was loaded, and the model has layers that cannot go back.
+        """
+        if self._start is None:
+            raise CommandError(
+                "sliding windows and states of this model, as they were loaded, cannot go back to the "
+                "document; read it again with --file"
+            )
         self.cache, self.ids = self._start.fork(), self.ids[: self.document]
 
     def set_budget(self, budget: float | int) -> None:
         """Change how much the answers to come read; see `SelfIndexCache.set_budget`."""
         self.cache.set_budget(budget)
-        self._start.set_budget(budget)
+        if self._start is not None:
+            self._start.set_budget(budget)
 
     def save(self, path: Path) -> None:
         """Write the compressed tokens to `path`, and which tokens they are to `path`.json.

@@ -177,7 +177,7 @@ class SelfIndexCache(LayeredCache):
         """Write what the cache holds to a safetensors file, to go on from it in another process.
 
         Raises:
-            StateError: the cache is empty, or the model has sliding-window layers.
+            StateError: the cache is empty, or a forward pass was interrupted.
             OSError: the file cannot be written; an older file of that name is untouched then.
         """
         model = unwrap(model)

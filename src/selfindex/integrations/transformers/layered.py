@@ -132,11 +132,6 @@ class LayeredCache(Cache):
         """The layers this cache compresses, in order."""
         return self._compressed
 
-    @property
-    def only_compressed(self) -> bool:
-        """Whether no layer holds anything but compressed keys and values."""
-        return all(type(layer) is SelfIndexLayer for layer in self.layers)
-
     def check_module(self, module: nn.Module) -> None:
         """Raise StateError if an attention module of another model uses this cache."""
         if module not in self._modules:

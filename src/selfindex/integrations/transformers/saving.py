@@ -1,8 +1,9 @@
 """Compressed prefixes on disk: a safetensors file, never code.
 
-The file holds the pages as they are in memory (docs/format.md), the full-precision tokens, and as
-metadata a version, the options, a fingerprint of the model and checksums of every tensor and of the
-metadata. Reading it costs what reading and copying the bytes costs; nothing is encoded again.
+The file holds the pages as they are in memory (docs/format.md), the full-precision tokens, what other
+layers hold, and as metadata a version, the options, a fingerprint of the model and checksums of every
+tensor and of the metadata. Reading it costs what reading and copying the bytes costs; nothing is encoded
+again.
 """
 
 from __future__ import annotations
@@ -19,26 +20,24 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin
 
 from ...config import SelfIndexConfig
 from ...errors import ConfigError, FormatError, StateError
 from ...files import write_tensors
 from ...store.state import export, restore
+from . import bounded
 from .fingerprint import fingerprint
 from .layered import LayeredCache
 
-KIND, VERSION, READ = "selfindex-cache", "3", ("2", "3")
+KIND, VERSION, READ = "selfindex-cache", "4", ("2", "3", "4")
 """Kind and version of the files that are written, and versions that can be read."""
 
 
 def save(cache: LayeredCache, model: PreTrainedModel, path: str | Path) -> None:
     """Write a cache; see `SelfIndexCache.save`."""
-    if not cache.only_compressed:
-        raise StateError(
-            "a cache with sliding-window or linear-attention layers cannot be saved: their content is not "
-            "part of the format"
-        )
-    if len({layer.positions for layer in cache.compressed_layers}) != 1:
+    attention = [layer for layer in cache.layers if isinstance(layer, CacheLayerMixin)]
+    if len({layer.get_seq_length() for layer in attention}) != 1:
         raise StateError(
             "a forward pass was interrupted; cache.crop(...) to the last complete step, then save"
         )
@@ -54,6 +53,12 @@ def save(cache: LayeredCache, model: PreTrainedModel, path: str | Path) -> None:
             f"layers.{layer.layer_idx}.{name}": x.cpu().contiguous().clone() for name, x in found.items()
         }
         layers.append({"layer": layer.layer_idx, "columns": layer.positions} | numbers)
+    others = []
+    for i, other in enumerate(cache.layers):
+        if bounded.holds(other):
+            found, numbers = bounded.export(other)
+            tensors |= {f"others.{i}.{name}": x.cpu().contiguous().clone() for name, x in found.items()}
+            others.append({"layer": i} | numbers)
     if cache.positions is not None:
         tensors["columns"] = cache.positions.cpu().contiguous().clone()
     # A profile's balance is in the constants; its file need not exist where this one is read.
@@ -64,6 +69,7 @@ def save(cache: LayeredCache, model: PreTrainedModel, path: str | Path) -> None:
             "dtype": str(model.dtype),
             "options": options,
             "layers": layers,
+            "others": others,
             "tensors": _describe(tensors),
         }
     )
@@ -104,13 +110,35 @@ def _fill(
         if [store.length(b) for b in range(store.batch)] != tokens:
             raise FormatError(f"the tokens of layer {numbers['layer']} do not fit its positions")
         stores.append(store)
-    if tensors or len({store.batch for store in stores}) != 1:
-        raise FormatError(f"its layers differ in rows, or it holds more than layers: {sorted(tensors)}")
+    if len({store.batch for store in stores}) != 1:
+        raise FormatError(f"its layers differ in rows: {[store.batch for store in stores]}")
+    _fill_others(cache, model, header["others"], tensors, stores[0].batch, width)
+    if tensors:
+        raise FormatError(f"it holds more than layers: {sorted(tensors)}")
     for layer, store in zip(cache.compressed_layers, stores, strict=True):
         layer.store, layer.positions = store, width
     if positions is not None:
         cache.positions = positions.to(_device(model, wanted[0]))
     cache.state.remember()
+
+
+def _fill_others(
+    cache: LayeredCache,
+    model: PreTrainedModel,
+    others: list[Any],
+    tensors: dict[str, Tensor],
+    batch: int,
+    width: int,
+) -> None:
+    wanted = [i for i, layer in enumerate(cache.layers) if bounded.holds(layer)]
+    found = [numbers.get("layer") for numbers in others]
+    if found != wanted or any(type(i) is not int for i in found):
+        raise FormatError(f"it holds windows or states of layers {found}, the model has {wanted}")
+    for numbers in others:
+        start, device = f"others.{numbers['layer']}.", _device(model, numbers["layer"])
+        own = {n: tensors.pop(n).to(device) for n in list(tensors) if n.startswith(start)}
+        own = {n.removeprefix(start): x for n, x in own.items()}
+        bounded.restore(cache.layers[numbers["layer"]], own, numbers, batch, width)
 
 
 def _device(model: PreTrainedModel, layer: int) -> torch.device:
@@ -159,16 +187,18 @@ def read_header(path: str | Path, model: PreTrainedModel) -> dict[str, Any]:
         raise FormatError(f"{path} is not a file of SelfIndexCache.save")
     if meta.get("version") not in READ:
         raise FormatError(
-            f"{path} has version {meta.get('version')}, this release reads versions {' and '.join(READ)}; "
+            f"{path} has version {meta.get('version')}, this release reads versions {', '.join(READ)}; "
             "fill a cache again and save it"
         )
     if meta.get("checksum") != _header_checksum(meta["version"], meta.get("header", "")):
         raise FormatError(f"the header of {path} is damaged: it is not what was written")
     try:
         header: dict[str, Any] = json.loads(meta["header"])
-        kinds = {"model": str, "dtype": str, "options": dict, "layers": list, "tensors": dict}
+        if meta["version"] < "4":
+            header["others"] = []  # such models could not be saved
+        kinds = {"model": str, "dtype": str, "options": dict, "layers": list, "others": list, "tensors": dict}
         wrong = [name for name, kind in kinds.items() if not isinstance(header[name], kind)]
-        if wrong or not all(isinstance(x, dict) for x in header["layers"]):
+        if wrong or not all(isinstance(x, dict) for x in header["layers"] + header["others"]):
             raise ValueError(f"{', '.join(wrong) or 'layers'} cannot be what it is")
     except (KeyError, TypeError, ValueError) as error:
         raise FormatError(f"the header of {path} is damaged: {error}") from error
