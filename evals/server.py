@@ -52,7 +52,7 @@ class Server:
         folder: str | Path,
         log: Path,
         environment: dict[str, str] | None = None,
-        start_s: float = 180,
+        start_s: float = 600,
         **options: Any,
     ) -> None:
         self.log, self.start_s, self.environment = log, start_s, QUIET | os.environ | (environment or {})
@@ -108,7 +108,7 @@ class Server:
 
     def get(self, path: str) -> str:
         """What the server answers to a GET."""
-        with urllib.request.urlopen(self.url + path, timeout=10) as answer:
+        with urllib.request.urlopen(self.url + path, timeout=60) as answer:
             found: str = answer.read().decode()
         return found
 

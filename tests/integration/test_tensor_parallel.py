@@ -25,7 +25,7 @@ def test_two_processes_equal_one(tmp_path):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 processes" in done.stdout

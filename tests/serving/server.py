@@ -48,7 +48,7 @@ class Server(server.Server):
         self.record.touch()
         return super().__enter__()
 
-    def wait(self, reached, otherwise, seconds=30):
+    def wait(self, reached, otherwise, seconds=120):
         """Wait until `reached()`; the error says `otherwise`."""
         end = time.monotonic() + seconds
         while not reached():
