@@ -1,6 +1,6 @@
 """Time of a decode step's attention on a CPU against PyTorch's SDPA on the same threads.
 
-    python benchmarks/cpu_decode.py --output cpu_decode.json
+    python benchmarks/cpu_decode.py --output cpu_decode-avx2.json
 
 One row, 8 KV heads and 4 query heads each, the default budget, the compiled operators.
 Ways to attend take turns in random order, so that what else the machine does meets all of them; medians.

@@ -1,6 +1,6 @@
 """Time per token of SmolLM2-135M on a CPU over long caches, dense and self-indexing, on the same threads.
 
-    python benchmarks/cpu_model.py --output cpu_model.json
+    python benchmarks/cpu_model.py --output cpu_model-avx2.json
 
 Caches are filled with random keys and values, whose content does not change the time; positions beyond
 the 8k tokens that the model was trained for do not either. Steps of the ways to decode take turns, so

@@ -81,7 +81,7 @@ def offload_section(result: dict[str, Any]) -> list[str]:
 def cpu_section(result: dict[str, Any]) -> list[str]:
     """A decode step's attention on a CPU."""
     found = result["environment"]
-    lines = ["## On a CPU"]
+    lines = [f"## On a CPU, {found['instruction_set']}"]
     lines += paragraph(
         f"`python benchmarks/cpu_decode.py --output FILE`, {found['date']}, {found['processor']},",
         f"{found['threads']} threads, {found['instruction_set']}, torch {found['torch']}.",
@@ -160,8 +160,10 @@ def main() -> None:
     for result in load_all("chunk_prefix"):
         lines += chunk_prefix_section(result)
     lines += [line for result in load_all("offload") for line in offload_section(result)]
-    lines += cpu_section(load("cpu_decode.json"))
-    lines += cpu_model_section(load("cpu_model.json"))
+    for result in load_all("cpu_decode"):
+        lines += cpu_section(result)
+    for result in load_all("cpu_model"):
+        lines += cpu_model_section(result)
     lines += eager_section(load_all("eager_step"))
     lines += (ROOT / "benchmarks" / "notes.md").read_text().splitlines()
     (ROOT / "docs" / "performance.md").write_text("\n".join(lines).rstrip() + "\n")

@@ -65,7 +65,7 @@ def generate_section(results: list[dict[str, Any]]) -> list[str]:
 def cpu_model_section(result: dict[str, Any]) -> list[str]:
     """A small model's decode steps on a CPU."""
     found = result["environment"]
-    lines = ["## A whole model on a CPU"]
+    lines = [f"## A whole model on a CPU, {found['instruction_set']}"]
     lines += paragraph(
         f"`{'chrt -f 10 ' if found['real_time'] else ''}python benchmarks/cpu_model.py --output FILE`,",
         f"{found['date']}, {found['processor']}, {found['threads']} threads, {found['instruction_set']},",
