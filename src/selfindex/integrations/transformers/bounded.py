@@ -59,7 +59,7 @@ def export(layer: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def restore(
     layer: Any, tensors: dict[str, Tensor], numbers: dict[str, Any], batch: int, columns: int
 ) -> None:
-    """Fill an empty layer with what `export` gave; it takes the tensors over.
+    """Fill an empty layer with what `export` gave.
 
     Raises:
         FormatError: tensors and numbers do not fit each other or the layer.
@@ -84,7 +84,7 @@ def _restore_window(
     if keys is None or values is None or shapes[0] != shapes[1] or keys.ndim != 4 or keys.shape[2] != held:
         raise FormatError(f"a sliding window of {held} tokens has keys and values of shapes {shapes}")
     layer.lazy_initialization(keys, values)
-    layer.keys, layer.values = keys, values
+    layer.keys, layer.values = keys.clone(), values.clone()  # read in inference mode, they could not change
     layer.cumulative_length = columns
 
 
