@@ -139,8 +139,8 @@ class Conversation:
         """
         if self._start is None:
             raise CommandError(
-                "sliding windows and states of this model, as they were loaded, cannot go back to the "
-                "document; read it again with --file"
+                "what was said cannot be taken back from this file: it has the model's sliding windows or "
+                "states as they are now; read the document again with --file"
             )
         self.cache, self.ids = self._start.fork(), self.ids[: self.document]
 

@@ -46,7 +46,7 @@ def export(layer: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
         for i, width in layer.conv_kernel_size.items():
             conv, recurrent = layer.conv_states[i], layer.recurrent_states[i]
             if layer.is_conv_states_initialized[i] and conv is not None and width is not None:
-                # Below zero it cuts: a recorded past is longer, or of fewer tokens.
+                # A recorded past is longer, which a padding below zero cuts, or of few tokens and shorter.
                 tensors[f"conv_state_{i}"] = nn.functional.pad(conv, (width - conv.shape[-1], 0))
             if layer.is_recurrent_states_initialized[i] and recurrent is not None:
                 tensors[f"recurrent_state_{i}"] = recurrent
