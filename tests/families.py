@@ -9,7 +9,8 @@ from functools import lru_cache
 
 import torch
 import transformers
-from tiny_models import VOCAB
+from tiny_models import SPECS, VOCAB
+from tiny_models import pair as tiny_pair
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -186,6 +187,11 @@ def head_dim(family):
 def make_config(family):
     """The family's tiny configuration."""
     return CONFIG_MAPPING[family](**(BASE | MORE[family]))
+
+
+def any_pair(family):
+    """`pair` of a family of this file, or of tiny_models."""
+    return tiny_pair(family) if family in SPECS else pair(family)
 
 
 @lru_cache(maxsize=4)

@@ -14,7 +14,7 @@ import torch
 from decoded_cache import decoded_cache, full_cache
 from steps import LEFT, grow, positions
 from stores import decoded_pages
-from tiny_models import HYBRIDS, SPECS, forward, generate, make_model, pair, prompt
+from tiny_models import HYBRIDS, forward, generate, make_model, pair, prompt
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from selfindex import InputError, StateError
@@ -33,10 +33,6 @@ def _nothing_is_announced(monkeypatch):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="selfindex runs decode steps")
         yield
-
-
-def models(family):
-    return pair(family) if family in SPECS else families.pair(family)
 
 
 class Both:
@@ -103,7 +99,7 @@ class Both:
 @pytest.mark.parametrize("family", WINDOWS)
 @pytest.mark.parametrize("length", [3, 40])
 def test_steps_past_several_windows(family, length):
-    dense, ours = models(family)
+    dense, ours = families.any_pair(family)
     both = Both(ours)
     both(prompt(length, 2))
     for token in prompt(70, 2, seed=2).split(1, 1):
@@ -117,7 +113,7 @@ def test_steps_past_several_windows(family, length):
 @pytest.mark.parametrize("family", WINDOWS)
 @pytest.mark.parametrize("padded", [False, True])
 def test_other_passes_and_changes_between(family, padded):
-    _, ours = models(family)
+    _, ours = families.any_pair(family)
     both, mask = Both(ours), LEFT if padded else None
 
     def run(both, *numbers):
@@ -158,7 +154,7 @@ def test_other_passes_and_changes_between(family, padded):
 
 @pytest.mark.parametrize("family", WINDOWS)
 def test_crop(family):
-    _, ours = models(family)
+    _, ours = families.any_pair(family)
     both = Both(ours)
     both(prompt(9, 2))
     both(prompt(3, 2))

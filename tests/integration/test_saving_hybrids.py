@@ -5,9 +5,11 @@ import pytest
 import torch
 from decoded_cache import small_cache
 from saved_files import forge
-from tiny_models import HYBRIDS, SPECS, forward, pair, prompt
+from tiny_models import HYBRIDS, forward, prompt
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from selfindex import FormatError, SelfIndexCache, StateError
+from selfindex.integrations.transformers import bounded
 
 FAMILIES = (*HYBRIDS, *filter(families.available, (*families.WINDOWS, *families.STATES)))
 FEW = ("gemma3", "llama4_text", "lfm2", "qwen3_5_text", "falcon_h1")
@@ -15,7 +17,7 @@ FEW = ("gemma3", "llama4_text", "lfm2", "qwen3_5_text", "falcon_h1")
 
 
 def model(family):
-    return (pair(family) if family in SPECS else families.pair(family))[1]
+    return families.any_pair(family)[1]
 
 
 def reloaded(cache, ours, folder, **options):
@@ -70,6 +72,15 @@ def test_a_cache_loaded_in_inference_mode_goes_on_outside_of_it(family, tmp_path
     forward(ours, prompt(20), loaded)
 
 
+def test_a_window_restored_in_inference_mode_may_be_written():
+    layer = DynamicSlidingWindowLayer(16)
+    with torch.inference_mode():
+        held = {name: torch.ones(2, 1, 15, 8) for name in ("keys", "values")}
+        bounded.restore(layer, held, {}, 2, 40)
+    layer.keys.zero_(), layer.values.zero_()  # as `reset` of transformers 5.17 does
+    assert layer.get_seq_length() == 40
+
+
 @pytest.mark.parametrize("family", ["gemma3", "gpt_oss"])
 def test_a_window_that_is_a_ring_is_saved(family, tmp_path):
     ours = model(family)
@@ -93,8 +104,8 @@ def test_a_recorded_past_is_left_out(family, tokens, tmp_path):
     cache.activate_past_recording()
     forward(ours, prompt(tokens), cache)
     loaded = reloaded(cache, ours, tmp_path)
-    for bounded in loaded.layers:
-        for x in (getattr(bounded, "keys", None), *getattr(bounded, "conv_states", {}).values()):
+    for layer in loaded.layers:
+        for x in (getattr(layer, "keys", None), *getattr(layer, "conv_states", {}).values()):
             assert not isinstance(x, torch.Tensor) or x.shape[2] < 16
     cache.crop(0)
     check_same(ours, cache, loaded, 1, 3)
